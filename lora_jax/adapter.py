@@ -1,0 +1,136 @@
+"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, and a leaf trained whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.axes import KernelAxes
+from lora_jax.config import Rule, scale
+from lora_jax.variants import VARIANTS
+
+
+@flax.struct.dataclass
+class Adapter:
+    """The trained arrays of one kernel, and what is static about them.
+
+    A pytree: its leaves are ``U``, ``V`` and, for DoRA, ``m``, all float32; the other fields are
+    part of its structure, so that ``jax.jit`` traces again when one of them changes.
+
+    Attributes:
+      U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, the stack axes at the
+        index where the kernel has them; alike below.
+      V: ``(r, k)``, output side.
+      m: ``(k,)``, the magnitude of DoRA; ``None`` for LoRA.
+      variant: ``"lora"`` or ``"dora"``.
+      rank: ``r``.
+      alpha: numerator of the scale.
+      rslora: whether the scale is ``alpha / sqrt(r)``.
+      dropout: probability of dropping an input of the factors in training.
+      detach_norm: whether DoRA's norm is a constant in the gradient.
+      axes: how the kernel is a matrix.
+    """
+
+    U: Any
+    V: Any
+    m: Any = None
+    variant: str = flax.struct.field(pytree_node=False, default="lora")
+    rank: int = flax.struct.field(pytree_node=False, default=1)
+    alpha: float = flax.struct.field(pytree_node=False, default=1.0)
+    rslora: bool = flax.struct.field(pytree_node=False, default=False)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
+    axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
+
+    @property
+    def scale(self) -> float:
+        """``s`` of ``W + s U V``."""
+        return scale(self.rank, self.alpha, self.rslora)
+
+    def shapes(self, kernel_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shapes that ``U``, ``V`` and ``m`` have for a kernel of this shape."""
+        d, k = self.axes.matrix_shape(kernel_shape)
+        stack = self.axes.stack_shape(kernel_shape)
+        shapes = {"U": (d, self.rank), "V": (self.rank, k), "m": (k,)}
+        if self.m is None:
+            del shapes["m"]
+
+        def stacked(shape: tuple[int, ...]) -> tuple[int, ...]:
+            abstract = jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)
+            return tuple(jax.eval_shape(self.axes.add_stacks, abstract).shape)
+
+        return {name: stacked(shape) if stack else shape for name, shape in shapes.items()}
+
+    def effective_kernel(self, kernel: chex.Array) -> chex.Array:
+        """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
+        axes = self.axes
+        W = axes.as_matrix(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        U, V = axes.front_stacks(self.U), axes.front_stacks(self.V)
+        m = None if self.m is None else axes.front_stacks(self.m)
+        adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
+        return axes.from_matrix(adapted, kernel.shape)
+
+
+@flax.struct.dataclass
+class Whole:
+    """A leaf that is trained whole, kept in float32 though the model has it in less.
+
+    An optimizer's small steps vanish in 16 bits. The leaf goes back to ``dtype`` where the model
+    uses it. A leaf that is float32 in the model stands in the tree as the plain array.
+
+    Attributes:
+      value: the leaf in float32.
+      dtype: name of the dtype that the model has it in.
+    """
+
+    value: Any
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")
+
+
+def default_std(d: int) -> float:
+    """Standard deviation of the Gaussian factor for a kernel with ``d`` inputs."""
+    return 1.0 / math.sqrt(d)
+
+
+def init_adapter(key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: KernelAxes) -> Adapter:
+    """An adapter that changes nothing yet.
+
+    Args:
+      key: for the Gaussian factor.
+      kernel: the kernel, stack axes included.
+      rule: rank, variant and initial values.
+      axes: how the kernel is a matrix.
+    """
+    d, k = axes.matrix_shape(kernel.shape)
+    stack = axes.stack_shape(kernel.shape)
+    std = default_std(d) if rule.std is None else rule.std
+
+    def gaussian(shape: tuple[int, ...]) -> chex.Array:
+        return std * jax.random.normal(key, shape, jnp.float32)
+
+    shape_U, shape_V = (*stack, d, rule.rank), (*stack, rule.rank, k)
+    if rule.zero == "U":
+        U, V = jnp.zeros(shape_U, jnp.float32), gaussian(shape_V)
+    else:
+        U, V = gaussian(shape_U), jnp.zeros(shape_V, jnp.float32)
+    magnitude = VARIANTS[rule.variant].magnitude
+    m = None
+    if magnitude is not None:
+        m = axes.add_stacks(magnitude(axes.as_matrix(kernel).astype(jnp.float32)))
+    return Adapter(
+        U=axes.add_stacks(U),
+        V=axes.add_stacks(V),
+        m=m,
+        variant=rule.variant,
+        rank=rule.rank,
+        alpha=float(rule.rank if rule.alpha is None else rule.alpha),
+        rslora=rule.rslora,
+        dropout=rule.dropout,
+        detach_norm=rule.detach_norm,
+        axes=axes,
+    )

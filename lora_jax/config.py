@@ -1,0 +1,233 @@
+"""What the user says: which parameters are adapted and how, and which are trained whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_jax.variants import VARIANTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""How the kernels whose path matches ``pattern`` are adapted.
+
+    A path is the names in ``params`` joined by ``"/"``, as in ``"encoder/query/kernel"``. The
+    pattern is a regular expression for the whole path (``re.fullmatch``).
+
+    Attributes:
+      pattern: regular expression, fullmatch on the path.
+      rank: ``r``, the width of the factors: ``U`` is ``(d, r)`` and ``V`` is ``(r, k)`` for a
+        kernel of shape ``(d, k)``; ``1 <= r <= min(d, k)``.
+      alpha: numerator of the scale ``s``; ``rank`` by default, so that ``s`` is 1.
+      variant: ``"lora"`` (Hu et al. 2021): ``W' = W + s U V``; or ``"dora"`` (Liu et al. 2024):
+        ``W' = m (W + s U V) / ||W + s U V||_c``.
+      rslora: ``s = alpha / sqrt(rank)`` (Kalajdzievski 2023) instead of ``alpha / rank``.
+      dropout: probability with which an input of the factors is dropped in training; see
+        :func:`lora_jax.lora_apply` for when that is.
+      zero: the factor that starts at zero, ``"U"`` or ``"V"``; the other one starts Gaussian.
+        ``zero="V"`` is the orientation of the LoRA paper and of PEFT.
+      std: standard deviation of the Gaussian factor. By default ``1 / sqrt(d)`` for both: see
+        :func:`lora_jax.adapter.default_std`.
+      detach_norm: DoRA only. Treat the column norm as a constant in the gradient (section 4.3
+        of the DoRA paper, and what PEFT does). The default is the exact gradient.
+      stack_axes: axes of the kernel that only stack several kernels, such as the layers of an
+        ``nn.scan``: ``(0,)`` for ``variable_axes={"params": 0}``. Write them as ``nn.scan``
+        has them: a negative axis counts from the end in the kernel, and in ``U``, ``V`` and
+        ``m`` alike.
+
+    Raises:
+      TypeError: a field of the wrong type.
+      ValueError: a pattern that is no regular expression, a rank below 1, a variant or a factor
+        that does not exist, a dropout outside ``[0, 1)``, an alpha or std that is not positive.
+
+    Example:
+      >>> import lora_jax
+      >>> rule = lora_jax.Rule(r".*/(query|value)/kernel", rank=8, alpha=16.0)
+      >>> rule.scale
+      2.0
+    """
+
+    pattern: str
+    rank: int
+    _: dataclasses.KW_ONLY
+    alpha: float | None = None
+    variant: str = "lora"
+    rslora: bool = False
+    dropout: float = 0.0
+    zero: str = "U"
+    std: float | None = None
+    detach_norm: bool = False
+    stack_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_regex(self.pattern, "Rule")
+        where = f"Rule({self.pattern!r})"
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+            raise TypeError(f"{where}: rank must be an int, got {self.rank!r}.")
+        if self.rank < 1:
+            raise ValueError(f"{where}: rank must be at least 1, got {self.rank}.")
+        for name in ("alpha", "std"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{where}: {name} must be positive and finite, got {value}.")
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"{where}: there is no variant {self.variant!r}; there are {sorted(VARIANTS)}."
+            )
+        if self.zero not in ("U", "V"):
+            raise ValueError(f"{where}: zero must be 'U' or 'V', got {self.zero!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"{where}: dropout must be in [0, 1), got {self.dropout}.")
+        if self.detach_norm and self.variant != "dora":
+            raise ValueError(f"{where}: detach_norm is for variant='dora'; LoRA has no norm.")
+        try:
+            axes = tuple(map(operator.index, self.stack_axes))
+        except TypeError:
+            raise TypeError(
+                f"{where}: stack_axes must be a tuple of ints, got {self.stack_axes!r}."
+            ) from None
+        object.__setattr__(self, "stack_axes", axes)
+
+    @property
+    def scale(self) -> float:
+        """``s`` of ``W + s U V``."""
+        return scale(self.rank, self.alpha, self.rslora)
+
+
+def scale(rank: int, alpha: float | None, rslora: bool) -> float:
+    """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA; 1 where alpha is not given."""
+    if alpha is None:
+        alpha = float(rank)
+    return float(alpha) / (math.sqrt(rank) if rslora else rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which leaves of a parameter tree are adapted, and which are trained whole.
+
+    Attributes:
+      rules: for each leaf the first rule that matches wins; a leaf that no rule matches stays
+        frozen.
+      trainable: regular expressions (fullmatch on the path) of leaves that are trained whole,
+        such as a new head. They are exceptions to the rules: a leaf that is matched by both is
+        trained whole.
+
+    Raises:
+      TypeError: a rule that is no :class:`Rule`, a pattern that is no string.
+      ValueError: a pattern that is no regular expression; nothing to train.
+
+    Example:
+      >>> import lora_jax
+      >>> config = lora_jax.LoraConfig(
+      ...     rules=[
+      ...         lora_jax.Rule(r".*/(query|value)/kernel", rank=8, variant="dora"),
+      ...         lora_jax.Rule(r".*/kernel", rank=4),
+      ...     ],
+      ...     trainable=[r"classifier/.*"],
+      ... )
+    """
+
+    rules: Sequence[Rule] = ()
+    trainable: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("rules", "trainable"):
+            value = getattr(self, name)
+            if isinstance(value, str | Rule):
+                raise TypeError(f"LoraConfig({name}=...) is a list; write {name}=[{value!r}].")
+            object.__setattr__(self, name, tuple(value))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"LoraConfig(rules=...) holds {rule!r}, which is no Rule.")
+        for pattern in self.trainable:
+            _check_regex(pattern, "LoraConfig(trainable=...)")
+        if not self.rules and not self.trainable:
+            raise ValueError("LoraConfig() would train nothing: give it rules or trainable.")
+
+
+def _check_regex(pattern: object, where: str) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{where}: a pattern must be a string, got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{where}: {pattern!r} is no valid regular expression: {error}."
+        ) from error
+
+
+def assign(config: LoraConfig, paths: Sequence[str]) -> tuple[dict[str, Rule], set[str]]:
+    """Says which rule each path has, and which paths are trained whole.
+
+    Args:
+      config: the user's rules and trainable patterns.
+      paths: every path of the parameter tree.
+
+    Returns:
+      ``({path: rule}, {path, ...})``, without a path in both.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or a rule that is never the one that counts.
+        The message names the pattern and the nearest paths.
+    """
+    whole: dict[str, str] = {}
+    for pattern in config.trainable:
+        matched = _matches(pattern, paths)
+        if not matched:
+            raise ValueError(_matches_nothing(f"trainable pattern {pattern!r}", pattern, paths))
+        whole |= dict.fromkeys(matched, f"trainable pattern {pattern!r}")
+    taken = dict(whole)
+    rules: dict[str, Rule] = {}
+    for rule in config.rules:
+        matched = _matches(rule.pattern, paths)
+        if not matched:
+            raise ValueError(_matches_nothing(f"Rule({rule.pattern!r})", rule.pattern, paths))
+        won = [path for path in matched if path not in taken]
+        if not won:
+            raise ValueError(_never_wins(rule, {path: taken[path] for path in matched}))
+        rules |= dict.fromkeys(won, rule)
+        taken |= dict.fromkeys(won, f"Rule({rule.pattern!r})")
+    return rules, set(whole)
+
+
+def _matches(pattern: str, paths: Iterable[str]) -> list[str]:
+    fullmatch = re.compile(pattern).fullmatch
+    return [path for path in paths if fullmatch(path)]
+
+
+def _matches_nothing(what: str, pattern: str, paths: Sequence[str]) -> str:
+    return (
+        f"{what} matches no parameter. Patterns are regular expressions that must match a whole "
+        f"path. Nearest paths: {', '.join(nearest(pattern, paths)) or 'none'}."
+    )
+
+
+def _never_wins(rule: Rule, taken: Mapping[str, str]) -> str:
+    some = [f"{path!r} has {owner}" for path, owner in list(taken.items())[:3]]
+    more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+    owners = set(taken.values())
+    if all(owner.startswith("trainable") for owner in owners):
+        advice = "Those leaves would be both adapted and trained whole: remove one of the two"
+    else:
+        advice = "The first match wins: put the more special rule first, or remove this one"
+    return f"Rule({rule.pattern!r}) never has a leaf of its own: {'; '.join(some)}{more}. {advice}."
+
+
+def nearest(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]:
+    """The paths most like a pattern, as candidates for an error message.
+
+    Example:
+      >>> nearest(r".*/qeury/kernel", ["encoder/query/kernel", "head/bias"], count=1)
+      ['encoder/query/kernel']
+    """
+    literal = re.sub(r"\\(.)", r"\1", re.sub(r"\.[*+]|[()^$?\[\]{}]", "", pattern))
+
+    def likeness(path: str) -> float:
+        return difflib.SequenceMatcher(None, literal, path).ratio()
+
+    return sorted(paths, key=likeness, reverse=True)[:count]

@@ -1,0 +1,275 @@
+"""Pure functions over parameter trees: split into base and adapters, join, merge."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import flax.core
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+
+from lora_jax.adapter import Adapter, Whole, init_adapter
+from lora_jax.axes import KernelAxes
+from lora_jax.config import LoraConfig, Rule, assign, nearest
+
+Key = tuple[str, ...]
+
+
+def lora_init(
+    key: chex.PRNGKey, params: chex.ArrayTree, config: LoraConfig
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """Splits parameters into a frozen base and the adapters to train.
+
+    Together the two trees hold every leaf of ``params`` exactly once: an adapted kernel and all
+    that is not trained is in ``frozen``, a leaf trained whole is only in ``adapters``. At the
+    start the adapters change nothing.
+
+    Args:
+      key: a JAX random key. The start of an adapter depends on it and on the kernel's path only.
+      params: the ``params`` collection of a Flax model: nested dicts or a ``FrozenDict``, of
+        arrays, which may be boxed (``nn.Partitioned``).
+      config: which leaves are adapted and how, and which are trained whole.
+
+    Returns:
+      ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
+      ``adapters`` has an :class:`Adapter`, with ``U`` of shape ``(d, r)``, ``V`` of shape
+      ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32.
+
+    Raises:
+      TypeError: ``params`` is no nested dict of arrays.
+      ValueError: a pattern that matches nothing, a rule that never wins, a matched leaf that is
+        no floating-point matrix, a rank above ``min(d, k)``, a kernel that is not finite. The
+        message names the culprit.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model, x = nn.Dense(3), jnp.ones((2, 5))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=2, variant="dora")])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, config)
+      >>> jax.tree.map(jnp.shape, (adapters["kernel"].U, adapters["kernel"].V))
+      ((5, 2), (2, 3))
+    """
+    flat = flatten(params, "params")
+    if set(params) == {"params"}:
+        raise ValueError(
+            "lora_init takes the 'params' collection alone: pass variables['params'], not the "
+            "whole dict of variables."
+        )
+    arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
+    paths = {path_of(key_): key_ for key_ in arrays}
+    rules, whole = assign(config, list(paths))
+    axes = _check_kernels({path: (arrays[paths[path]], rule) for path, rule in rules.items()})
+
+    frozen: dict[Key, Any] = dict(flat)
+    adapters: dict[Key, Any] = {}
+    for path, key_ in paths.items():
+        if path in rules:
+            adapter_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            kernel = jnp.asarray(unbox(arrays[key_]))
+            adapter = init_adapter(adapter_key, kernel, rules[path], axes[path])
+            _check_finite(path, kernel if adapter.m is None else adapter.m)
+            adapters[key_] = adapter
+        elif path in whole:
+            adapters[key_] = _raise_precision(path, frozen.pop(key_))
+    return unflatten(frozen, params), unflatten(adapters, params)
+
+
+def lora_merge(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
+    """Merges adapters into the base: plain parameters for the plain model.
+
+    ``W'`` is formed in float32 by the formula of :mod:`lora_jax.variants` and cast once, to the
+    dtype of the kernel. Nothing is changed in place, so there is nothing to unmerge. It can be
+    jitted and differentiated.
+
+    Args:
+      frozen: the base, as :func:`lora_init` returned it.
+      adapters: the adapters, trained.
+
+    Returns:
+      Parameters with the structure, shapes and dtypes that ``lora_init`` was given.
+
+    Raises:
+      TypeError: a tree that is no nested dict.
+      ValueError: adapters that do not fit this base.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)])
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> lora_jax.lora_merge(frozen, adapters)["kernel"]
+      Array([[1., 1.],
+             [1., 1.]], dtype=float32)
+    """
+
+    def merge(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+        W = jnp.asarray(unbox(kernel))
+        return {key: rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))}
+
+    return join(frozen, adapters, merge)
+
+
+def join(
+    frozen: chex.ArrayTree,
+    adapters: chex.ArrayTree,
+    adapt: Callable[[Key, Any, Adapter], Mapping[Key, Any]],
+) -> chex.ArrayTree:
+    """Puts base and adapters together into one tree of parameters.
+
+    Args:
+      frozen: the base.
+      adapters: the adapters.
+      adapt: gives the leaves for an adapted kernel, from its key, the kernel and the adapter.
+
+    Raises:
+      TypeError: a tree that is no nested dict, a node that is neither adapter nor array.
+      ValueError: adapters that do not fit this base.
+    """
+    flat = flatten(frozen, "frozen")
+    base = [path_of(key) for key, leaf in flat.items() if leaf is not empty_node]
+    for key, node in flatten(adapters, "adapters").items():
+        path = path_of(key)
+        if isinstance(node, Adapter):
+            if key not in flat:
+                raise ValueError(
+                    f"There is an adapter for {path!r}, but the base has no such kernel. Were "
+                    f"the adapters made for another model? Nearest paths of the base: "
+                    f"{', '.join(nearest(path, base)) or 'none'}."
+                )
+            _check_fits(path, flat[key], node)
+            flat |= adapt(key, flat[key], node)
+        elif node is not empty_node:
+            if flat.get(key, empty_node) is not empty_node:
+                raise ValueError(
+                    f"{path!r} is in the base and, trained whole, in the adapters. Pass the "
+                    f"frozen tree that lora_init returned, not the full parameters."
+                )
+            flat[key] = _lower_precision(path, node)
+    return unflatten(flat, frozen)
+
+
+def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:
+    """The leaves of nested dicts by their keys. Boxes and adapters are leaves."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{name} must be a nested dict of arrays, got {type(tree).__name__}.")
+    flat: dict[Key, Any] = flatten_dict(flax.core.unfreeze(dict(tree)), keep_empty_nodes=True)
+    return flat
+
+
+def unflatten(flat: Mapping[Key, Any], like: chex.ArrayTree) -> chex.ArrayTree:
+    """The inverse of :func:`flatten`: a ``FrozenDict`` where ``like`` is one."""
+    tree: chex.ArrayTree = unflatten_dict(flat)
+    return flax.core.freeze(tree) if isinstance(like, flax.core.FrozenDict) else tree
+
+
+def path_of(key: Key) -> str:
+    """The path that patterns are matched on."""
+    return "/".join(map(str, key))
+
+
+def unbox(leaf: Any) -> Any:
+    """The array of a leaf, out of the box (``nn.Partitioned`` and the like) where it has one."""
+    arrays = jax.tree.leaves(leaf)
+    return arrays[0] if len(arrays) == 1 else leaf
+
+
+def rebox(leaf: Any, array: chex.Array) -> Any:
+    """The array, in the same box as the leaf."""
+    return jax.tree.map(lambda _: array, leaf)
+
+
+def _check_kernels(matched: Mapping[str, tuple[Any, Rule]]) -> dict[str, KernelAxes]:
+    """The axes of every matched kernel; an error that names all that are no matrices."""
+    axes: dict[str, KernelAxes] = {}
+    culprits: dict[str, str] = {}
+    for path, (leaf, rule) in matched.items():
+        where = f"Rule({rule.pattern!r}) matches {path!r}"
+        kernel = unbox(leaf)
+        shape = tuple(getattr(kernel, "shape", ()))
+        if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
+            dtype = getattr(kernel, "dtype", type(kernel).__name__)
+            raise ValueError(f"{where}, which is not floating-point but {dtype}.")
+        stacks = rule.stack_axes
+        in_range = all(-len(shape) <= axis < len(shape) for axis in stacks)
+        if not in_range or len({axis % len(shape) for axis in stacks}) < len(stacks):
+            raise ValueError(f"{where}, of shape {shape}, which has no stack_axes={stacks}.")
+        axes[path] = KernelAxes(stacks=stacks)
+        if len(axes[path].layer_shape(shape)) != 2:
+            culprits[path] = f"{path!r} {shape}"
+            continue
+        d, k = axes[path].matrix_shape(shape)
+        if rule.rank > min(d, k):
+            raise ValueError(
+                f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}."
+            )
+        if rule.variant == "dora" and any(axis > len(stacks) for axis in stacks):
+            counted = tuple(axis - len(shape) if axis > len(stacks) else axis for axis in stacks)
+            raise ValueError(
+                f"{where}, of shape {shape}: DoRA's m has {1 + len(stacks)} axes, so no axis "
+                f"{max(stacks)}. Count it from the end, stack_axes={counted}, in the rule and in "
+                f"the nn.scan."
+            )
+    if culprits:
+        rule = matched[next(iter(culprits))][1]
+        some = ", ".join(list(culprits.values())[:5])
+        more = f" and {len(culprits) - 5} more" if len(culprits) > 5 else ""
+        raise ValueError(
+            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): {some}{more}. Make the "
+            f"pattern narrower, for instance ending in '/kernel'; where axes stack the kernels "
+            f"of several layers, say so with stack_axes."
+        )
+    return axes
+
+
+def _check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
+    shape = tuple(unbox(leaf).shape)
+    ndim = len(adapter.axes.stacks) + adapter.axes.inputs + 1
+    if len(shape) < ndim:
+        raise ValueError(
+            f"The adapter for {path!r} is for a kernel of {ndim} axes, but the base has {shape} "
+            f"there. Was it made for another model?"
+        )
+    for name, expected in adapter.shapes(shape).items():
+        found = tuple(jnp.shape(getattr(adapter, name)))
+        if found != expected:
+            raise ValueError(
+                f"The adapter for {path!r} does not fit the kernel {shape}: {name} is {found}, "
+                f"but should be {expected}. Was it made for another model?"
+            )
+
+
+def _check_finite(path: str, array: chex.Array) -> None:
+    """Errors where a kernel, or its norm, has NaN or infinity; a traced value can't be checked."""
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return
+    if not bool(jnp.isfinite(array).all()):
+        raise ValueError(
+            f"The kernel {path!r} has NaN or infinite values, or its column norms overflow: "
+            f"check how the checkpoint was loaded."
+        )
+
+
+def _raise_precision(path: str, leaf: Any) -> Any:
+    """A leaf to train whole: at least float32, its own dtype kept in the structure."""
+    dtype = jnp.dtype(unbox(leaf).dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{path!r} cannot be trained whole: it is {dtype}, not floating-point.")
+    if dtype.itemsize >= 4:
+        return jax.tree.map(jnp.asarray, leaf)
+    return Whole(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), leaf), dtype.name)
+
+
+def _lower_precision(path: str, node: Any) -> Any:
+    """The inverse of :func:`_raise_precision`."""
+    if isinstance(node, Whole):
+        return jax.tree.map(lambda x: x.astype(node.dtype), node.value)
+    if not hasattr(unbox(node), "dtype"):
+        raise TypeError(
+            f"adapters has {node!r} at {path!r}, which is neither an adapter nor an array."
+        )
+    return node

@@ -1,0 +1,35 @@
+"""What several tests need."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def relative_error(got, expected):
+    """The largest difference over the largest magnitude."""
+    got, expected = (jnp.asarray(x, jnp.float32) for x in (got, expected))
+    assert got.shape == expected.shape
+    assert jnp.isfinite(got).all()
+    assert jnp.isfinite(expected).all()
+    return float(jnp.abs(got - expected).max() / jnp.maximum(jnp.abs(expected).max(), 1e-30))
+
+
+def random_like(tree, seed=0, scale=0.3):
+    """The tree with noise on every leaf: no factor at zero, and an m that is not the norm."""
+    rng = np.random.default_rng(seed)
+
+    def noisy(x):
+        noise = scale * rng.standard_normal(x.shape)
+        return jnp.asarray(np.asarray(x, np.float32) + noise, x.dtype)
+
+    return jax.tree.map(noisy, tree)
+
+
+def random_variables(model, *args, **kwargs):
+    """Variables for a model: as `model.init`, but quickly, and with biases that are not zero."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kwargs))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    variables = random_like(zeros)
+    if "batch_stats" in variables:
+        variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
+    return variables

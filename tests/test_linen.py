@@ -1,0 +1,473 @@
+"""The adapted model equals the model with the explicit W', for every way to hold a Dense."""
+
+import functools
+import types
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+import zoo
+from helpers import random_like, random_variables, relative_error
+
+import lora_jax
+
+VARIANTS = {
+    "lora": {"variant": "lora", "rank": 2, "alpha": 3.0},
+    "rslora": {"variant": "lora", "rank": 3, "rslora": True, "zero": "V"},
+    "dora": {"variant": "dora", "rank": 2, "alpha": 3.0},
+    "dora detached": {"variant": "dora", "rank": 1, "detach_norm": True, "zero": "V"},
+}
+
+
+def explicit_kernel(kernel, adapter, *, alpha, rslora, stacks, detach_norm):
+    """W' from the papers' formulas, one layer after another; nothing here is the library's."""
+    W = kernel.astype(jnp.float32)
+    U, V, m = adapter.U, adapter.V, adapter.m
+    if stacks:
+        axis, *rest = stacks
+        # Later positive axes were counted with this one in place.
+        rest = [other - 1 if other > axis >= 0 else other for other in rest]
+        take = [jnp.moveaxis(a, axis, 0) for a in (W, U, V)]
+        ms = [None] * len(take[0]) if m is None else jnp.moveaxis(m, axis, 0)
+        layers = [
+            explicit_kernel(
+                w,
+                adapter.replace(U=u, V=v, m=m_),
+                alpha=alpha,
+                rslora=rslora,
+                stacks=rest,
+                detach_norm=detach_norm,
+            )
+            for w, u, v, m_ in zip(*take, ms, strict=True)
+        ]
+        return jnp.stack(layers, axis)
+    rank = U.shape[1]
+    s = alpha / (rank**0.5 if rslora else rank)
+    W = W + s * (U @ V)
+    if m is not None:
+        norm = jnp.sqrt((W**2).sum(0))
+        W = W / (jax.lax.stop_gradient(norm) if detach_norm else norm) * m
+    return W
+
+
+def explicit_params(params, adapters, variant, stacks):
+    variant = VARIANTS[variant]
+
+    def kernel(box_or_kernel, adapter):
+        return jax.tree.map(
+            lambda kernel: explicit_kernel(
+                kernel,
+                adapter,
+                alpha=variant.get("alpha", variant["rank"]),
+                rslora=variant.get("rslora", False),
+                stacks=stacks,
+                detach_norm=variant.get("detach_norm", False),
+            ).astype(kernel.dtype),
+            box_or_kernel,
+        )
+
+    def walk(params, adapters):
+        return {
+            name: walk(value, adapters.get(name, {}))
+            if isinstance(value, dict)
+            else kernel(value, adapters[name])
+            if name in adapters
+            else value
+            for name, value in params.items()
+        }
+
+    return walk(flax.core.unfreeze(params), flax.core.unfreeze(adapters))
+
+
+@functools.cache
+def setup(case, variant):
+    case, variant = zoo.CASES[case], VARIANTS[variant]
+    variables, x = case.init()
+    params = variables["params"]
+    params = flax.core.freeze(params) if case.freeze else params
+    rule = lora_jax.Rule(".*kernel", stack_axes=case.stack_axes, **variant)
+    config = lora_jax.LoraConfig([rule])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(2), params, config)
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    return types.SimpleNamespace(
+        variant=variant,
+        exact=case.exact,
+        stacks=case.stack_axes,
+        x=x,
+        params=params,
+        frozen=frozen,
+        adapters=adapters,
+        trained=random_like(adapters),
+        base=jax.jit(lambda params, x: case.model.apply({**rest, "params": params}, x)),
+        adapted=lambda frozen, adapters, x: lora_jax.lora_apply(
+            case.model, {**rest, "params": frozen}, adapters, x
+        ),
+    )
+
+
+every_case = pytest.mark.parametrize(
+    ("case", "variant"),
+    [(case, variant) for case in zoo.CASES for variant in ("lora", "dora")]
+    + [
+        (case, variant)
+        for case in ("compact", "vmap, axis 0", "scan, axis 1", "bfloat16 compute")
+        for variant in ("rslora", "dora detached")
+    ],
+)
+
+
+@every_case
+def test_starts_as_no_op_and_equals_merged_model(case, variant):
+    s = setup(case, variant)
+    adapted = jax.jit(s.adapted)
+    base, start = s.base(s.params, s.x), adapted(s.frozen, s.adapters, s.x)
+    assert (start.dtype, start.shape) == (base.dtype, base.shape)
+    if s.variant["variant"] == "lora":
+        assert jnp.array_equal(start, base)
+    else:
+        assert relative_error(start, base) < 1e-6
+
+    merged = jax.jit(lora_jax.lora_merge)(s.frozen, s.trained)
+    assert jax.tree.structure(merged) == jax.tree.structure(s.params)
+    explicit = jax.jit(explicit_params, static_argnums=(2, 3))(
+        s.params, s.trained, variant, s.stacks
+    )
+    for got, expected in zip(jax.tree.leaves(merged), jax.tree.leaves(explicit), strict=True):
+        assert got.dtype == expected.dtype
+        assert relative_error(got, expected) < (1e-6 if s.exact else 1e-2)
+    y = adapted(s.frozen, s.trained, s.x)
+    assert relative_error(y, base) > 1e-2
+    assert relative_error(y, s.base(merged, s.x)) < (1e-5 if s.exact else 5e-2)
+
+
+@every_case
+def test_gradient_equals_that_through_the_explicit_kernel(case, variant):
+    s = setup(case, variant)
+    weights = random_like(jnp.zeros(jax.eval_shape(s.base, s.params, s.x).shape), seed=4)
+
+    @jax.jit
+    @jax.grad
+    def ours(adapters):
+        return jnp.vdot(weights, s.adapted(s.frozen, adapters, s.x).astype(jnp.float32))
+
+    @jax.jit
+    @jax.grad
+    def explicit(adapters):
+        params = explicit_params(s.params, adapters, variant, s.stacks)
+        return jnp.vdot(weights, s.base(params, s.x).astype(jnp.float32))
+
+    with jax.checking_leaks():
+        grads = ours(s.trained)
+    for (path, grad), expected in zip(
+        jax.tree_util.tree_leaves_with_path(grads),
+        jax.tree.leaves(explicit(s.trained)),
+        strict=True,
+    ):
+        assert relative_error(grad, expected) < (1e-4 if s.exact else 1e-1), path
+        assert jnp.abs(grad).max() > 0, path
+
+
+@pytest.mark.parametrize("case", ["compact", "jit of Dense", "jit of blocks", "jit of a method"])
+def test_called_again_without_a_new_trace(case):
+    """What nn.jit has in its cache is not traced again, and still counts as used."""
+    s = setup(case, "dora")
+    first = s.adapted(s.frozen, s.adapters, s.x)
+    assert jnp.array_equal(s.adapted(s.frozen, s.adapters, s.x), first)
+    assert relative_error(s.adapted(s.frozen, s.trained, s.x), first) > 1e-2
+
+
+def dense_case(model, x, **rule):
+    params = random_variables(model, x)["params"]
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", **{"rank": 2, **rule})])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, config)
+    return frozen, random_like(adapters)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6)])
+def test_empty_batch(variant, shape):
+    model, x = zoo.Compact(), jnp.zeros(shape)
+    frozen, adapters = dense_case(model, x, variant=variant)
+
+    def loss(adapters):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x).sum()
+
+    assert lora_jax.lora_apply(model, {"params": frozen}, adapters, x).shape == (*shape[:-1], 6)
+    grads = jax.grad(loss)(adapters)
+    assert all((grad == 0).all() for grad in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("detach_norm", [False, True])
+@pytest.mark.parametrize("zero", ["U", "V"])
+def test_all_zero_columns(dtype, detach_norm, zero):
+    model, x = nn.Dense(5, dtype=dtype, param_dtype=dtype), jnp.ones((3, 4), dtype)
+    params = model.init(jax.random.key(0), x)["params"]
+    params["kernel"] = params["kernel"].at[:, 1:3].set(0)
+    rule = lora_jax.Rule("kernel", 2, variant="dora", detach_norm=detach_norm, zero=zero)
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, lora_jax.LoraConfig([rule]))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(adapters):
+        y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+        return jnp.mean((y.astype(jnp.float32) - 1.0) ** 2)
+
+    values = []
+    for _ in range(50):
+        value, grads = loss(adapters)
+        assert all(jnp.isfinite(g).all() for g in jax.tree.leaves((value, grads)))
+        adapters = jax.tree.map(lambda a, g: a - 0.1 * g, adapters, grads)
+        values.append(float(value))
+    merged = lora_jax.lora_merge(frozen, adapters)["kernel"]
+    assert jnp.isfinite(merged).all()
+    if zero == "U":
+        assert jnp.abs(merged[:, 1:3]).max() > 0, "a zero column must be able to learn"
+    assert values[-1] < values[0]
+
+
+def test_magnitude_below_the_resolution_of_bfloat16():
+    """m / norm = 1 + 1/384 rounds to 1 in bfloat16; over many outputs some must still change."""
+    ratio = 1 + 1 / 384
+    assert jnp.bfloat16(ratio) == 1
+    model, x = nn.Dense(999, dtype=jnp.bfloat16, use_bias=False), jnp.ones((1, 64))
+    frozen, adapters = dense_case(model, x, variant="dora")
+    start = jax.tree.map(jnp.zeros_like, adapters["kernel"])
+    norm = jnp.linalg.norm(frozen["kernel"], axis=0)
+
+    def y(m):
+        return lora_jax.lora_apply(model, {"params": frozen}, {"kernel": start.replace(m=m)}, x)
+
+    assert jnp.array_equal(y(norm), model.apply({"params": frozen}, x))
+    assert 0.2 < jnp.mean(y(ratio * norm) != y(norm)) < 0.9
+
+
+class RoundsWeights:
+    """A dot_general as quantization libraries inject it."""
+
+    def __call__(self, x, W, dims, **kwargs):
+        return jax.lax.dot_general(x, jnp.round(W * 4) / 4, dims, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dot_general": RoundsWeights()}, {"dot_general_cls": RoundsWeights}]
+)
+def test_injected_dot_general_is_for_the_base_only(options):
+    model, x = nn.Dense(5, **options), jax.random.normal(jax.random.key(3), (2, 4))
+    frozen, adapters = dense_case(model, x)
+    U, V = adapters["kernel"].U, adapters["kernel"].V
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    expected = x @ (jnp.round(frozen["kernel"] * 4) / 4) + frozen["bias"] + x @ U @ V
+    assert relative_error(y, expected) < 1e-6
+
+
+def test_base_of_another_dtype_is_not_copied_to_float32():
+    """Adapters are float32 whatever the base is; the base keeps its dtype."""
+    model, x = nn.Dense(5, param_dtype=jnp.bfloat16), jnp.ones((2, 4))
+    frozen, adapters = dense_case(model, x, variant="dora")
+    assert frozen["kernel"].dtype == jnp.bfloat16
+    assert {a.dtype for a in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
+
+
+def test_other_collections_pass_through():
+    model, x = zoo.Normed(), jax.random.normal(jax.random.key(0), (4, 6))
+    variables = model.init(jax.random.key(0), x)
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", rank=2)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), variables["params"], config)
+    adapted = {**variables, "params": frozen}
+    for mutable in (False, ["batch_stats"], ["batch_stats", "intermediates"], True, "params"):
+        for capture in (False, True):
+            if capture and not mutable:
+                continue
+            options = {"mutable": mutable, "capture_intermediates": capture}
+            expected = model.apply(variables, x, train=mutable is True, **options)
+            got = lora_jax.lora_apply(model, adapted, adapters, x, train=mutable is True, **options)
+            assert jax.tree.structure(got) == jax.tree.structure(expected)
+            same = jax.tree.map(lambda a, b: jnp.array_equal(a, b), got, expected)
+            assert all(jax.tree.leaves(same)), options
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=False, train=True):
+        return nn.Dense(50, use_bias=False)(x)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_dropout_is_on_only_with_an_rng_and_in_training(variant):
+    model, x = Dropped(), jnp.ones((3, 40))
+    frozen, adapters = dense_case(model, x, dropout=0.5, variant=variant)
+    rngs = {"dropout": jax.random.key(5)}
+
+    def apply(*args, **kwargs):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, *args, **kwargs)
+
+    off = model.apply({"params": lora_jax.lora_merge(frozen, adapters)}, x)
+    assert relative_error(apply(), off) < 1e-5
+    assert relative_error(apply(rngs={"params": jax.random.key(5)}), off) < 1e-5
+    assert relative_error(apply(rngs=rngs, deterministic=True), off) < 1e-5
+    assert relative_error(apply(rngs=rngs, train=False), off) < 1e-5
+    on = apply(rngs=rngs)
+    assert relative_error(on, off) > 1e-2
+    assert relative_error(apply(rngs=rngs, deterministic=False, train=True), on) < 1e-6
+    assert relative_error(apply(rngs={"dropout": jax.random.key(6)}), on) > 1e-2
+
+
+def test_dropout_acts_on_the_input_of_the_factors():
+    """One unit input: either its row of U V is there, scaled by 1 / (1 - rate), or it is not."""
+    model = nn.Dense(3, use_bias=False)
+    x = jnp.zeros((4000, 5)).at[:, 2].set(1.0)
+    frozen, adapters = dense_case(model, x, dropout=0.25)
+    y = lora_jax.lora_apply(
+        model, {"params": frozen}, adapters, x, rngs={"dropout": jax.random.key(0)}
+    )
+    delta = (adapters["kernel"].U @ adapters["kernel"].V)[2] / 0.75
+    kept = jnp.isclose(y, frozen["kernel"][2] + delta, atol=1e-5).all(-1)
+    dropped = jnp.isclose(y, frozen["kernel"][2], atol=1e-5).all(-1)
+    assert (kept != dropped).all()
+    assert abs(float(kept.mean()) - 0.75) < 0.03
+
+
+@pytest.mark.parametrize("split", [True, False, None])
+def test_dropout_in_scan(split):
+    rngs = {"params": True} if split is None else {"params": True, "dropout": split}
+    model = nn.scan(zoo.Block, {"params": 0}, split_rngs=rngs, length=3)()
+    x = jnp.ones((2, zoo.WIDTH))
+    params = model.init(jax.random.key(0), x, None)["params"]
+    rule = lora_jax.Rule(".*kernel", rank=2, dropout=0.5, stack_axes=(0,))
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, lora_jax.LoraConfig([rule]))
+    adapters = random_like(adapters)
+
+    def apply(**kwargs):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, None, **kwargs)[0]
+
+    rngs = {"dropout": jax.random.key(0)}
+    if split is None:
+        with pytest.raises(ValueError, match=r"up.*split_rngs=\{'dropout': True\}"):
+            apply(rngs=rngs)
+    else:
+        assert relative_error(apply(rngs=rngs), apply()) > 1e-3
+
+
+def test_dropout_switches_inside_jit():
+    """nn.jit must trace again when dropout goes on or off."""
+    model, x = zoo.Compact(nn.jit(nn.Dense)), jnp.ones((3, 6))
+    frozen, adapters = dense_case(model, x, dropout=0.5)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic=False):
+            return zoo.Compact(nn.jit(nn.Dense), name="inner")(x)
+
+    def apply(deterministic):
+        return lora_jax.lora_apply(
+            Outer(),
+            {"params": {"inner": frozen}},
+            {"inner": adapters},
+            x,
+            deterministic=deterministic,
+            rngs={"dropout": jax.random.key(0)},
+        )
+
+    on, off = apply(False), apply(True)
+    assert relative_error(on, off) > 1e-2
+    assert jnp.array_equal(apply(False), on)
+
+
+# --- errors ---
+
+
+class OverridesCall(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.ones, (x.shape[-1], self.features))
+
+
+class OwnLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.ones, (x.shape[-1], 6))
+
+
+class Parts(nn.Module):
+    def setup(self):
+        self.encoder = nn.Dense(6)
+        self.head = nn.Dense(3)
+
+    def __call__(self, x):
+        return self.head(self.encoder(x))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+def test_adapter_of_an_unknown_module():
+    x = jnp.ones((2, 6))
+    model = nn.Sequential([nn.Dense(6), OwnLayer()])
+    with pytest.raises(
+        ValueError, match=r"'layers_1/kernel'.*no handler for .*OwnLayer.*nn\.Dense"
+    ):
+        lora_jax.lora_apply(model, *init(model, x), x)
+    model = nn.Sequential([nn.Dense(6), OverridesCall(6)])
+    with pytest.raises(ValueError, match=r"'layers_1/kernel'.*OverridesCall.*super\(\)\.__call__"):
+        lora_jax.lora_apply(model, *init(model, x), x)
+
+
+def init(model, x):
+    frozen, adapters = dense_case(model, x)
+    return {"params": frozen}, adapters
+
+
+def test_adapter_that_the_call_did_not_use():
+    model, x = Parts(), jnp.ones((2, 6))
+    variables, adapters = init(model, x)
+    lora_jax.lora_apply(model, variables, adapters, x)
+    with pytest.raises(ValueError, match=r"'head/kernel'.*Parts\.encode.*allow_unused=True"):
+        lora_jax.lora_apply(model, variables, adapters, x, method="encode")
+    with pytest.raises(ValueError, match=r"'head/kernel'.*Parts\.encode.*allow_unused=True"):
+        lora_jax.lora_apply(model, variables, adapters, x, method=Parts.encode)
+    y = lora_jax.lora_apply(model, variables, adapters, x, method="encode", allow_unused=True)
+    merged = lora_jax.lora_merge(variables["params"], adapters)
+    assert relative_error(y, model.apply({"params": merged}, x, method="encode")) < 1e-5
+
+
+def test_adapters_of_another_model():
+    model, x = Parts(), jnp.ones((2, 6))
+    variables, adapters = init(model, x)
+    other, other_adapters = init(zoo.Compact(), x)
+    with pytest.raises(ValueError, match=r"'first/kernel'.*another model.*Nearest.*head/kernel"):
+        lora_jax.lora_apply(model, variables, other_adapters, x)
+    with pytest.raises(ValueError, match=r"another model"):
+        lora_jax.lora_apply(zoo.Compact(), other, adapters, x)
+
+
+def test_adapters_that_do_not_fit():
+    model, x = Parts(), jnp.ones((2, 6))
+    variables, adapters = init(model, x)
+    good = adapters["head"]["kernel"]
+    adapters["head"]["kernel"] = good.replace(V=jnp.ones((2, 4)))
+    match = r"'head/kernel' does not fit the kernel \(6, 3\): V is \(2, 4\), but should be \(2, 3\)"
+    with pytest.raises(ValueError, match=match):
+        lora_jax.lora_apply(model, variables, adapters, x)
+    with pytest.raises(ValueError, match=match):
+        lora_jax.lora_merge(variables["params"], adapters)
+    adapters["head"]["kernel"] = good
+    adapters["new"] = "U"
+    with pytest.raises(TypeError, match=r"'U' at 'new'.*neither an adapter nor an array"):
+        lora_jax.lora_apply(model, variables, adapters, x)
+
+
+def test_arguments_in_the_wrong_place():
+    model, x = Parts(), jnp.ones((2, 6))
+    variables, adapters = init(model, x)
+    with pytest.raises(ValueError, match=r"\{'params': frozen\}"):
+        lora_jax.lora_apply(model, variables["params"], adapters, x)
+    with pytest.raises(TypeError, match=r"flax\.linen.*function.*model\.module"):
+        lora_jax.lora_apply(model.apply.__func__, variables, adapters, x)
+    with pytest.raises(TypeError, match=r"adapters must be a nested dict.*tuple"):
+        lora_jax.lora_apply(model, variables, (adapters,), x)
+    whole = {**adapters, "encoder": {"bias": jnp.ones(6)}}
+    with pytest.raises(ValueError, match=r"'encoder/bias' is in the base and"):
+        lora_jax.lora_apply(model, variables, whole, x)
