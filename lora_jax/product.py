@@ -49,11 +49,12 @@ def adapted_product(
       ``(..., k)``.
     """
     base = base_product(x, W)
-    x = x if dropped_x is None else dropped_x
     U, V = adapter.U.astype(W.dtype), adapter.V.astype(W.dtype)
-    xU = adapter.scale * jnp.matmul(x, U, precision=precision)
+    # As rows of one matrix: with two axes to contract in its gradient, XLA would copy x.
+    rows = jnp.reshape(x if dropped_x is None else dropped_x, (-1, x.shape[-1]))
+    xU = adapter.scale * jnp.matmul(rows, U, precision=precision)
     delta = jnp.matmul(xU, V, precision=precision)
-    y = base + delta.astype(base.dtype)
+    y = base + jnp.reshape(delta, base.shape).astype(base.dtype)
     if adapter.m is None:
         return y
     # The ratio is close to 1, where 16 bits cannot tell it from 1: it stays in float32.

@@ -255,13 +255,16 @@ def _check_finite(path: str, array: chex.Array) -> None:
 
 
 def _raise_precision(path: str, leaf: Any) -> Any:
-    """A leaf to train whole: at least float32, its own dtype kept in the structure."""
+    """A leaf to train whole: at least float32, its own dtype kept in the structure.
+
+    It is a copy, so that a train step may donate it and ``params`` stays whole.
+    """
     dtype = jnp.dtype(unbox(leaf).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path!r} cannot be trained whole: it is {dtype}, not floating-point.")
     if dtype.itemsize >= 4:
-        return jax.tree.map(jnp.asarray, leaf)
-    return Whole(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), leaf), dtype.name)
+        return jax.tree.map(jnp.array, leaf)
+    return Whole(jax.tree.map(lambda x: jnp.array(x, jnp.float32), leaf), dtype.name)
 
 
 def _lower_precision(path: str, node: Any) -> Any:

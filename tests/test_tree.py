@@ -115,6 +115,13 @@ def test_leaf_trained_whole_is_float32_and_goes_back(dtype):
     assert jnp.array_equal(y, model.apply({"params": tree["head"]}, x))
 
 
+def test_donated_adapters_leave_the_parameters_whole():
+    tree = params()
+    _, adapters = init(tree)
+    jax.jit(lambda a: jax.tree.map(lambda x: x + 1, a), donate_argnums=0)(adapters)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def test_numpy_parameters():
     tree = jax.tree.map(np.asarray, params())
     frozen, adapters = init(tree)

