@@ -205,7 +205,8 @@ def _check_kernels(matched: Mapping[str, tuple[Any, Rule]]) -> dict[str, KernelA
         d, k = axes[path].matrix_shape(shape)
         if rule.rank > min(d, k):
             raise ValueError(
-                f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}."
+                f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}. "
+                f"Give it a rule with a lower rank before this one, or narrow the pattern."
             )
         if rule.variant == "dora" and any(axis > len(stacks) for axis in stacks):
             counted = tuple(axis - len(shape) if axis > len(stacks) else axis for axis in stacks)
