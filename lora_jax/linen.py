@@ -149,6 +149,7 @@ def _dense(module: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
     assert isinstance(module, nn.Dense)
     adapter = adapters["kernel"]
     stored_W = unbox(module.get_variable("params", "kernel"))
+    _check_layer((*module.path, "kernel"), stored_W, adapter)
     rng = module.make_rng("dropout") if adapter.dropout else None
     own_dot_cls = module.dot_general_cls
     own_dot = module.dot_general or jax.lax.dot_general
@@ -175,6 +176,17 @@ def _dense(module: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
         overrides = {"dot_general_cls": lambda: with_adapter(own_dot_cls())}
     with _override(module, overrides):
         yield
+
+
+def _check_layer(key: Key, W: chex.Array, adapter: Adapter) -> None:
+    """Errors where a transform has sliced the adapter along other axes than the kernel."""
+    U, V = jnp.shape(adapter.U), jnp.shape(adapter.V)
+    if len(U) != 2 or len(V) != 2 or (U[0], V[1]) != W.shape or U[1] != V[0]:
+        raise ValueError(
+            f"In the layer of {path_of(key)!r} the kernel is {W.shape}, but U is {U} and V is "
+            f"{V}. The rule's stack_axes={adapter.axes.stacks} must name the axes on which "
+            f"nn.scan or nn.vmap stack the kernel (variable_axes={{'params': ...}})."
+        )
 
 
 def _drop(rng: chex.PRNGKey, rate: float, x: chex.Array) -> chex.Array:

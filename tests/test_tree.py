@@ -149,14 +149,21 @@ def test_boxes_stay():
     assert jax.tree.structure(lora_jax.lora_merge(frozen, adapters)) == jax.tree.structure(tree)
 
 
+@pytest.fixture
+def float64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("float64")
 def test_whole_float64_leaf_stays():
-    with jax.enable_x64():
-        tree = {"kernel": jnp.ones((3, 3), jnp.float64), "bias": jnp.ones(3, jnp.float64)}
-        config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)], trainable=["bias"])
-        frozen, adapters = init(tree, config)
-        assert adapters["bias"].dtype == jnp.float64
-        assert adapters["kernel"].U.dtype == jnp.float32
-        assert lora_jax.lora_merge(frozen, adapters)["kernel"].dtype == jnp.float64
+    tree = {"kernel": jnp.ones((3, 3), jnp.float64), "bias": jnp.ones(3, jnp.float64)}
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)], trainable=["bias"])
+    frozen, adapters = init(tree, config)
+    assert adapters["bias"].dtype == jnp.float64
+    assert adapters["kernel"].U.dtype == jnp.float32
+    assert lora_jax.lora_merge(frozen, adapters)["kernel"].dtype == jnp.float64
 
 
 def test_merge_accumulates_in_float32_and_casts_once():

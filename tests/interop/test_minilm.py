@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from helpers import relative_error
 
 from examples import minilm
 
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
