@@ -9,6 +9,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     """Keeps the blocks of the README together, since each one goes on from the one before."""
     for item in items:

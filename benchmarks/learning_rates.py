@@ -25,9 +25,10 @@ from examples import data, finetune, minilm
 
 STARTS: dict[str, dict[str, Any]] = {
     "U = 0, std 1/sqrt(r)": {"zero": "U", "std": 8**-0.5},
-    "U = 0, std 1/sqrt(d)": {"zero": "U"},
+    "U = 0, std 2/sqrt(d)": {"zero": "U", "std": 2 * 384**-0.5},
+    "U = 0, std 1/sqrt(d)": {"zero": "U", "std": 384**-0.5},
     "U = 0, std 0.02": {"zero": "U", "std": 0.02},
-    "V = 0, std 1/sqrt(d)": {"zero": "V"},
+    "V = 0, std 1/sqrt(d)": {"zero": "V", "std": 384**-0.5},
 }
 
 
@@ -130,7 +131,8 @@ def main(options: Options) -> None:
                 name = f"{variant}, {start}, {rate:g}"
                 done = results.setdefault(name, [])
                 while len(done) < options.seeds:
-                    done.append(accuracy(variant, start, rate, len(done), options, task))
+                    percent = accuracy(variant, start, rate, len(done), options, task)
+                    done.append(round(percent, 2))
                     options.out.write_text(json.dumps(results, indent=1))
                 cells.append(f"{statistics.mean(done[: options.seeds]):.1f}")
             print(f"| {start} | {' | '.join(cells)} |", flush=True)

@@ -99,11 +99,11 @@ def lora_apply(
         return {key: kernel, _beside(key): nodes[key]}
 
     placed = join(variables["params"], adapters, place)
-    calls = _Calls()
+    calls = _Calls(nodes, kwargs.get("method"))
     with nn.intercept_methods(calls.intercept):
         out = model.apply({**variables, "params": placed}, *args, **kwargs)
     if not allow_unused:
-        calls.check_used(nodes, model, kwargs.get("method"))
+        calls.check_used(model)
     return out if kwargs.get("mutable", False) is False else _without_adapters(out)
 
 
@@ -230,16 +230,18 @@ _KNOWN = (nn.Dense,)
 # --- what a call did ---
 
 
-# What was seen in any trace: (method, class of an enclosing module, path below it, adapter).
-# nn.jit does not trace again what it has in its cache, not even for another layer of the same
-# kind, so that a use in there is seen by the first call only.
-_SEEN_BELOW: set[tuple[Any, ...]] = set()
+# Uses inside a lifted transform, of any call: (method, class of an enclosing module, path below
+# it, structure of the adapter). nn.jit does not trace again what it has in its cache, not even
+# for another layer of the same kind, so that a use in there is seen by the first call only.
+_SEEN_IN_TRANSFORMS: set[tuple[Any, ...]] = set()
 
 
 @dataclasses.dataclass
 class _Calls:
     """The interceptor of one ``lora_apply``, and what it saw."""
 
+    nodes: Mapping[Key, Adapter]
+    method: Any
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[Key] = dataclasses.field(default_factory=set)
 
@@ -267,7 +269,8 @@ class _Calls:
         }
         if not adapters:
             return next_fun(*args, **kwargs)
-        self.used.update((*module.path, name) for name in adapters)
+        for name, adapter in adapters.items():
+            self._use((*module.path, name), adapter)
         if any(adapter.dropout for adapter in adapters.values()) and not module.has_rng("dropout"):
             raise ValueError(
                 f"The adapter of {path_of(module.path)!r} has dropout, but a transform around it "
@@ -277,28 +280,32 @@ class _Calls:
         with entry.handler(module, adapters):
             return next_fun(*args, **kwargs)
 
-    def check_used(self, nodes: Mapping[Key, Adapter], model: nn.Module, method: Any) -> None:
+    def _use(self, key: Key, adapter: Adapter) -> None:
+        self.used.add(key)
+        # Through a lifted transform come other arrays than those that were placed.
+        if key in self.nodes and adapter.U is not self.nodes[key].U:
+            _SEEN_IN_TRANSFORMS.update(self._enclosed(key))
+
+    def check_used(self, model: nn.Module) -> None:
         """Errors where an adapter had no part in the call."""
-        for key in self.used:
-            _SEEN_BELOW.update(self._below(key, nodes[key], method))
         unused = [
             key
-            for key, adapter in nodes.items()
-            if key not in self.used and _SEEN_BELOW.isdisjoint(self._below(key, adapter, method))
+            for key in self.nodes
+            if key not in self.used and _SEEN_IN_TRANSFORMS.isdisjoint(self._enclosed(key))
         ]
         if unused:
-            raise ValueError(self._unused(unused, model, method))
+            raise ValueError(self._unused(unused, model))
 
-    def _below(self, key: Key, adapter: Adapter, method: Any) -> set[tuple[Any, ...]]:
-        static = jax.tree.structure(adapter)
+    def _enclosed(self, key: Key) -> set[tuple[Any, ...]]:
+        structure = jax.tree.structure(self.nodes[key])
         return {
-            (method, cls, key[depth:], static)
+            (self.method, cls, key[depth:], structure)
             for depth in range(len(key))
             for cls in self.classes.get(key[:depth], ())
         }
 
-    def _unused(self, unused: list[Key], model: nn.Module, method: Any) -> str:
-        key = unused[0]
+    def _unused(self, unused: list[Key], model: nn.Module) -> str:
+        key, method = unused[0], self.method
         path = path_of(key)
         classes = self.classes.get(key[:-1])
         others = f" (and {len(unused) - 1} more adapters)" if len(unused) > 1 else ""

@@ -434,6 +434,20 @@ def test_adapter_that_the_call_did_not_use():
     assert relative_error(y, model.apply({"params": merged}, x, method="encode")) < 1e-5
 
 
+def test_adapter_that_the_call_did_not_use_after_one_that_did():
+    class Optional(nn.Module):
+        @nn.compact
+        def __call__(self, x, head=True):
+            x = nn.Dense(6, name="encoder")(x)
+            return nn.Dense(3, name="head")(x) if head else x
+
+    model, x = Optional(), jnp.ones((2, 6))
+    variables, adapters = init(model, x)
+    lora_jax.lora_apply(model, variables, adapters, x)
+    with pytest.raises(ValueError, match=r"'head/kernel'.*was not used"):
+        lora_jax.lora_apply(model, variables, adapters, x, head=False)
+
+
 def test_adapters_of_another_model():
     model, x = Parts(), jnp.ones((2, 6))
     variables, adapters = init(model, x)
