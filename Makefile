@@ -27,7 +27,7 @@ demo-r8: $(VENV)/.examples $(VENV)/.r8
 	$(BIN)/python -m examples.finetune --task r8 --length 64 --out runs/r8 $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2
 
 interop: $(INTEROP_VENV)/.interop
 	$(INTEROP_VENV)/bin/python -m pytest -m interop tests/interop

@@ -1,4 +1,4 @@
-"""The errors that the README shows are the errors that a user sees."""
+"""What the README shows is what a user sees: its code runs, its errors are real."""
 
 from pathlib import Path
 
@@ -6,9 +6,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 import lora_jax
 from lora_jax import LoraConfig, Rule
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_code():
+    """All blocks in one process, since each goes on from the one before."""
+    document = Sybil([PythonCodeBlockParser()]).parse(README)
+    examples = list(document.examples())
+    assert len(examples) == 4
+    for example in examples:
+        example.evaluate()
+    table = lora_jax.summary(document.namespace["frozen"], document.namespace["adapters"])
+    assert str(table) in README.read_text()
 
 
 class Block(nn.Module):
@@ -50,8 +65,7 @@ def adapter_is_not_used(params):
 
 @pytest.mark.parametrize("mistake", [pattern_matches_nothing, rule_never_wins, adapter_is_not_used])
 def test_error(mistake):
-    readme = Path(__file__).parent.parent / "README.md"
     with pytest.raises(ValueError, match=r"Rule|adapter") as caught:
         mistake(MODEL.init(KEY, X)["params"])
     shown = f"ValueError: {caught.value}"
-    assert " ".join(shown.split()) in " ".join(readme.read_text().split())
+    assert " ".join(shown.split()) in " ".join(README.read_text().split())
