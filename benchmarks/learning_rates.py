@@ -5,7 +5,9 @@ of the factor that starts at zero, several standard deviations of the other one,
 rates as people copy them from papers. Accuracy is on 2,000 further *training* sentences, so that
 nothing is chosen on the test set. Run `make demo` once, then
 
-    python -m benchmarks.learning_rates
+    python -m benchmarks.learning_rates --variants lora
+    python -m benchmarks.learning_rates --variants dora --rates 5e-4 2e-3 \\
+        --starts "U = 0, std 1/sqrt(d)" "V = 0, std 1/sqrt(d)"
     python -m benchmarks.learning_rates --variants head --rates 1e-3 3e-3 1e-2 3e-2
     python -m benchmarks.learning_rates --variants full --rates 5e-5 1e-4 2e-4 4e-4
 """
