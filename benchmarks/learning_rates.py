@@ -1,4 +1,4 @@
-"""Which learning rates each way to start an adapter trains well with.
+r"""Which learning rates each way to start an adapter trains well with.
 
 Fine-tunes all-MiniLM-L6-v2 on 3,000 sentences of movie reviews for one epoch, for both choices
 of the factor that starts at zero, several standard deviations of the other one, and learning
@@ -6,7 +6,7 @@ rates as people copy them from papers. Accuracy is on 2,000 further *training* s
 nothing is chosen on the test set. Run `make demo` once, then
 
     python -m benchmarks.learning_rates --variants lora
-    python -m benchmarks.learning_rates --variants dora --rates 5e-4 2e-3 \\
+    python -m benchmarks.learning_rates --variants dora --rates 5e-4 2e-3 \
         --starts "U = 0, std 1/sqrt(d)" "V = 0, std 1/sqrt(d)"
     python -m benchmarks.learning_rates --variants head --rates 1e-3 3e-3 1e-2 3e-2
     python -m benchmarks.learning_rates --variants full --rates 5e-5 1e-4 2e-4 4e-4
