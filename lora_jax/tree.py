@@ -216,13 +216,16 @@ def _check_kernels(matched: Mapping[str, tuple[Any, Rule]]) -> dict[str, KernelA
                 f"the nn.scan."
             )
     if culprits:
-        rule = matched[next(iter(culprits))][1]
+        first = next(iter(culprits))
+        rule = matched[first][1]
+        excluding = f"(?!{first})" + rule.pattern
         some = ", ".join(list(culprits.values())[:5])
         more = f" and {len(culprits) - 5} more" if len(culprits) > 5 else ""
         raise ValueError(
-            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): {some}{more}. Make the "
-            f"pattern narrower, for instance ending in '/kernel'; where axes stack the kernels "
-            f"of several layers, say so with stack_axes."
+            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): {some}{more}. Where axes "
+            f"stack the kernels of several layers, say so with stack_axes. Other layers than "
+            f"nn.Dense cannot be adapted yet: make the pattern narrower, for instance "
+            f"{excluding!r}."
         )
     return axes
 
