@@ -73,21 +73,8 @@ def step(
     rate: float,
 ) -> tuple[Any, Any]:
     """One step of AdamW."""
-    tokens, mask, labels = batch
-
-    def loss_fn(adapters: Any) -> jax.Array:
-        logits = lora_jax.lora_apply(
-            model,
-            {"params": frozen},
-            adapters,
-            tokens,
-            mask,
-            deterministic=False,
-            rngs={"dropout": rng},
-        )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    updates, opt_state = TX.update(jax.grad(loss_fn)(adapters), opt_state, adapters)
+    grads = jax.grad(finetune.loss_fn)(adapters, model, frozen, batch, rng)
+    updates, opt_state = TX.update(grads, opt_state, adapters)
     return optax.apply_updates(adapters, jax.tree.map(lambda u: -rate * u, updates)), opt_state
 
 
