@@ -133,8 +133,14 @@ def test_compiled_step_holds_no_gradient_of_the_base(variant):
 
     params = lora_jax.lora_merge(frozen, adapters)
     full = full_step.lower(params, tx.init(params), x, y).compile().memory_analysis()
-    # An older XLA writes down the squares that DoRA's norm sums, of one kernel at a time.
-    assert memory.temp_size_in_bytes < (kernel if variant == "lora" else 2 * kernel)
+
+    @jax.jit
+    def forward(frozen, adapters, x):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+
+    # Against the forward pass, in which an older XLA writes down the squares of DoRA's norm.
+    before = forward.lower(frozen, adapters, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < before.temp_size_in_bytes + kernel
     assert full.output_size_in_bytes > 3 * LAYERS * kernel
     assert memory.output_size_in_bytes < full.output_size_in_bytes / 10
 
