@@ -109,7 +109,7 @@ def lora_apply(
 
 def _dropout_is_active(kwargs: Mapping[str, Any]) -> bool:
     rngs = kwargs.get("rngs")
-    if rngs is None or (isinstance(rngs, Mapping) and "dropout" not in rngs):
+    if not isinstance(rngs, Mapping) or "dropout" not in rngs:
         return False
     return not any(
         isinstance(kwargs.get(name), bool | np.bool_) and bool(kwargs[name]) is value
@@ -230,8 +230,8 @@ _KNOWN = (nn.Dense,)
 # --- what a call did ---
 
 
-# Uses inside a lifted transform, of any call: (method, class of an enclosing module, path below
-# it, structure of the adapter). nn.jit does not trace again what it has in its cache, not even
+# Uses inside a lifted transform, of any call: (class of an enclosing module, path below it,
+# structure of the adapter). nn.jit does not trace again what it has in its cache, not even
 # for another layer of the same kind, so that a use in there is seen by the first call only.
 _SEEN_IN_TRANSFORMS: set[tuple[Any, ...]] = set()
 
@@ -299,7 +299,7 @@ class _Calls:
     def _enclosed(self, key: Key) -> set[tuple[Any, ...]]:
         structure = jax.tree.structure(self.nodes[key])
         return {
-            (self.method, cls, key[depth:], structure)
+            (cls, key[depth:], structure)
             for depth in range(len(key))
             for cls in self.classes.get(key[:depth], ())
         }

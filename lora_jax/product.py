@@ -59,12 +59,14 @@ def adapted_product(
         return y
     # The ratio is close to 1, where 16 bits cannot tell it from 1: it stays in float32.
     ratio = dora_ratio(W if stored_W is None else stored_W, adapter)
-    return (ratio * y.astype(ratio.dtype)).astype(y.dtype)
+    return (ratio * y.astype(jnp.promote_types(y.dtype, ratio.dtype))).astype(y.dtype)
 
 
 def dora_ratio(W: chex.Array, adapter: Adapter) -> chex.Array:
     """``m / ||W + s U V||_c`` in float32, ``(k,)``, from the kernel as it is stored."""
-    norm = factored_norm(W.astype(jnp.float32), adapter.U, adapter.V, adapter.scale)
+    norm = factored_norm(
+        W.astype(jnp.promote_types(W.dtype, jnp.float32)), adapter.U, adapter.V, adapter.scale
+    )
     if adapter.detach_norm:
         norm = jax.lax.stop_gradient(norm)
     return magnitude_ratio(adapter.m, norm)

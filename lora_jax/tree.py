@@ -54,6 +54,8 @@ def lora_init(
       >>> jax.tree.map(jnp.shape, (adapters["kernel"].U, adapters["kernel"].V))
       ((5, 2), (2, 3))
     """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}.")
     flat = flatten(params, "params")
     if set(params) == {"params"}:
         raise ValueError(

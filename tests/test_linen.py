@@ -377,6 +377,45 @@ def test_dropout_switches_inside_jit():
     assert jnp.array_equal(apply(False), on)
 
 
+def test_jit_of_a_layer_that_two_methods_reach():
+    """The second method hits the cache of nn.jit, where the first one was traced."""
+    layer = nn.jit(nn.Dense)
+
+    class Model(nn.Module):
+        def setup(self):
+            self.encoder = layer(6)
+
+        def __call__(self, x):
+            return self.encoder(x)
+
+        def encode(self, x):
+            return self.encoder(x) + 1
+
+    model, x = Model(), jnp.ones((2, 6))
+    frozen, adapters = dense_case(model, x)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    encoded = lora_jax.lora_apply(model, {"params": frozen}, adapters, x, method="encode")
+    assert jnp.array_equal(encoded, y + 1)
+
+
+def test_single_key_is_no_dropout_rng():
+    model, x = nn.Dense(5), jnp.ones((3, 6))
+    frozen, adapters = dense_case(model, x, dropout=0.5)
+    off = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    key = jax.random.key(0)
+    assert jnp.array_equal(
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, x, rngs=key), off
+    )
+
+
+def test_complex_inputs():
+    model, x = nn.Dense(5), jnp.ones((3, 6)) * jnp.array(1 + 2j)
+    frozen, adapters = dense_case(model, x, variant="dora")
+    merged = model.apply({"params": lora_jax.lora_merge(frozen, adapters)}, x)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    assert jnp.abs(y - merged).max() < 1e-5 * jnp.abs(merged).max()
+
+
 # --- errors ---
 
 
