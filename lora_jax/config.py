@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,6 +72,10 @@ class Rule:
             raise TypeError(f"{where}: rank must be an int, got {self.rank!r}.")
         if self.rank < 1:
             raise ValueError(f"{where}: rank must be at least 1, got {self.rank}.")
+        for name in ("alpha", "std", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Real):
+                raise TypeError(f"{where}: {name} must be a number, got {value!r}.")
         for name in ("alpha", "std"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

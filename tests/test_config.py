@@ -51,6 +51,8 @@ def test_config_is_hashable_and_immutable():
         ({"rank": True}, TypeError, "rank must be an int"),
         ({"alpha": 0}, ValueError, "alpha must be positive and finite, got 0"),
         ({"alpha": float("nan")}, ValueError, "alpha must be positive and finite"),
+        ({"alpha": "16"}, TypeError, r"Rule\('p'\): alpha must be a number, got '16'"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a number, got '0.1'"),
         ({"std": -1.0}, ValueError, "std must be positive and finite, got -1"),
         ({"variant": "dorra"}, ValueError, r"no variant 'dorra'; there are \['dora', 'lora'\]"),
         ({"zero": "A"}, ValueError, "zero must be 'U' or 'V', got 'A'"),
