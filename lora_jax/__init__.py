@@ -3,7 +3,8 @@
 A model's parameters are split into a frozen base and a small tree of adapters; the adapters
 are all that is differentiated, optimized and saved, and the model's own code stays as it is:
 
-    frozen, adapters = lora_jax.lora_init(key, params, config)
+    axes = lora_jax.kernel_axes(model, {"params": params}, x)
+    frozen, adapters = lora_jax.lora_init(key, params, config, axes=axes)
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
     params = lora_jax.lora_merge(frozen, adapters)
 """
@@ -11,21 +12,27 @@ are all that is differentiated, optimized and saved, and the model's own code st
 from lora_jax.adapter import Adapter, Whole
 from lora_jax.axes import KernelAxes
 from lora_jax.config import LoraConfig, Rule
+from lora_jax.discover import ModelAxes, kernel_axes
 from lora_jax.linen import lora_apply
+from lora_jax.registry import AdaptedKernel, register
 from lora_jax.summary import Summary, summary
 from lora_jax.tree import lora_init, lora_merge
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptedKernel",
     "Adapter",
     "KernelAxes",
     "LoraConfig",
+    "ModelAxes",
     "Rule",
     "Summary",
     "Whole",
+    "kernel_axes",
     "lora_apply",
     "lora_init",
     "lora_merge",
+    "register",
     "summary",
 ]

@@ -23,8 +23,8 @@ class Adapter:
     part of its structure, so that ``jax.jit`` traces again when one of them changes.
 
     Attributes:
-      U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, the stack axes at the
-        index where the kernel has them; alike below.
+      U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, wherever the kernel has
+        its stack axes; alike below.
       V: ``(r, k)``, output side.
       m: ``(k,)``, the magnitude of DoRA; ``None`` for LoRA.
       variant: ``"lora"`` or ``"dora"``.
@@ -34,6 +34,8 @@ class Adapter:
       dropout: probability of dropping an input of the factors in training.
       detach_norm: whether DoRA's norm is a constant in the gradient.
       axes: how the kernel is a matrix.
+      substitute: whether ``W'`` stands in place of the parameter itself.
+      untie: whether other readers of the parameter keep the base.
     """
 
     U: Any
@@ -46,6 +48,8 @@ class Adapter:
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
     axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
+    substitute: bool = flax.struct.field(pytree_node=False, default=False)
+    untie: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def scale(self) -> float:
@@ -59,21 +63,15 @@ class Adapter:
         shapes = {"U": (d, self.rank), "V": (self.rank, k), "m": (k,)}
         if self.m is None:
             del shapes["m"]
-
-        def stacked(shape: tuple[int, ...]) -> tuple[int, ...]:
-            abstract = jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)
-            return tuple(jax.eval_shape(self.axes.add_stacks, abstract).shape)
-
-        return {name: stacked(shape) if stack else shape for name, shape in shapes.items()}
+        return {name: (*stack, *shape) for name, shape in shapes.items()}
 
     def effective_kernel(self, kernel: chex.Array) -> chex.Array:
         """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
-        axes = self.axes
-        W = axes.as_matrix(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
-        U, V = axes.front_stacks(self.U), axes.front_stacks(self.V)
-        m = None if self.m is None else axes.front_stacks(self.m)
-        adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
-        return axes.from_matrix(adapted, kernel.shape)
+        kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        W = self.axes.as_matrix(kernel)
+        formula = VARIANTS[self.variant].kernel
+        adapted = formula(W, self.U, self.V, self.m, self.scale, self.detach_norm)
+        return self.axes.from_matrix(adapted, kernel)
 
 
 @flax.struct.dataclass
@@ -127,10 +125,10 @@ def init_adapter(key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: Kernel
     magnitude = VARIANTS[rule.variant].magnitude
     m = None
     if magnitude is not None:
-        m = axes.add_stacks(magnitude(axes.as_matrix(kernel).astype(jnp.float32)))
+        m = magnitude(axes.as_matrix(kernel).astype(jnp.float32))
     return Adapter(
-        U=axes.add_stacks(U),
-        V=axes.add_stacks(V),
+        U=U,
+        V=V,
         m=m,
         variant=rule.variant,
         rank=rule.rank,
@@ -139,4 +137,6 @@ def init_adapter(key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: Kernel
         dropout=rule.dropout,
         detach_norm=rule.detach_norm,
         axes=axes,
+        substitute=rule.substitute,
+        untie=rule.untie,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import chex
 import jax.numpy as jnp
@@ -14,54 +15,129 @@ import jax.numpy as jnp
 class KernelAxes:
     """How a kernel of any number of axes is a stack of ``(d, k)`` matrices.
 
-    Without its stack axes the kernel is what one layer sees; there the first ``inputs`` axes are
-    contracted with the layer's input, and the others are the layer's output.
+    Every axis of the kernel is in one of the three fields, counted from 0 and in ascending order.
 
     Attributes:
-      inputs: number of input axes of one layer's kernel.
-      stacks: axes of the whole kernel that stack layers, as ``nn.scan`` has them. ``U``, ``V``
-        and ``m`` have them at the same index, so that ``nn.scan`` slices them alike.
+      inputs: axes that are contracted with the layer's input; ``d`` is the product of their sizes.
+      outputs: axes that are features of the layer's output; ``k`` is the product of their sizes.
+      stacks: axes that hold one matrix beside another: the layers of an ``nn.scan``, the experts
+        of a mixture. The arrays of an adapter have them in front.
+      fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
+        computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
+      parts: which of the fused kernels are adapted; all by default.
 
     Example:
-      >>> axes = KernelAxes(stacks=(1,))
-      >>> axes.layer_shape((768, 12, 3072)), axes.stack_shape((768, 12, 3072))
-      ((768, 3072), (12,))
-      >>> axes.add_stacks(jnp.zeros((12, 768, 8))).shape
-      (768, 12, 8)
+      >>> axes = KernelAxes(inputs=(0,), outputs=(2, 3), stacks=(1,))
+      >>> axes.stack_shape((768, 12, 8, 64)), axes.matrix_shape((768, 12, 8, 64))
+      ((12,), (768, 512))
+      >>> axes.as_matrix(jnp.zeros((768, 12, 8, 64))).shape
+      (12, 768, 512)
     """
 
-    inputs: int = 1
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (1,)
     stacks: tuple[int, ...] = ()
+    fused: int = 1
+    parts: tuple[int, ...] = ()
 
-    def layer_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape that one layer sees."""
-        stacks = {axis % len(shape) for axis in self.stacks}
-        return tuple(n for axis, n in enumerate(shape) if axis not in stacks)
+    def __post_init__(self) -> None:
+        for name in ("inputs", "outputs", "stacks"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        axes = sorted((*self.inputs, *self.outputs, *self.stacks))
+        if axes != list(range(len(axes))):
+            raise ValueError(
+                f"KernelAxes(inputs={self.inputs}, outputs={self.outputs}, stacks={self.stacks}) "
+                f"must name every axis of the kernel once, counted from 0."
+            )
+        object.__setattr__(self, "parts", self.parts or tuple(range(self.fused)))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self.inputs) + len(self.outputs) + len(self.stacks)
 
     def stack_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of the stack axes, in the order of ``stacks``."""
-        return tuple(shape[axis] for axis in self.stacks)
+        """Sizes of the axes in front of ``U``, ``V`` and ``m``: the stacks, and the parts."""
+        stacks = tuple(shape[axis] for axis in self.stacks)
+        return stacks if self.fused == 1 else (*stacks, len(self.parts))
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """``(d, k)`` of one layer."""
-        layer = self.layer_shape(shape)
-        return math.prod(layer[: self.inputs]), math.prod(layer[self.inputs :])
+        """``(d, k)`` of one matrix."""
+        d = math.prod(shape[axis] for axis in self.inputs)
+        return d, math.prod(shape[axis] for axis in self.outputs) // self.fused
 
     def as_matrix(self, kernel: chex.Array) -> chex.Array:
-        """The kernel as an array ``(*stack, d, k)``."""
-        matrix = self.matrix_shape(kernel.shape)
-        kernel = self.front_stacks(kernel)
-        return jnp.reshape(kernel, (*kernel.shape[: len(self.stacks)], *matrix))
+        """The adapted matrices of a kernel, ``(*stack, d, k)``."""
+        matrix = self._whole_matrix(kernel)
+        return matrix if self.fused == 1 else self._split(matrix)[..., self.parts, :, :]
 
-    def from_matrix(self, matrix: chex.Array, shape: Sequence[int]) -> chex.Array:
-        """The inverse of :meth:`as_matrix`, for a kernel of the given shape."""
-        stacked = (*self.stack_shape(shape), *self.layer_shape(shape))
-        return self.add_stacks(jnp.reshape(matrix, stacked))
+    def from_matrix(self, matrix: chex.Array, kernel: chex.Array) -> chex.Array:
+        """The kernel, with other adapted matrices: ``as_matrix`` of it is ``matrix``."""
+        if self.fused > 1:
+            parts = self._split(self._whole_matrix(kernel)).astype(matrix.dtype)
+            parts = jnp.moveaxis(parts.at[..., self.parts, :, :].set(matrix), -3, -2)
+            matrix = jnp.reshape(parts, (*parts.shape[:-2], -1))
+        return self.as_kernel(matrix, kernel.shape)
 
-    def front_stacks(self, array: chex.Array) -> chex.Array:
-        """Brings the stack axes of a kernel, ``U``, ``V`` or ``m`` to the front."""
-        return jnp.moveaxis(array, self.stacks, range(len(self.stacks)))
+    def as_kernel(self, matrix: chex.Array, shape: Sequence[int]) -> chex.Array:
+        """A whole matrix ``(*stacks, d, k)`` in the layout of a kernel of that shape."""
+        order = (*self.stacks, *self.inputs, *self.outputs)
+        array = jnp.reshape(matrix, [shape[axis] for axis in order])
+        return jnp.moveaxis(array, range(len(order)), order)
 
-    def add_stacks(self, array: chex.Array) -> chex.Array:
-        """Brings stack axes that are at the front to where the kernel has them."""
+    def place(self, array: chex.Array, matrix_ndim: int) -> chex.Array:
+        """``U``, ``V`` or ``m`` with as many axes as the kernel, the stacks where it has them.
+
+        So whatever slices the kernel, at an axis counted from either end, slices it alike. Without
+        stacks nothing is sliced, and the array stays as it is.
+
+        Args:
+          array: ``(*stack, ...)``.
+          matrix_ndim: number of its axes without stacks: 2 for ``U`` and ``V``, 1 for ``m``.
+        """
+        if not self.stacks:
+            return array
+        flat = self._flat(array.shape, matrix_ndim)
+        array = jnp.reshape(array, flat + (1,) * (self.ndim - len(flat)))
         return jnp.moveaxis(array, range(len(self.stacks)), self.stacks)
+
+    def take(
+        self, array: chex.Array, matrix_ndim: int, shape: tuple[int, ...]
+    ) -> chex.Array | None:
+        """The inverse of :meth:`place`, if the result has this shape; else ``None``."""
+        if array.shape == shape:
+            return array
+        if array.ndim < self.ndim:
+            return None
+        array = jnp.moveaxis(array, self.stacks, range(len(self.stacks)))
+        flat = self._flat(shape, matrix_ndim)
+        placed = flat + (1,) * (array.ndim - len(flat))
+        return jnp.reshape(array, shape) if array.shape == placed else None
+
+    def _flat(self, shape: tuple[int, ...], matrix_ndim: int) -> tuple[int, ...]:
+        """``(*stacks, ...)`` with the parts in the first axis of the matrix."""
+        stacks, first = len(self.stacks), len(shape) - matrix_ndim + 1
+        return (*shape[:stacks], math.prod(shape[stacks:first]), *shape[first:])
+
+    def of_layers(self, ndim: int) -> Iterator[KernelAxes]:
+        """What remains in a layer that sees ``ndim`` axes, for each choice of stacks sliced off."""
+        for sliced in itertools.combinations(self.stacks, max(self.ndim - ndim, 0)):
+            kept = [axis for axis in range(self.ndim) if axis not in sliced]
+            yield dataclasses.replace(
+                self,
+                inputs=tuple(map(kept.index, self.inputs)),
+                outputs=tuple(map(kept.index, self.outputs)),
+                stacks=tuple(kept.index(axis) for axis in self.stacks if axis in kept),
+            )
+
+    def _whole_matrix(self, kernel: chex.Array) -> chex.Array:
+        """``(*stacks, d, k)`` with all fused outputs in ``k``."""
+        order = (*self.stacks, *self.inputs, *self.outputs)
+        d, k = self.matrix_shape(kernel.shape)
+        stack = [kernel.shape[axis] for axis in self.stacks]
+        return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
+
+    def _split(self, matrix: chex.Array) -> chex.Array:
+        """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""
+        *lead, width = matrix.shape
+        return jnp.moveaxis(jnp.reshape(matrix, (*lead, self.fused, width // self.fused)), -2, -3)

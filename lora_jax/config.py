@@ -37,14 +37,27 @@ class Rule:
       detach_norm: DoRA only. Treat the column norm as a constant in the gradient (section 4.3
         of the DoRA paper, and what PEFT does). The default is the exact gradient.
       stack_axes: axes of the kernel that only stack several kernels, such as the layers of an
-        ``nn.scan``: ``(0,)`` for ``variable_axes={"params": 0}``. Write them as ``nn.scan``
-        has them: a negative axis counts from the end in the kernel, and in ``U``, ``V`` and
-        ``m`` alike.
+        ``nn.scan``: ``(0,)`` for ``variable_axes={"params": 0}``. Negative ones count from the
+        end. Not needed with :func:`lora_jax.kernel_axes`.
+      input_axes: axes of the kernel that are contracted with the layer's input; by default the
+        first one that is no stack axis. Not needed with :func:`lora_jax.kernel_axes`.
+      fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
+        computes queries, keys and values; each has ``U`` and ``V`` of its own.
+      parts: which of the fused kernels are adapted: ``fused=3, parts=(0, 2)`` leaves the keys
+        frozen. All by default.
+      substitute: put ``W'`` in place of the parameter before the model runs, instead of
+        computing ``x W'`` in the layer. It is right for every parameter of every model, read by
+        whatever code, but ``W'`` and its gradient are formed in full: the memory and the time of
+        full fine-tuning for that parameter, and ``W'`` is rounded to the parameter's dtype.
+      untie: adapt the layer's own product only, though :func:`lora_jax.kernel_axes` has found
+        that the model reads the parameter elsewhere too, as tied embeddings do. The other reader
+        keeps the base. Such an adapter cannot be merged.
 
     Raises:
       TypeError: a field of the wrong type.
       ValueError: a pattern that is no regular expression, a rank below 1, a variant or a factor
-        that does not exist, a dropout outside ``[0, 1)``, an alpha or std that is not positive.
+        that does not exist, a dropout outside ``[0, 1)``, an alpha or std that is not positive,
+        fields that contradict each other.
 
     Example:
       >>> import lora_jax
@@ -64,14 +77,22 @@ class Rule:
     std: float | None = None
     detach_norm: bool = False
     stack_axes: tuple[int, ...] = ()
+    input_axes: tuple[int, ...] | None = None
+    fused: int = 1
+    parts: tuple[int, ...] | None = None
+    substitute: bool = False
+    untie: bool = False
 
     def __post_init__(self) -> None:
         _check_regex(self.pattern, "Rule")
         where = f"Rule({self.pattern!r})"
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
-            raise TypeError(f"{where}: rank must be an int, got {self.rank!r}.")
-        if self.rank < 1:
-            raise ValueError(f"{where}: rank must be at least 1, got {self.rank}.")
+        for name in ("rank", "fused"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{where}: {name} must be an int, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{where}: {name} must be at least 1, got {value}.")
+            object.__setattr__(self, name, int(value))
         for name in ("alpha", "std", "dropout"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, numbers.Real):
@@ -90,13 +111,31 @@ class Rule:
             raise ValueError(f"{where}: dropout must be in [0, 1), got {self.dropout}.")
         if self.detach_norm and self.variant != "dora":
             raise ValueError(f"{where}: detach_norm is for variant='dora'; LoRA has no norm.")
-        try:
-            axes = tuple(map(operator.index, self.stack_axes))
-        except TypeError:
-            raise TypeError(
-                f"{where}: stack_axes must be a tuple of ints, got {self.stack_axes!r}."
-            ) from None
-        object.__setattr__(self, "stack_axes", axes)
+        for name in ("stack_axes", "input_axes", "parts"):
+            value = getattr(self, name)
+            try:
+                ints = None if value is None else tuple(map(operator.index, value))
+            except TypeError:
+                raise TypeError(
+                    f"{where}: {name} must be a tuple of ints, got {value!r}."
+                ) from None
+            object.__setattr__(self, name, ints)
+        if self.parts is not None and not (
+            self.parts and set(self.parts) <= set(range(self.fused))
+        ):
+            raise ValueError(
+                f"{where}: parts must be some of 0 to {self.fused - 1}, as fused is {self.fused}; "
+                f"got {self.parts}."
+            )
+        if self.substitute and self.dropout:
+            raise ValueError(
+                f"{where}: substitute=True has no dropout, as the factors have no input of their "
+                f"own: W' stands in place of the parameter."
+            )
+        if self.substitute and self.untie:
+            raise ValueError(
+                f"{where}: untie=True adapts one use of a parameter, substitute=True all of them."
+            )
 
     @property
     def scale(self) -> float:

@@ -9,10 +9,9 @@ cache of ``nn.jit`` sees it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -21,21 +20,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
+from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter
-from lora_jax.product import adapted_product
-from lora_jax.tree import Key, flatten, join, path_of, unbox, unflatten
+from lora_jax.registry import AdaptedKernel, entry_of, has_entry, known_layers
+from lora_jax.tree import Key, flatten, join, path_of, rebox, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.
 SUFFIX = "@lora"
 
 # Arguments by which Flax models are told that they are evaluated, with the value that says so.
 _EVALUATES = {"deterministic": True, "train": False, "training": False, "is_training": False}
+_REGISTER = (
+    "register one with lora_jax.register, give the parameter a rule with substitute=True, or "
+    "narrow the rule."
+)
+# Arguments of ``apply`` itself.
+_OF_APPLY = ("rngs", "mutable", "method", "capture_intermediates")
 
 
 def lora_apply(
-    model: nn.Module,
+    model: Any,
     variables: Mapping[str, Any],
     adapters: chex.ArrayTree,
+    /,
     *args: Any,
     allow_unused: bool = False,
     **kwargs: Any,
@@ -43,17 +51,19 @@ def lora_apply(
     """``model.apply(variables, *args, **kwargs)`` of the adapted model.
 
     Every layer that has an adapter computes ``x W'`` in place of ``x W``, in its own dtype; the
-    model's code is not changed and the base is not copied. Differentiate with respect to
+    model's code is not changed and the base is not copied. (With ``Rule(substitute=True)`` the
+    parameter itself is replaced by ``W'``.) Differentiate with respect to
     ``adapters``, and pass the base as an argument to the jitted function: what a jitted function
     closes over is compiled into it as a constant.
 
     Adapter dropout (``Rule(dropout=...)``) is active when the call passes a ``dropout`` rng,
-    ``rngs={"dropout": key}``, and does not say that it evaluates: with a keyword argument
-    ``deterministic=True``, ``train=False``, ``training=False`` or ``is_training=False``. So
-    leave out the rng to switch it off in evaluation, or pass such an argument *by keyword*.
+    ``rngs={"dropout": key}``, and does not evaluate: ``deterministic=True``, ``train=False``,
+    ``training=False`` or ``is_training=False``, as an argument or as the default of the model's
+    method. So leave out the rng to switch it off in evaluation, or pass such an argument.
 
     Args:
-      model: the model; it need not know of this library.
+      model: the model; it need not know of this library. A ``flax.linen`` module, or a Flax model
+        of Hugging Face, which is called as ``model(*args, params=..., **kwargs)``.
       variables: its variables, with the frozen base: ``{"params": frozen}``; other collections
         (``batch_stats``, ``cache``) as for ``model.apply``.
       adapters: the adapters from :func:`lora_jax.lora_init`.
@@ -83,42 +93,85 @@ def lora_apply(
       >>> grads["kernel"].U.shape
       (5, 2)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"lora_apply is for flax.linen modules, got {type(model).__name__}. A Hugging Face "
-            f"Flax model has its Linen module as model.module."
-        )
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError("variables must have the collection 'params': pass {'params': frozen}.")
-    dropout = _dropout_is_active(kwargs)
+    check_model(model, variables, "lora_apply")
+    dropout = _dropout_is_active(model, args, kwargs)
     nodes: dict[Key, Adapter] = {}
 
     def place(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+        if adapter.substitute:
+            return {key: substituted(kernel, adapter)}
+        arrays = {
+            name: adapter.axes.place(array, 1 if name == "m" else 2)
+            for name in ("U", "V", "m")
+            if (array := getattr(adapter, name)) is not None
+        }
         # With dropout off it is off in the tree's structure, so that nn.jit traces again.
-        nodes[key] = adapter if dropout else adapter.replace(dropout=0.0)  # type: ignore[attr-defined]
-        return {key: kernel, _beside(key): nodes[key]}
+        rate = adapter.dropout if dropout else 0.0
+        nodes[key] = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
+        return {key: kernel, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
     placed = join(variables["params"], adapters, place)
     calls = _Calls(nodes, kwargs.get("method"))
     with nn.intercept_methods(calls.intercept):
-        out = model.apply({**variables, "params": placed}, *args, **kwargs)
+        out = call_model(model, {**variables, "params": placed}, args, kwargs)
     if not allow_unused:
         calls.check_used(model)
     return out if kwargs.get("mutable", False) is False else _without_adapters(out)
 
 
-def _dropout_is_active(kwargs: Mapping[str, Any]) -> bool:
+def check_model(model: Any, variables: Any, name: str) -> None:
+    """Errors where the first two arguments are not a model and its variables."""
+    if not isinstance(model, nn.Module) and not _is_hugging_face(model):
+        raise TypeError(
+            f"{name} is for flax.linen modules, and for Flax models of Hugging Face, which have "
+            f"one as model.module; got {type(model).__name__}."
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError("variables must have the collection 'params': pass {'params': frozen}.")
+
+
+def call_model(
+    model: Any, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """``model.apply``; a model of Hugging Face takes its variables as ``params=``."""
+    if isinstance(model, nn.Module):
+        return model.apply(variables, *args, **kwargs)
+    kwargs = dict(kwargs)
+    method = kwargs.pop("method", None) or "__call__"
+    bound = getattr(model, method if isinstance(method, str) else method.__name__)
+    params = variables["params"] if set(variables) == {"params"} else variables
+    return bound(*args, params=params, **kwargs)
+
+
+def _is_hugging_face(model: Any) -> bool:
+    return callable(model) and isinstance(getattr(model, "module", None), nn.Module)
+
+
+def _dropout_is_active(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     rngs = kwargs.get("rngs")
-    if not isinstance(rngs, Mapping) or "dropout" not in rngs:
+    has_rng = isinstance(rngs, Mapping) and "dropout" in rngs
+    if not has_rng and kwargs.get("dropout_rng") is None:
         return False
+    method = kwargs.get("method") or "__call__"
+    function = getattr(type(model), method, None) if isinstance(method, str) else method
+    given = dict(kwargs)
+    own = {name: value for name, value in kwargs.items() if name not in _OF_APPLY}
+    try:
+        bound = inspect.signature(function).bind_partial(model, *args, **own)  # type: ignore[arg-type]
+        bound.apply_defaults()
+        given |= bound.arguments
+    except (TypeError, ValueError):  # the call itself will say what is wrong with it
+        pass
     return not any(
-        isinstance(kwargs.get(name), bool | np.bool_) and bool(kwargs[name]) is value
+        isinstance(given.get(name), bool | np.bool_) and bool(given[name]) is value
         for name, value in _EVALUATES.items()
     )
 
 
-def _beside(key: Key) -> Key:
-    return (*key[:-1], key[-1] + SUFFIX)
+def substituted(kernel: Any, adapter: Adapter) -> Any:
+    """``W'`` in the dtype and the box of the kernel."""
+    W = jnp.asarray(unbox(kernel))
+    return rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))
 
 
 def _without_adapters(out: Any) -> Any:
@@ -129,102 +182,6 @@ def _without_adapters(out: Any) -> Any:
     flat = flatten(variables["params"], "params")
     params = {key: leaf for key, leaf in flat.items() if not key[-1].endswith(SUFFIX)}
     return y, {**variables, "params": unflatten(params, variables["params"])}
-
-
-# --- which module has which product ---
-
-
-Handler = Callable[[nn.Module, Mapping[str, Adapter]], contextlib.AbstractContextManager[None]]
-
-
-def _body(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as it stands in the class body, below what Flax wraps around it."""
-    body: Callable[..., Any] = inspect.unwrap(getattr(method, "func", method))
-    return body
-
-
-@contextlib.contextmanager
-def _dense(module: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """``nn.Dense`` computes all but its product itself: promotion of dtypes, bias, precision."""
-    assert isinstance(module, nn.Dense)
-    adapter = adapters["kernel"]
-    stored_W = unbox(module.get_variable("params", "kernel"))
-    _check_layer((*module.path, "kernel"), stored_W, adapter)
-    rng = module.make_rng("dropout") if adapter.dropout else None
-    own_dot_cls = module.dot_general_cls
-    own_dot = module.dot_general or jax.lax.dot_general
-
-    def with_adapter(own_dot: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
-        def dot_general(
-            x: chex.Array, W: chex.Array, dimension_numbers: Any, **kwargs: Any
-        ) -> chex.Array:
-            # An injected dot_general quantizes, as a rule: it is for the base, not the factors.
-            return adapted_product(
-                x,
-                W,
-                adapter,
-                base_product=lambda x, W: own_dot(x, W, dimension_numbers, **kwargs),
-                precision=kwargs.get("precision"),
-                stored_W=stored_W,
-                dropped_x=None if rng is None else _drop(rng, adapter.dropout, x),
-            )
-
-        return dot_general
-
-    overrides: dict[str, Any] = {"dot_general": with_adapter(own_dot)}
-    if own_dot_cls is not None:
-        overrides = {"dot_general_cls": lambda: with_adapter(own_dot_cls())}
-    with _override(module, overrides):
-        yield
-
-
-def _check_layer(key: Key, W: chex.Array, adapter: Adapter) -> None:
-    """Errors where a transform has sliced the adapter along other axes than the kernel."""
-    U, V = jnp.shape(adapter.U), jnp.shape(adapter.V)
-    if len(U) != 2 or len(V) != 2 or (U[0], V[1]) != W.shape or U[1] != V[0]:
-        raise ValueError(
-            f"In the layer of {path_of(key)!r} the kernel is {W.shape}, but U is {U} and V is "
-            f"{V}. The rule's stack_axes={adapter.axes.stacks} must name the axes on which "
-            f"nn.scan or nn.vmap stack the kernel (variable_axes={{'params': ...}})."
-        )
-
-
-def _drop(rng: chex.PRNGKey, rate: float, x: chex.Array) -> chex.Array:
-    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-@contextlib.contextmanager
-def _override(module: nn.Module, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Sets fields of a bound module for the time of one call.
-
-    A bound module lives for one ``apply``, so nothing of this is seen outside. Python's own
-    ``object.__setattr__``, since a Flax module refuses its own.
-    """
-    before = {name: getattr(module, name) for name in fields}
-    for name, value in fields.items():
-        object.__setattr__(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(module, name, value)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """How a method is adapted: the names of its kernels, and the handler."""
-
-    kernels: tuple[str, ...]
-    handler: Handler
-
-
-# By the function in the class body: a subclass that calls super().__call__ reaches it once,
-# where the product is, and a lifted class reaches it inside its transform.
-_HANDLERS: dict[Callable[..., Any], _Entry] = {
-    _body(nn.Dense.__call__): _Entry(("kernel",), _dense),
-}
-_KNOWN = (nn.Dense,)
 
 
 # --- what a call did ---
@@ -259,26 +216,32 @@ class _Calls:
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
-        entry = _HANDLERS.get(_body(context.orig_method))
-        if entry is None:
+        _refuse_mapped(module)
+        entry = entry_of(context.orig_method)
+        names = entry.names(module) if entry else ()
+        if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
             return next_fun(*args, **kwargs)
-        adapters: dict[str, Adapter] = {
-            name: module.get_variable("params", name + SUFFIX)
-            for name in entry.kernels
-            if module.has_variable("params", name + SUFFIX)
-        }
-        if not adapters:
-            return next_fun(*args, **kwargs)
-        for name, adapter in adapters.items():
-            self._use((*module.path, name), adapter)
-        if any(adapter.dropout for adapter in adapters.values()) and not module.has_rng("dropout"):
+        kernels = tuple(self._kernel(module, name) for name in names)
+        return entry.handler(module, kernels, next_fun, *args, **kwargs)
+
+    def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
+        key = (*module.path, name)
+        if not module.has_variable("params", name):
+            return None
+        value = unbox(module.get_variable("params", name))
+        if not module.has_variable("params", name + SUFFIX):
+            return AdaptedKernel(path_of(key), value)
+        adapter: Adapter = module.get_variable("params", name + SUFFIX)
+        self._use(key, adapter)
+        if not adapter.dropout:
+            return AdaptedKernel(path_of(key), value, adapter)
+        if not module.has_rng("dropout"):
             raise ValueError(
-                f"The adapter of {path_of(module.path)!r} has dropout, but a transform around it "
+                f"The adapter of {path_of(key)!r} has dropout, but a transform around it "
                 f"does not pass on the 'dropout' rng. Add split_rngs={{'dropout': True}} to that "
                 f"nn.scan or nn.vmap, or set dropout=0 in the rule."
             )
-        with entry.handler(module, adapters):
-            return next_fun(*args, **kwargs)
+        return AdaptedKernel(path_of(key), value, adapter, module.make_rng("dropout"))
 
     def _use(self, key: Key, adapter: Adapter) -> None:
         self.used.add(key)
@@ -309,7 +272,6 @@ class _Calls:
         path = path_of(key)
         classes = self.classes.get(key[:-1])
         others = f" (and {len(unused) - 1} more adapters)" if len(unused) > 1 else ""
-        known = ", ".join(f"nn.{cls.__name__}" for cls in _KNOWN)
         if classes is None:
             reached = f"{type(model).__name__}.{getattr(method, '__name__', method or '__call__')}"
             return (
@@ -318,15 +280,39 @@ class _Calls:
                 f"allow_unused=True; else narrow the rule, as the adapter would not be trained."
             )
         cls = classes[-1]
-        if issubclass(cls, _KNOWN):
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if has_entry(cls):
             return (
-                f"The adapter of {path!r}{others} was not used: {cls.__module__}."
-                f"{cls.__qualname__} does not call the __call__ of the layer that it derives "
-                f"from ({known}), so the product with its kernel cannot be adapted. Narrow the "
-                f"rule, or let it call super().__call__."
+                f"The adapter of {path!r}{others} was not used: {name} does not call the method "
+                f"of the layer that it derives from, so the product with its kernel cannot be "
+                f"adapted. Let it call super().__call__, {_REGISTER}"
             )
         return (
-            f"The adapter of {path!r}{others} was not used: there is no handler for "
-            f"{cls.__module__}.{cls.__qualname__}. There are handlers for {known}. Narrow the "
-            f"rule so that it does not match {path!r}."
+            f"The adapter of {path!r}{others} was not used: there is no handler for {name}. "
+            f"There are handlers for {known_layers()}. {_REGISTER[0].upper()}{_REGISTER[1:]}"
+        )
+
+
+def mapped_by(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """The name of a transform that maps variables, and the module whose variables it maps."""
+    if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+        return type(module).__name__, module.layer_instance
+    if type(module).__name__.startswith("Map_variables"):  # Flax names its classes so
+        return "map_variables", module
+    return None
+
+
+def _refuse_mapped(module: nn.Module) -> None:
+    """Errors where the variables of a layer are mapped, since the adapters there would be too."""
+    mapped = mapped_by(module)
+    if mapped is None:
+        return
+    what, inner = mapped
+    params = flatten(inner.variables.get("params", {}), "params")
+    found = [key for key in params if key[-1].endswith(SUFFIX)]
+    if found:
+        path = path_of((*inner.path, *found[0])).removesuffix(SUFFIX)
+        raise ValueError(
+            f"nn.{what} maps the parameters of its layer, and would map the adapter of {path!r} "
+            f"as well. Give {path!r} a rule with substitute=True: then W' is mapped."
         )

@@ -14,13 +14,18 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from lora_jax.adapter import Adapter, Whole, init_adapter
 from lora_jax.axes import KernelAxes
-from lora_jax.config import LoraConfig, Rule, assign, nearest
+from lora_jax.config import LoraConfig, assign, nearest
+from lora_jax.resolve import resolve_axes
 
 Key = tuple[str, ...]
 
 
 def lora_init(
-    key: chex.PRNGKey, params: chex.ArrayTree, config: LoraConfig
+    key: chex.PRNGKey,
+    params: chex.ArrayTree,
+    config: LoraConfig,
+    *,
+    axes: Mapping[str, KernelAxes] | None = None,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """Splits parameters into a frozen base and the adapters to train.
 
@@ -33,6 +38,9 @@ def lora_init(
       params: the ``params`` collection of a Flax model: nested dicts or a ``FrozenDict``, of
         arrays, which may be boxed (``nn.Partitioned``).
       config: which leaves are adapted and how, and which are trained whole.
+      axes: which axes of each kernel are inputs, outputs and stacks, from
+        :func:`lora_jax.kernel_axes`. Without it every matched leaf must be a matrix ``(d, k)``,
+        but for what its rule says.
 
     Returns:
       ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
@@ -62,18 +70,24 @@ def lora_init(
             "lora_init takes the 'params' collection alone: pass variables['params'], not the "
             "whole dict of variables."
         )
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        raise TypeError(
+            "params has jax.ShapeDtypeStruct for arrays. To see the adapters without computing "
+            "them: jax.eval_shape(lambda params: lora_jax.lora_init(key, params, config), params)."
+        )
     arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
     paths = {path_of(key_): key_ for key_ in arrays}
     rules, whole = assign(config, list(paths))
-    axes = _check_kernels({path: (arrays[paths[path]], rule) for path, rule in rules.items()})
+    leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
+    resolved = resolve_axes(leaves, rules, axes)
 
     frozen: dict[Key, Any] = dict(flat)
     adapters: dict[Key, Any] = {}
     for path, key_ in paths.items():
         if path in rules:
             adapter_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            kernel = jnp.asarray(unbox(arrays[key_]))
-            adapter = init_adapter(adapter_key, kernel, rules[path], axes[path])
+            kernel = jnp.asarray(leaves[path])
+            adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path])
             _check_finite(path, kernel if adapter.m is None else adapter.m)
             adapters[key_] = adapter
         elif path in whole:
@@ -110,6 +124,11 @@ def lora_merge(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
     """
 
     def merge(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+        if adapter.untie:
+            raise ValueError(
+                f"The adapter of {path_of(key)!r} has untie=True: it adapts one of several uses "
+                f"of the parameter, so no merged parameter gives the same model."
+            )
         W = jnp.asarray(unbox(kernel))
         return {key: rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))}
 
@@ -185,60 +204,12 @@ def rebox(leaf: Any, array: chex.Array) -> Any:
     return jax.tree.map(lambda _: array, leaf)
 
 
-def _check_kernels(matched: Mapping[str, tuple[Any, Rule]]) -> dict[str, KernelAxes]:
-    """The axes of every matched kernel; an error that names all that are no matrices."""
-    axes: dict[str, KernelAxes] = {}
-    culprits: dict[str, str] = {}
-    for path, (leaf, rule) in matched.items():
-        where = f"Rule({rule.pattern!r}) matches {path!r}"
-        kernel = unbox(leaf)
-        shape = tuple(getattr(kernel, "shape", ()))
-        if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
-            dtype = getattr(kernel, "dtype", type(kernel).__name__)
-            raise ValueError(f"{where}, which is not floating-point but {dtype}.")
-        stacks = rule.stack_axes
-        in_range = all(-len(shape) <= axis < len(shape) for axis in stacks)
-        if not in_range or len({axis % len(shape) for axis in stacks}) < len(stacks):
-            raise ValueError(f"{where}, of shape {shape}, which has no stack_axes={stacks}.")
-        axes[path] = KernelAxes(stacks=stacks)
-        if len(axes[path].layer_shape(shape)) != 2:
-            culprits[path] = f"{path!r} {shape}"
-            continue
-        d, k = axes[path].matrix_shape(shape)
-        if rule.rank > min(d, k):
-            raise ValueError(
-                f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}. "
-                f"Give it a rule with a lower rank before this one, or narrow the pattern."
-            )
-        if rule.variant == "dora" and any(axis > len(stacks) for axis in stacks):
-            counted = tuple(axis - len(shape) if axis > len(stacks) else axis for axis in stacks)
-            raise ValueError(
-                f"{where}, of shape {shape}: DoRA's m has {1 + len(stacks)} axes, so no axis "
-                f"{max(stacks)}. Count it from the end, stack_axes={counted}, in the rule and in "
-                f"the nn.scan."
-            )
-    if culprits:
-        first = next(iter(culprits))
-        rule = matched[first][1]
-        excluding = f"(?!{first})" + rule.pattern
-        some = ", ".join(list(culprits.values())[:5])
-        more = f" and {len(culprits) - 5} more" if len(culprits) > 5 else ""
-        raise ValueError(
-            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): {some}{more}. Where axes "
-            f"stack the kernels of several layers, say so with stack_axes. Other layers than "
-            f"nn.Dense cannot be adapted yet: make the pattern narrower, for instance "
-            f"{excluding!r}."
-        )
-    return axes
-
-
 def _check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
     shape = tuple(unbox(leaf).shape)
-    ndim = len(adapter.axes.stacks) + adapter.axes.inputs + 1
-    if len(shape) < ndim:
+    if len(shape) != adapter.axes.ndim:
         raise ValueError(
-            f"The adapter for {path!r} is for a kernel of {ndim} axes, but the base has {shape} "
-            f"there. Was it made for another model?"
+            f"The adapter for {path!r} is for a kernel of {adapter.axes.ndim} axes, but the base "
+            f"has {shape} there. Was it made for another model?"
         )
     for name, expected in adapter.shapes(shape).items():
         found = tuple(jnp.shape(getattr(adapter, name)))

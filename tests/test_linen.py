@@ -1,6 +1,7 @@
-"""The adapted model equals the model with the explicit W', for every way to hold a Dense."""
+"""The adapted model equals the model with the explicit W', for every layer and way to hold it."""
 
 import functools
+import math
 import types
 
 import flax.core
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 import zoo
+from flax.traverse_util import flatten_dict
 from helpers import random_like, random_variables, relative_error
 
 import lora_jax
 
+KERNELS = r"(.*/)?(kernel|embedding)"
 VARIANTS = {
     "lora": {"variant": "lora", "rank": 2, "alpha": 3.0},
     "rslora": {"variant": "lora", "rank": 3, "rslora": True, "zero": "V"},
@@ -21,81 +24,65 @@ VARIANTS = {
 }
 
 
-def explicit_kernel(kernel, adapter, *, alpha, rslora, stacks, detach_norm):
-    """W' from the papers' formulas, one layer after another; nothing here is the library's."""
-    W = kernel.astype(jnp.float32)
-    U, V, m = adapter.U, adapter.V, adapter.m
-    if stacks:
-        axis, *rest = stacks
-        # Later positive axes were counted with this one in place.
-        rest = [other - 1 if other > axis >= 0 else other for other in rest]
-        take = [jnp.moveaxis(a, axis, 0) for a in (W, U, V)]
-        ms = [None] * len(take[0]) if m is None else jnp.moveaxis(m, axis, 0)
-        layers = [
-            explicit_kernel(
-                w,
-                adapter.replace(U=u, V=v, m=m_),
-                alpha=alpha,
-                rslora=rslora,
-                stacks=rest,
-                detach_norm=detach_norm,
-            )
-            for w, u, v, m_ in zip(*take, ms, strict=True)
-        ]
-        return jnp.stack(layers, axis)
-    rank = U.shape[1]
-    s = alpha / (rank**0.5 if rslora else rank)
-    W = W + s * (U @ V)
-    if m is not None:
-        norm = jnp.sqrt((W**2).sum(0))
-        W = W / (jax.lax.stop_gradient(norm) if detach_norm else norm) * m
-    return W
+def explicit_kernel(kernel, adapter, axes, variant):
+    """W' from the papers' formulas, on one matrix after another; nothing here is the library's."""
+    rank, (inputs, outputs, stacks) = variant["rank"], axes
+    s = variant.get("alpha", rank) / (rank**0.5 if variant.get("rslora") else rank)
+    order = (*stacks, *inputs, *outputs)
+    front = jnp.transpose(kernel.astype(jnp.float32), order)
+    n, d, k = (math.prod(kernel.shape[axis] for axis in some) for some in axes[2:] + axes[:2])
+    U, V = (jnp.reshape(a, (n, *a.shape[-2:])) for a in (adapter.U, adapter.V))
+    matrices = []
+    for i, W in enumerate(jnp.reshape(front, (n, d, k))):
+        W = W + s * (U[i] @ V[i])
+        if adapter.m is not None:
+            norm = jnp.sqrt((W**2).sum(0))
+            W = W / (jax.lax.stop_gradient(norm) if variant.get("detach_norm") else norm)
+            W = W * jnp.reshape(adapter.m, (n, k))[i]
+        matrices.append(W)
+    whole = jnp.reshape(jnp.stack(matrices), front.shape)
+    return jnp.transpose(whole, [order.index(axis) for axis in range(len(order))])
 
 
-def explicit_params(params, adapters, variant, stacks):
+def explicit_params(params, adapters, variant, case):
     variant = VARIANTS[variant]
 
-    def kernel(box_or_kernel, adapter):
-        return jax.tree.map(
-            lambda kernel: explicit_kernel(
-                kernel,
-                adapter,
-                alpha=variant.get("alpha", variant["rank"]),
-                rslora=variant.get("rslora", False),
-                stacks=stacks,
-                detach_norm=variant.get("detach_norm", False),
-            ).astype(kernel.dtype),
-            box_or_kernel,
-        )
+    def walk(params, adapters, path):
+        out = {}
+        for name, value in params.items():
+            here = f"{path}/{name}"
+            if isinstance(value, dict):
+                out[name] = walk(value, adapters.get(name, {}), here)
+            elif name in adapters:
+                axes = zoo.CASES[case].axes_of(here, jax.tree.leaves(value)[0].ndim)
+                out[name] = jax.tree.map(
+                    lambda W, name=name, axes=axes: explicit_kernel(
+                        W, adapters[name], axes, variant
+                    ).astype(W.dtype),
+                    value,
+                )
+            else:
+                out[name] = value
+        return out
 
-    def walk(params, adapters):
-        return {
-            name: walk(value, adapters.get(name, {}))
-            if isinstance(value, dict)
-            else kernel(value, adapters[name])
-            if name in adapters
-            else value
-            for name, value in params.items()
-        }
-
-    return walk(flax.core.unfreeze(params), flax.core.unfreeze(adapters))
+    return walk(flax.core.unfreeze(params), flax.core.unfreeze(adapters), "")
 
 
 @functools.cache
-def setup(case, variant):
-    case, variant = zoo.CASES[case], VARIANTS[variant]
+def setup(name, variant):
+    case, variant = zoo.CASES[name], VARIANTS[variant]
     variables, x = case.init()
     params = variables["params"]
     params = flax.core.freeze(params) if case.freeze else params
-    rule = lora_jax.Rule(".*kernel", stack_axes=case.stack_axes, **variant)
-    config = lora_jax.LoraConfig([rule])
-    frozen, adapters = lora_jax.lora_init(jax.random.key(2), params, config)
+    config = lora_jax.LoraConfig([lora_jax.Rule(KERNELS, **variant)])
+    axes = lora_jax.kernel_axes(case.model, {**variables, "params": params}, x)
+    frozen, adapters = lora_jax.lora_init(jax.random.key(2), params, config, axes=axes)
     rest = {name: value for name, value in variables.items() if name != "params"}
     return types.SimpleNamespace(
         variant=variant,
         exact=case.exact,
         bitwise=case.bitwise,
-        stacks=case.stack_axes,
+        axes=axes,
         x=x,
         params=params,
         frozen=frozen,
@@ -113,10 +100,32 @@ every_case = pytest.mark.parametrize(
     [(case, variant) for case in zoo.CASES for variant in ("lora", "dora")]
     + [
         (case, variant)
-        for case in ("compact", "vmap, axis 0", "scan, axis 1", "bfloat16 compute")
+        for case in (
+            "compact",
+            "vmap, axis 0",
+            "scan, axis 1",
+            "bfloat16 compute",
+            "attention",
+            "Conv, 2-D",
+            "Embed, tied",
+        )
         for variant in ("rslora", "dora detached")
     ],
 )
+
+
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_axes_of_every_kernel(case):
+    s, axes_of = setup(case, "lora"), zoo.CASES[case].axes_of
+    kernels = {
+        path: jax.tree.leaves(leaf)[0].ndim
+        for path, leaf in flatten_dict(flax.core.unfreeze(s.params), sep="/").items()
+        if path.endswith(("kernel", "embedding"))
+    }
+    found = {path: (axes.inputs, axes.outputs, axes.stacks) for path, axes in s.axes.items()}
+    assert found == {path: axes_of(path, ndim) for path, ndim in kernels.items()}
+    assert not s.axes.tied
+    assert not s.axes.refused
 
 
 @every_case
@@ -132,9 +141,7 @@ def test_starts_as_no_op_and_equals_merged_model(case, variant):
 
     merged = jax.jit(lora_jax.lora_merge)(s.frozen, s.trained)
     assert jax.tree.structure(merged) == jax.tree.structure(s.params)
-    explicit = jax.jit(explicit_params, static_argnums=(2, 3))(
-        s.params, s.trained, variant, s.stacks
-    )
+    explicit = jax.jit(explicit_params, static_argnums=(2, 3))(s.params, s.trained, variant, case)
     for got, expected in zip(jax.tree.leaves(merged), jax.tree.leaves(explicit), strict=True):
         assert got.dtype == expected.dtype
         assert relative_error(got, expected) < (1e-6 if s.exact else 1e-2)
@@ -156,7 +163,7 @@ def test_gradient_equals_that_through_the_explicit_kernel(case, variant):
     @jax.jit
     @jax.grad
     def explicit(adapters):
-        params = explicit_params(s.params, adapters, variant, s.stacks)
+        params = explicit_params(s.params, adapters, variant, case)
         return jnp.vdot(weights, s.base(params, s.x).astype(jnp.float32))
 
     with jax.checking_leaks():
@@ -530,7 +537,7 @@ def test_arguments_in_the_wrong_place():
     variables, adapters = init(model, x)
     with pytest.raises(ValueError, match=r"\{'params': frozen\}"):
         lora_jax.lora_apply(model, variables["params"], adapters, x)
-    with pytest.raises(TypeError, match=r"flax\.linen.*function.*model\.module"):
+    with pytest.raises(TypeError, match=r"flax\.linen.*model\.module; got function"):
         lora_jax.lora_apply(model.apply.__func__, variables, adapters, x)
     with pytest.raises(TypeError, match=r"adapters must be a nested dict.*tuple"):
         lora_jax.lora_apply(model, variables, (adapters,), x)

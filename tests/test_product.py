@@ -7,7 +7,8 @@ import pytest
 from helpers import relative_error
 
 from lora_jax.adapter import Adapter
-from lora_jax.product import adapted_product, factored_norm
+from lora_jax.equation import Equation
+from lora_jax.product import adapted_einsum, adapted_linear, factored_norm, factors_of
 from lora_jax.variants import column_norm, dora_kernel, lora_kernel, safe_sqrt
 
 
@@ -73,17 +74,28 @@ def test_safe_sqrt():
 
 @pytest.mark.parametrize("detach_norm", [False, True])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_adapted_product(variant, detach_norm):
+@pytest.mark.parametrize("form", ["einsum", "transposed einsum", "linear"])
+def test_adapted_product(variant, detach_norm, form):
     a = arrays()
+    if form == "transposed einsum":
+        a["x"] = a["x"][:, :5]
 
     def ours(x, W, U, V, m):
         m = m if variant == "dora" else None
         adapter = Adapter(U, V, m, variant=variant, rank=3, alpha=2.0, detach_norm=detach_norm)
-        return adapted_product(x, W, adapter)
+        factors = factors_of(adapter)
+        if form == "linear":
+            return adapted_linear(jnp.matmul, x, W, factors, adapter.axes, base=jnp.matmul)
+        if form == "einsum":
+            equation = Equation.parse("nd,dk->nk", x.shape, W.shape)
+            return adapted_einsum(equation, x, W, factors, base=jnp.matmul)
+        equation = Equation.parse("nk,dk->nd", x.shape, W.shape)
+        return adapted_einsum(equation, x, W, factors, base=lambda x, W: x @ W.T, transposed=True)
 
     def reference(x, W, U, V, m):
         formula = dora_kernel if variant == "dora" else lora_kernel
-        return x @ formula(W, U, V, m, 2.0 / 3.0, detach_norm)
+        W = formula(W, U, V, m, 2.0 / 3.0, detach_norm)
+        return x @ (W.T if form == "transposed einsum" else W)
 
     args = tuple(a.values())
     assert relative_error(ours(*args), reference(*args)) < 1e-5

@@ -222,7 +222,7 @@ def test_abstract():
         (
             {"kernel": jnp.ones(3)},
             {},
-            r"matches what is no matrix \(d, k\): 'kernel' \(3,\).*narrower.*'\(\?!kernel\)",
+            r"matches what is no matrix \(d, k\): 'kernel' \(3,\).*kernel_axes.*narrower",
         ),
         ({"kernel": jnp.ones((2, 3, 4))}, {}, r"'kernel' \(2, 3, 4\).*stack_axes"),
         (
@@ -237,8 +237,18 @@ def test_abstract():
         ({"kernel": jnp.ones((3, 5))}, {"stack_axes": (0,)}, r"is no matrix .*'kernel' \(3, 5\)"),
         (
             {"kernel": jnp.ones((3, 5, 2))},
-            {"stack_axes": (2,), "variant": "dora"},
-            r"'kernel'.*DoRA's m has 2 axes, so no axis 2.*stack_axes=\(-1,\)",
+            {"stack_axes": (2,), "input_axes": (2,)},
+            r"'kernel'.*both in input_axes",
+        ),
+        (
+            {"kernel": jnp.ones((3, 5))},
+            {"fused": 2},
+            r"'kernel', whose 5 outputs are not 2 kernels side by side",
+        ),
+        (
+            {"kernel": jnp.ones((3, 6))},
+            {"fused": 3, "rank": 3},
+            r"rank 3 is above min\(d, k\) = 2 of each of the 3 fused kernels",
         ),
         ({"kernel": jnp.ones((3, 5)).at[1, 2].set(jnp.nan)}, {}, r"'kernel' has NaN or infinite"),
         (

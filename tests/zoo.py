@@ -1,6 +1,7 @@
-"""Models that hold `nn.Dense` in every way that Flax users write it."""
+"""Models that hold every layer of Flax in every way that its users write it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -82,6 +83,18 @@ class Scan(nn.Module):
         return scan(name="blocks")(x, None)[0]
 
 
+class Repeat(nn.Module):
+    """Three blocks in a scan."""
+
+    block: Any
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(self.block, {"params": self.axis}, split_rngs={"params": True}, length=3)
+        return scan(name="blocks")(x, None)[0]
+
+
 class ScanOfScan(nn.Module):
     outer: int
     inner: int
@@ -153,13 +166,66 @@ def dense(**kwargs):
     return lambda features, name=None: nn.Dense(features, name=name, **kwargs)
 
 
+class Attention(nn.Module):
+    """Attention of a scanned block, as decoders have it."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, name="attention")(x)
+        return x + y, None
+
+
+class Einsum(nn.Module):
+    """The equation may come with the call."""
+
+    shape: tuple[int, ...]
+    equation: str
+    at_call: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Einsum(self.shape, None if self.at_call else self.equation, **self.options)
+        return layer(x, self.equation) if self.at_call else layer(x)
+
+
+class Convolutions(nn.Module):
+    """Convolutions one after another, and a mean over all but the batch and the features."""
+
+    layers: tuple[nn.Module, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nn.tanh(layer(x))
+        return x
+
+
+class Tied(nn.Module):
+    """One embedding for the tokens and for the logits."""
+
+    dtype: Any = None
+
+    def setup(self):
+        self.embed = nn.Embed(11, WIDTH, dtype=self.dtype)
+        self.dense = nn.Dense(WIDTH, dtype=self.dtype)
+
+    def __call__(self, tokens):
+        return self.embed.attend(nn.tanh(self.dense(self.embed(tokens))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, the shape of its input, and where its kernels are stacked."""
+    """A model, the shape of its input, and which axes of its kernels are what.
+
+    `axes` has for the last part of a path `(inputs, outputs, stacks)`, said by hand; a kernel that
+    it does not name is a matrix, stacked on `stack_axes`.
+    """
 
     model: nn.Module
     shape: tuple[int, ...] = (4, WIDTH)
     stack_axes: tuple[int, ...] = ()
+    axes: dict[str, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
     freeze: bool = False
     x_dtype: Any = jnp.float32
     exact: bool = True  # computes and stores in float32
@@ -167,11 +233,29 @@ class Case:
 
     def init(self):
         """The variables and an input."""
-        x = random_like(jnp.zeros(self.shape, self.x_dtype), seed=7, scale=1.0)
+        if jnp.issubdtype(self.x_dtype, jnp.integer):
+            x = jnp.arange(math.prod(self.shape)).reshape(self.shape).astype(self.x_dtype) % 11
+        else:
+            x = random_like(jnp.zeros(self.shape, self.x_dtype), seed=7, scale=1.0)
         return random_variables(self.model, x), x
+
+    def axes_of(self, path, ndim):
+        """`(inputs, outputs, stacks)` of a kernel."""
+        for name, axes in self.axes.items():
+            if path.endswith(name):
+                return axes
+        stacks = tuple(sorted(axis % ndim for axis in self.stack_axes))
+        inputs, outputs = (axis for axis in range(ndim) if axis not in stacks)
+        return (inputs,), (outputs,), stacks
+
+
+def conv(shape, *layers, exact=True):
+    inputs = tuple(range(len(layers[0].kernel_size) + 1))
+    return Case(Convolutions(layers), shape, axes={"": (inputs, (len(inputs),), ())}, exact=exact)
 
 
 BF16 = jnp.bfloat16
+ATTENTION = {"out/kernel": ((0, 1), (2,), ()), "kernel": ((0,), (1, 2), ())}
 CASES = {
     "compact": Case(Compact()),
     "setup": Case(Setup()),
@@ -209,4 +293,96 @@ CASES = {
         Compact(dense(param_dtype=BF16)), x_dtype=BF16, exact=False
     ),
     "float16 compute": Case(Compact(dense(dtype=jnp.float16)), exact=False),
+    "DenseGeneral, two outputs": Case(
+        nn.DenseGeneral((3, 2)), (4, 5, WIDTH), axes={"": ((0,), (1, 2), ())}
+    ),
+    "DenseGeneral, two inputs": Case(
+        nn.DenseGeneral(7, axis=(1, -1)), (4, 3, 2, WIDTH), axes={"": ((0, 1), (2,), ())}
+    ),
+    "DenseGeneral, batch axes": Case(
+        nn.DenseGeneral((3, 2), axis=-1, batch_dims=(0,)),
+        (2, 5, WIDTH),
+        axes={"": ((1,), (2, 3), (0,))},
+    ),
+    "attention": Case(
+        nn.MultiHeadDotProductAttention(2, qkv_features=8), (2, 5, WIDTH), axes=ATTENTION
+    ),
+    "attention in bfloat16": Case(
+        nn.MultiHeadDotProductAttention(2, dtype=BF16), (2, 5, WIDTH), axes=ATTENTION, exact=False
+    ),
+    "attention, scan, axis 1": Case(
+        Repeat(Attention, 1),
+        (2, 5, WIDTH),
+        axes={"out/kernel": ((0, 2), (3,), (1,)), "kernel": ((0,), (2, 3), (1,))},
+    ),
+    "attention, scan, axis -1, remat": Case(
+        Repeat(nn.remat(Attention, prevent_cse=False), -1),
+        (2, 5, WIDTH),
+        axes={"out/kernel": ((0, 1), (2,), (3,)), "kernel": ((0,), (1, 2), (3,))},
+        bitwise=False,
+    ),
+    "Einsum": Case(
+        Einsum((WIDTH, 3, 2), "btd,dhk->bhtk"), (4, 5, WIDTH), axes={"": ((0,), (1, 2), ())}
+    ),
+    "Einsum at call, stacked": Case(
+        Einsum((3, 5, WIDTH), "ecd,efd->cef", at_call=True, options={"use_bias": False}),
+        (3, 4, WIDTH),
+        axes={"": ((2,), (1,), (0,))},
+    ),
+    "Einsum, stack last, with bias": Case(
+        Einsum((WIDTH, 5, 3), "ced,dfe -> efc"), (4, 3, WIDTH), axes={"": ((0,), (1,), (2,))}
+    ),
+    "Einsum with ellipsis and a sum": Case(
+        Einsum((WIDTH, 5), "...sd,dk->...k", at_call=True), (2, 3, 4, WIDTH)
+    ),
+    "Einsum in bfloat16": Case(
+        Einsum((WIDTH, 5), "...d,dk->...k", options={"dtype": BF16}), (2, 3, WIDTH), exact=False
+    ),
+    "Conv, 1-D": conv((2, 7, 3), nn.Conv(4, (3,)), nn.Conv(5, (2,), padding="CAUSAL")),
+    "Conv, 2-D": conv(
+        (2, 8, 9, 3),
+        nn.Conv(4, (3, 2), strides=2, padding="VALID"),
+        nn.Conv(5, (3, 3), kernel_dilation=2, padding="CIRCULAR"),
+        nn.Conv(6, (2, 3), padding=((1, 0), (2, 1)), use_bias=False),
+        nn.Conv(4, (2, 2), input_dilation=2, padding=((1, 1), (0, 2))),
+        nn.Conv(4, (2, 2), padding="REFLECT"),
+    ),
+    "Conv, 3-D": conv((2, 4, 5, 3, 2), nn.Conv(4, (3, 2, 2))),
+    "Conv, 1 x 1": conv((2, 4, 5, 3), nn.Conv(4, (1, 1))),
+    "Conv, groups": conv((2, 6, 5, 4), nn.Conv(6, (3, 3), feature_group_count=2)),
+    "Conv, depthwise": conv((2, 6, 5, 4), nn.Conv(8, (3, 3), feature_group_count=4)),
+    "Conv, no batch": conv((6, 5, 3), nn.Conv(4, (3, 3))),
+    "Conv, many batch axes": conv((2, 3, 6, 5, 3), nn.Conv(4, (3, 3))),
+    "Conv in bfloat16": conv((2, 6, 5, 3), nn.Conv(4, (3, 3), dtype=BF16), exact=False),
+    "Conv, remat and jit": conv(
+        (2, 6, 5, 3), nn.remat(nn.Conv)(4, (3, 3)), nn.jit(nn.Conv)(3, (3, 3))
+    ),
+    "Conv, vmap": Case(
+        nn.vmap(nn.Conv, {"params": -1}, {"params": True})(4, (3, 3)),
+        (3, 2, 6, 5, 3),
+        axes={"": ((0, 1, 2), (3,), (4,))},
+    ),
+    "ConvTranspose": conv(
+        (2, 4, 5, 3),
+        nn.ConvTranspose(4, (3, 2), strides=(2, 1)),
+        nn.ConvTranspose(3, (4, 4), strides=(2, 2), padding="CIRCULAR"),
+        nn.ConvTranspose(2, (2, 2), kernel_dilation=(2, 1), padding="VALID", use_bias=False),
+    ),
+    "ConvTranspose, kernel transposed": Case(
+        nn.ConvTranspose(4, (3, 3), strides=(2, 2), transpose_kernel=True),
+        (2, 4, 5, 3),
+        axes={"": ((0, 1, 3), (2,), ())},
+    ),
+    "ConvTranspose, no batch, bfloat16": conv(
+        (4, 5, 3), nn.ConvTranspose(4, (3, 3), dtype=BF16), exact=False
+    ),
+    "ConvLocal, 1-D": Case(
+        nn.ConvLocal(4, (3,), padding="VALID"), (2, 7, 3), axes={"": ((1,), (2,), (0,))}
+    ),
+    "ConvLocal, 2-D": Case(
+        nn.ConvLocal(4, (3, 2), strides=2), (2, 6, 5, 3), axes={"": ((2,), (3,), (0, 1))}
+    ),
+    "Embed": Case(nn.Embed(11, WIDTH), (2, 5), x_dtype=jnp.int32),
+    "Embed, tied": Case(Tied(), (2, 5), x_dtype=jnp.int32),
+    "Embed, tied, in bfloat16": Case(Tied(BF16), (2, 5), x_dtype=jnp.uint8, exact=False),
 }

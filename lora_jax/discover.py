@@ -1,0 +1,261 @@
+"""The axes of every kernel, from one abstract call of the model.
+
+Beside every parameter stands a label without arrays: Flax tells it when ``nn.scan`` or ``nn.vmap``
+slice an axis off, so that in the layer it says which axes of the whole kernel are left there. The
+handlers then compute with zeros in place of their kernels; a kernel on which the result depends
+all the same is read in another place too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import numpy as np
+from flax.traverse_util import empty_node
+
+# Not in the public interface of jax, but the only way to ask what a jaxpr depends on.
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from lora_jax.axes import KernelAxes
+from lora_jax.linen import call_model, check_model, mapped_by
+from lora_jax.registry import AdaptedKernel, Refused, entry_of
+from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
+
+_SUFFIX = "@label"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelAxes(Mapping[str, KernelAxes]):
+    """The kernels of a model that can be adapted: a mapping of their paths to their axes.
+
+    Attributes:
+      kernels: the axes of each kernel.
+      layers: the class that each parameter's module has, also where it is no known kernel.
+      stacks: for each parameter of a module that was called, the axes that stack it.
+      refused: why a parameter of a known layer cannot be adapted there.
+      tied: kernels that are also read outside of their layer.
+    """
+
+    kernels: Mapping[str, KernelAxes]
+    layers: Mapping[str, str]
+    stacks: Mapping[str, tuple[int, ...]]
+    refused: Mapping[str, str]
+    tied: frozenset[str]
+
+    def __getitem__(self, path: str) -> KernelAxes:
+        """The axes of the kernel at a path."""
+        return self.kernels[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of the kernels."""
+        return iter(self.kernels)
+
+    def __len__(self) -> int:
+        """Number of kernels."""
+        return len(self.kernels)
+
+
+def kernel_axes(
+    model: Any, variables: Mapping[str, Any], /, *args: Any, **kwargs: Any
+) -> ModelAxes:
+    """Finds which axes of every kernel are inputs, outputs and stacks, from the model itself.
+
+    The model is evaluated abstractly, once, as by ``jax.eval_shape``: no memory, no arithmetic.
+
+    Args:
+      model: as for :func:`lora_jax.lora_apply`.
+      variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
+      *args: for ``model.apply``; arrays may be ``jax.ShapeDtypeStruct``.
+      **kwargs: for ``model.apply``.
+
+    Returns:
+      A :class:`ModelAxes`, for ``lora_init(..., axes=...)``: a mapping of the path of every kernel
+      that this call used in a known layer to its :class:`KernelAxes`. It also knows which
+      parameters the model reads in other places too, such as tied embeddings.
+
+    Raises:
+      TypeError: ``model`` is no ``flax.linen`` module.
+      ValueError: ``variables`` without ``"params"``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
+      >>> x = jnp.ones((1, 5, 6))
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+      >>> for path, axes in lora_jax.kernel_axes(model, variables, x).items():
+      ...     print(path, axes.inputs, axes.outputs)
+      key/kernel (0,) (1, 2)
+      out/kernel (0, 1) (2,)
+      query/kernel (0,) (1, 2)
+      value/kernel (0,) (1, 2)
+    """
+    check_model(model, variables, "kernel_axes")
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    params = {
+        key: leaf
+        for key, leaf in flatten(variables["params"], "params").items()
+        if leaf is not empty_node
+    }
+    kernels = {key: unbox(leaf) for key, leaf in params.items()}
+    nonce = next(_NONCES)
+    labels = {
+        (*key[:-1], key[-1] + _SUFFIX): _Label(
+            path_of(key), tuple(range(leaf.ndim)), leaf.ndim, nonce
+        )
+        for key, leaf in kernels.items()
+        if hasattr(leaf, "ndim")
+    }
+    observer = _Observer()
+
+    def call(params: dict[Key, Any], rest: Mapping[str, Any], traced: list[Any]) -> list[Any]:
+        for i, value in zip(arrays, traced, strict=True):
+            leaves[i] = value
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        labelled = unflatten({**params, **labels}, variables["params"])
+        with nn.intercept_methods(observer.intercept):
+            out = call_model(model, {**rest, "params": labelled}, args, kwargs)
+        return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
+
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    abstract = jax.tree.map(_abstract, (params, rest, [leaves[i] for i in arrays]))
+    jaxpr = jax.make_jaxpr(call)(*abstract).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    inputs = jax.tree.unflatten(jax.tree.structure(abstract), used)
+    read = {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
+    found = {path: axes for path, axes in observer.kernels.items() if path not in observer.refused}
+    return ModelAxes(
+        kernels=dict(sorted(found.items())),
+        layers=observer.layers,
+        stacks=observer.stacks,
+        refused=observer.refused,
+        tied=frozenset(read & found.keys()),
+    )
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+_NONCES = itertools.count()
+
+
+@flax.struct.dataclass
+class _Label(nn.meta.AxisMetadata[Any]):
+    """Which parameter this is, and which of its axes are left.
+
+    It has no arrays, so that maps over parameters pass it by. The nonce makes ``nn.jit`` trace
+    again what it has in its cache.
+    """
+
+    path: str = flax.struct.field(pytree_node=False)
+    axes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    ndim: int = flax.struct.field(pytree_node=False)
+    nonce: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """The axes that were sliced off."""
+        return tuple(axis for axis in range(self.ndim) if axis not in self.axes)
+
+    def unbox(self) -> None:
+        """Holds nothing."""
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Holds nothing."""
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> _Label:
+        """A transform slices this axis off."""
+        left = list(self.axes)
+        del left[index]
+        return _Label(self.path, tuple(left), self.ndim, self.nonce)
+
+    def add_axis(self, index: int, params: Any) -> _Label:
+        """A transform stacks again what it returns; that is of no interest."""
+        return self
+
+
+@dataclasses.dataclass
+class _Observer:
+    """The interceptor of the abstract call, and what it saw."""
+
+    kernels: dict[str, KernelAxes] = dataclasses.field(default_factory=dict)
+    layers: dict[str, str] = dataclasses.field(default_factory=dict)
+    stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def intercept(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        """Runs the handler of a known layer, and notes what it does with its kernels."""
+        module = context.module
+        if module.scope is None:
+            return next_fun(*args, **kwargs)
+        mapped = mapped_by(module)
+        if mapped is not None:
+            what, inner = mapped
+            below = flatten(inner.variables.get("params", {}), "params").values()
+            paths = [label.path for label in below if isinstance(label, _Label)]
+            self.refused |= dict.fromkeys(paths, f"nn.{what} maps the parameters of its layer")
+        labels = {
+            name: label
+            for name, label in module.variables.get("params", {}).items()
+            if isinstance(label, _Label)
+        }
+        for label in labels.values():
+            self.layers.setdefault(label.path, _name(module))
+            self.stacks.setdefault(label.path, label.stacks)
+        entry = entry_of(context.orig_method)
+        names = entry.names(module) if entry else ()
+        ours = [labels[name + _SUFFIX] for name in names if name + _SUFFIX in labels]
+        if entry is None or not ours:
+            return next_fun(*args, **kwargs)
+        self.layers |= dict.fromkeys((label.path for label in ours), _name(module))
+        kernels = tuple(
+            AdaptedKernel(
+                labels[name + _SUFFIX].path,
+                unbox(module.get_variable("params", name)),
+                observe=functools.partial(self._observe, labels[name + _SUFFIX]),
+            )
+            if name + _SUFFIX in labels
+            else None
+            for name in names
+        )
+        try:
+            return entry.handler(module, kernels, next_fun, *args, **kwargs)
+        except Refused as error:
+            self.refused |= dict.fromkeys((label.path for label in ours), str(error))
+            return next_fun(*args, **kwargs)
+
+    def _observe(self, label: _Label, layer: KernelAxes) -> None:
+        """Notes the axes of a kernel, which a handler gives as its layer sees it."""
+        if layer.ndim != len(label.axes):
+            raise Refused(f"its handler computes with {layer.ndim} axes of {len(label.axes)}")
+        axes = KernelAxes(
+            inputs=tuple(label.axes[i] for i in layer.inputs),
+            outputs=tuple(label.axes[i] for i in layer.outputs),
+            stacks=(*label.stacks, *(label.axes[i] for i in layer.stacks)),
+        )
+        before = self.kernels.setdefault(label.path, axes)
+        if before != axes:
+            raise Refused(f"its handler uses it as {before} and as {axes}")
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

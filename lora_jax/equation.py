@@ -1,0 +1,146 @@
+"""An einsum of an input with a kernel, and which matrix product it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Sequence
+
+import chex
+import jax.numpy as jnp
+
+from lora_jax.axes import KernelAxes
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """``x,W->y`` with one letter for every axis.
+
+    The letters of ``W`` are of three kinds: those only in ``x`` besides are contracted, those only
+    in ``y`` are features of the output, those in both stack. So the einsum is a (stacked) matrix
+    product of rows of ``x``, ``(*stack, n, d)``, with ``W`` as a matrix, ``(*stack, d, k)``.
+
+    Attributes:
+      x: letters of the input.
+      W: letters of the kernel.
+      y: letters of the result.
+      sizes: sizes of the axes of ``x`` and ``W``, in that order.
+
+    Example:
+      >>> eq = Equation.parse("...td,dhk->...htk", (2, 7, 6), (6, 3, 4))
+      >>> eq.axes
+      KernelAxes(inputs=(0,), outputs=(1, 2), stacks=(), fused=1, parts=(0,))
+      >>> eq.rows(jnp.zeros((2, 7, 6))).shape, eq.result(jnp.zeros((14, 12))).shape
+      ((14, 6), (2, 3, 7, 4))
+    """
+
+    x: str
+    W: str
+    y: str
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, equation: str, x_shape: Sequence[int], W_shape: Sequence[int]) -> Equation:
+        """Reads an einsum's equation; ``...`` may stand in ``x`` and ``y``.
+
+        Raises:
+          ValueError: an equation that is no product of an input with a kernel.
+        """
+        text = equation.replace(" ", "")
+        try:
+            operands, y = text.split("->")
+            x, W = operands.split(",")
+        except ValueError:
+            raise ValueError(f"The equation must be 'x,W->y', got {equation!r}.") from None
+        missing = len(x_shape) - len(x.replace("...", ""))
+        unused = [c for c in string.ascii_letters if c not in text]
+        if "..." in x and missing >= 0:
+            x, y = (side.replace("...", "".join(unused[:missing])) for side in (x, y))
+        if (len(x), len(W)) != (len(x_shape), len(W_shape)):
+            raise ValueError(
+                f"The equation {equation!r} does not fit an input {tuple(x_shape)} and a kernel "
+                f"{tuple(W_shape)}."
+            )
+        summed = [c for c in W if c not in x and c not in y]
+        repeated = any(len(set(side)) < len(side) for side in (x, W, y))
+        if summed or repeated or not set(y) <= set(x + W) or "." in x + W + y:
+            raise ValueError(
+                f"The equation {equation!r} is no product with a matrix: every letter stands at "
+                f"most once in each of 'x,W->y', and those of W also stand in x or in y."
+            )
+        self = cls(x, W, y, (*x_shape, *W_shape))
+        if not self.axes.inputs or not self.axes.outputs:
+            raise ValueError(
+                f"The equation {equation!r} is no product with a matrix: the kernel must share "
+                f"letters with x that are not in y, and with y that are not in x."
+            )
+        return self
+
+    @functools.cached_property
+    def axes(self) -> KernelAxes:
+        """The kernel as a matrix, contracted with its inputs."""
+        x, y = set(self.x), set(self.y)
+        return KernelAxes(
+            inputs=tuple(i for i, c in enumerate(self.W) if c in x and c not in y),
+            outputs=tuple(i for i, c in enumerate(self.W) if c in y and c not in x),
+            stacks=tuple(i for i, c in enumerate(self.W) if c in x and c in y),
+        )
+
+    @property
+    def transposed_axes(self) -> KernelAxes:
+        """The kernel as a matrix, contracted with its outputs: ``x W^T``."""
+        return dataclasses.replace(self.axes, inputs=self.axes.outputs, outputs=self.axes.inputs)
+
+    def rows(self, x: chex.Array) -> chex.Array:
+        """The input as rows of a matrix, ``(*stack, n, d)``."""
+        summed = tuple(i for i, c in enumerate(self.x) if c not in self.W and c not in self.y)
+        letters = "".join(c for i, c in enumerate(self.x) if i not in summed)
+        x = jnp.sum(x, axis=summed) if summed else x
+        order = self._stack + self._free + self._in
+        x = jnp.transpose(x, [letters.index(c) for c in order])
+        return jnp.reshape(x, (*self._shape(self._stack), *map(self._size, (self._free, self._in))))
+
+    def result(self, rows: chex.Array) -> chex.Array:
+        """The result from its rows, ``(*stack, n, k)``."""
+        order = self._stack + self._free + self._out
+        return jnp.transpose(
+            jnp.reshape(rows, self._shape(order)), [order.index(c) for c in self.y]
+        )
+
+    def on_x(self, a: chex.Array) -> chex.Array:
+        """One number for each contracted feature, ``(*stack, d)``, to multiply ``x`` with."""
+        return self._spread(a, self._stack + self._in, self.x)
+
+    def on_y(self, a: chex.Array) -> chex.Array:
+        """One number for each output feature, ``(*stack, k)``, to multiply the result with."""
+        return self._spread(a, self._stack + self._out, self.y)
+
+    def _spread(self, a: chex.Array, letters: str, onto: str) -> chex.Array:
+        a = jnp.reshape(a, self._shape(letters))
+        a = jnp.transpose(a, [letters.index(c) for c in onto if c in letters])
+        return jnp.expand_dims(a, [i for i, c in enumerate(onto) if c not in letters])
+
+    @functools.cached_property
+    def _stack(self) -> str:
+        return "".join(self.W[axis] for axis in self.axes.stacks)
+
+    @functools.cached_property
+    def _in(self) -> str:
+        return "".join(self.W[axis] for axis in self.axes.inputs)
+
+    @functools.cached_property
+    def _out(self) -> str:
+        return "".join(self.W[axis] for axis in self.axes.outputs)
+
+    @functools.cached_property
+    def _free(self) -> str:
+        return "".join(c for c in self.y if c not in self.W)
+
+    def _shape(self, letters: str) -> tuple[int, ...]:
+        sizes = dict(zip(self.x + self.W, self.sizes, strict=True))
+        return tuple(sizes[c] for c in letters)
+
+    def _size(self, letters: str) -> int:
+        return math.prod(self._shape(letters))

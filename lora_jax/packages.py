@@ -1,0 +1,81 @@
+"""Layers of well-known packages, which compute with a kernel of their own.
+
+The packages are not imported: a layer is known by the name of its method. What stands here is
+what a user would write with :func:`lora_jax.register` for a layer of theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.registry import AdaptedKernel, Names, enter
+
+Kernels = tuple[AdaptedKernel, ...]
+
+
+def _gpt2_conv1d(layer: Any, kernels: Kernels, call: Any, inputs: chex.Array) -> chex.Array:
+    """``FlaxConv1D`` of GPT-2: a dense layer that keeps its kernel as ``(k, d)``."""
+    del call
+    (kernel,) = kernels
+    x = jnp.asarray(inputs, layer.dtype)
+    W = kernel.value.astype(layer.dtype)
+
+    def product(x: chex.Array, W: chex.Array) -> chex.Array:
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, W.T, dims, precision=layer.precision)
+
+    y = kernel.einsum("...d,kd->...k", x, W, base=product, precision=layer.precision)
+    if layer.use_bias:
+        y = y + jnp.asarray(nn.unbox(layer.get_variable("params", "bias")), layer.dtype)
+    return y
+
+
+def _gemma_einsum(layer: Any, kernels: Kernels, call: Any, eqn: str, x: chex.Array) -> chex.Array:
+    """``Einsum`` of gemma: the name of its kernel is a field, the equation an argument."""
+    del layer, call
+    return kernels[0].einsum(eqn, x)
+
+
+def _gemma_encode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
+    """The input embeddings of gemma."""
+    del call
+    rows = kernels[0].linear(lambda ids, W: W[(ids,)], x, inputs=(0,))
+    return rows * jnp.sqrt(layer.embed_dim).astype(rows.dtype)
+
+
+def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
+    """The logits of gemma: the product with the transposed embeddings."""
+    del layer, call
+    return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)
+
+
+def _names(*names: str) -> Names:
+    return lambda _: names
+
+
+_GPT2 = "transformers.models.gpt2.modeling_flax_gpt2."
+_GEMMA = "gemma.gm.nn."
+enter(_GPT2 + "FlaxConv1D.__call__", "transformers' FlaxConv1D", _names("kernel"), _gpt2_conv1d)
+enter(
+    _GEMMA + "_layers.Einsum.__call__",
+    "gemma's Einsum",
+    lambda layer: (layer.weight_name,),
+    _gemma_einsum,
+)
+enter(
+    _GEMMA + "_modules.Embedder.encode",
+    "gemma's Embedder",
+    _names("input_embedding"),
+    _gemma_encode,
+)
+enter(
+    _GEMMA + "_modules.Embedder.decode",
+    "gemma's Embedder",
+    _names("input_embedding"),
+    _gemma_decode,
+)

@@ -1,0 +1,153 @@
+"""Which axes a matched kernel has: what its rule says, what the model says, or a plain matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from lora_jax.axes import KernelAxes
+from lora_jax.config import Rule
+
+if TYPE_CHECKING:
+    from lora_jax.discover import ModelAxes
+
+
+def resolve_axes(
+    leaves: Mapping[str, Any], rules: Mapping[str, Rule], axes: Mapping[str, KernelAxes] | None
+) -> dict[str, KernelAxes]:
+    """The axes of every matched kernel.
+
+    Args:
+      leaves: every leaf by its path.
+      rules: the rule of each matched path.
+      axes: from :func:`lora_jax.kernel_axes`, or any mapping; ``None`` without the model.
+
+    Raises:
+      ValueError: a matched leaf that is no floating-point matrix, or that the model uses in a way
+        that cannot be adapted; a rank above ``min(d, k)``. The message names all culprits of one
+        kind.
+    """
+    resolved: dict[str, KernelAxes] = {}
+    culprits: dict[str, list[str]] = {}
+    for path, rule in rules.items():
+        where, leaf = f"Rule({rule.pattern!r}) matches {path!r}", leaves[path]
+        shape = tuple(getattr(leaf, "shape", ()))
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            dtype = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(f"{where}, which is not floating-point but {dtype}.")
+        found = _axes_of(path, shape, rule, axes, where)
+        if isinstance(found, str):
+            culprits.setdefault(found, []).append(f"{path!r} {shape}")
+            continue
+        d, k = found.matrix_shape(shape)
+        if shape and k * found.fused * d == 0:
+            raise ValueError(f"{where}, of shape {shape}, which has no elements.")
+        if rule.rank > min(d, k):
+            each = f" of each of the {rule.fused} fused kernels" if rule.fused > 1 else ""
+            raise ValueError(
+                f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}"
+                f"{each}. Give it a rule with a lower rank before this one, or narrow the pattern."
+            )
+        resolved[path] = found
+    if culprits:
+        problem, paths = next(iter(culprits.items()))
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        raise ValueError(f"{problem.replace('LEAVES', ', '.join(paths[:5]) + more)}")
+    return resolved
+
+
+def _axes_of(
+    path: str,
+    shape: tuple[int, ...],
+    rule: Rule,
+    axes: Mapping[str, KernelAxes] | None,
+    where: str,
+) -> KernelAxes | str:
+    """The axes, or what is wrong, with ``LEAVES`` for all leaves with the same problem."""
+    known = None if axes is None else axes.get(path)
+    if known is not None and not rule.stack_axes and rule.input_axes is None:
+        found: KernelAxes | str = known
+    else:
+        stacks = _in_range(rule.stack_axes, shape, f"{where}, of shape {shape}", "stack_axes")
+        stacks = stacks or _stacks_of(path, axes)
+        found = _stated(rule, shape, stacks, where)
+    model: ModelAxes | None = axes if hasattr(axes, "refused") else None  # type: ignore[assignment]
+    if not rule.substitute and model is not None:
+        problem = _unadaptable(path, rule, model)
+        if problem:
+            return problem
+    if isinstance(found, str) or rule.fused == 1:
+        return found
+    k = found.matrix_shape(shape)[1]
+    if k % rule.fused:
+        raise ValueError(f"{where}, whose {k} outputs are not {rule.fused} kernels side by side.")
+    return KernelAxes(found.inputs, found.outputs, found.stacks, rule.fused, rule.parts or ())
+
+
+def _stated(
+    rule: Rule, shape: tuple[int, ...], stacks: tuple[int, ...], where: str
+) -> KernelAxes | str:
+    """The axes that the rule states, or a plain matrix."""
+    left = [axis for axis in range(len(shape)) if axis not in stacks]
+    if rule.input_axes is not None:
+        inputs = _in_range(rule.input_axes, shape, f"{where}, of shape {shape}", "input_axes")
+        if set(inputs) & set(stacks):
+            raise ValueError(f"{where}: axes {inputs} are both in input_axes and stacks.")
+    else:
+        inputs = tuple(left[:1])
+    outputs = tuple(axis for axis in left if axis not in inputs)
+    if not inputs or not outputs or (rule.input_axes is None and len(left) != 2):
+        return (
+            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): LEAVES. Find the axes with "
+            f"axes = lora_jax.kernel_axes(model, variables, *args) and pass lora_init(..., "
+            f"axes=axes), or say input_axes and stack_axes in the rule; and where a leaf is no "
+            f"kernel at all, such as a bias or a scale, make the pattern narrower."
+        )
+    return KernelAxes(inputs, outputs, stacks)
+
+
+def _in_range(
+    axes: tuple[int, ...], shape: tuple[int, ...], where: str, name: str
+) -> tuple[int, ...]:
+    """The axes counted from 0."""
+    in_range = all(-len(shape) <= axis < len(shape) for axis in axes)
+    positive = tuple(axis % len(shape) for axis in axes) if in_range else ()
+    if len(set(positive)) < len(axes):
+        raise ValueError(f"{where}, which has no {name}={axes}.")
+    return positive
+
+
+def _stacks_of(path: str, axes: Mapping[str, KernelAxes] | None) -> tuple[int, ...]:
+    """The stacks of a parameter that is no known kernel, as the model has them."""
+    stacks: Mapping[str, tuple[int, ...]] = getattr(axes, "stacks", {})
+    return tuple(stacks.get(path, ()))
+
+
+def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
+    """Why the layer of a parameter cannot be adapted."""
+    said = f"Rule({rule.pattern!r})"
+    if path in model.refused:
+        return (
+            f"{said} matches LEAVES, which cannot be adapted in the layer: {model.refused[path]}. "
+            f"Give it a rule with substitute=True."
+        )
+    if path in model.tied and not rule.untie:
+        return (
+            f"{said} matches LEAVES, which the model also reads outside of the layer, as tied "
+            f"embeddings do: an adapter in the layer would change one use only. Give it a rule "
+            f"with substitute=True, so that both see W', or with untie=True."
+        )
+    if path in model:
+        return None
+    if path not in model.layers:
+        return (
+            f"{said} matches LEAVES, whose module the call of kernel_axes did not use. Call "
+            f"kernel_axes with arguments that use it, or make the pattern narrower."
+        )
+    return (
+        f"{said} matches LEAVES, which is no kernel of a layer that is known here: it belongs to "
+        f"{model.layers[path]}. Register a handler for it with lora_jax.register, give it a rule "
+        f"with substitute=True, or make the pattern narrower."
+    )
