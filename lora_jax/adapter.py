@@ -35,7 +35,7 @@ class Adapter:
       detach_norm: whether DoRA's norm is a constant in the gradient.
       axes: how the kernel is a matrix.
       substitute: whether ``W'`` stands in place of the parameter itself.
-      untie: whether other readers of the parameter keep the base.
+      untied: whether other readers of the parameter keep the base.
     """
 
     U: Any
@@ -49,7 +49,7 @@ class Adapter:
     detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
     axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
     substitute: bool = flax.struct.field(pytree_node=False, default=False)
-    untie: bool = flax.struct.field(pytree_node=False, default=False)
+    untied: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def scale(self) -> float:
@@ -101,7 +101,9 @@ def default_std(d: int) -> float:
     return 1.0 / math.sqrt(d)
 
 
-def init_adapter(key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: KernelAxes) -> Adapter:
+def init_adapter(
+    key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: KernelAxes, untied: bool = False
+) -> Adapter:
     """An adapter that changes nothing yet.
 
     Args:
@@ -109,6 +111,7 @@ def init_adapter(key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: Kernel
       kernel: the kernel, stack axes included.
       rule: rank, variant and initial values.
       axes: how the kernel is a matrix.
+      untied: whether other readers of the kernel keep the base.
     """
     d, k = axes.matrix_shape(kernel.shape)
     stack = axes.stack_shape(kernel.shape)
@@ -138,5 +141,5 @@ def init_adapter(key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: Kernel
         detach_norm=rule.detach_norm,
         axes=axes,
         substitute=rule.substitute,
-        untie=rule.untie,
+        untied=untied,
     )

@@ -49,9 +49,11 @@ class Rule:
         computing ``x W'`` in the layer. It is right for every parameter of every model, read by
         whatever code, but ``W'`` and its gradient are formed in full: the memory and the time of
         full fine-tuning for that parameter, and ``W'`` is rounded to the parameter's dtype.
-      untie: adapt the layer's own product only, though :func:`lora_jax.kernel_axes` has found
-        that the model reads the parameter elsewhere too, as tied embeddings do. The other reader
-        keeps the base. Such an adapter cannot be merged.
+      tied: what to do with a matched parameter that the model also reads outside of its layer, as
+        tied embeddings are, which :func:`lora_jax.kernel_axes` finds. ``None``: an error.
+        ``"substitute"``: as ``substitute=True``, for these parameters only, so that all uses see
+        ``W'``. ``"untie"``: the layer's own use is adapted and the others keep the base; such an
+        adapter cannot be merged.
 
     Raises:
       TypeError: a field of the wrong type.
@@ -81,7 +83,7 @@ class Rule:
     fused: int = 1
     parts: tuple[int, ...] | None = None
     substitute: bool = False
-    untie: bool = False
+    tied: str | None = None
 
     def __post_init__(self) -> None:
         _check_regex(self.pattern, "Rule")
@@ -132,9 +134,9 @@ class Rule:
                 f"{where}: substitute=True has no dropout, as the factors have no input of their "
                 f"own: W' stands in place of the parameter."
             )
-        if self.substitute and self.untie:
+        if self.tied not in (None, "substitute", "untie"):
             raise ValueError(
-                f"{where}: untie=True adapts one use of a parameter, substitute=True all of them."
+                f"{where}: tied must be 'substitute', 'untie' or None, got {self.tied!r}."
             )
 
     @property

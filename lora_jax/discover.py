@@ -9,7 +9,6 @@ all the same is read in another place too.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from flax.traverse_util import empty_node
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from lora_jax.axes import KernelAxes
-from lora_jax.linen import call_model, check_model, mapped_by
+from lora_jax.linen import MAPPED, call_model, check_model, entered, maps_variables
 from lora_jax.registry import AdaptedKernel, Refused, entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
@@ -33,14 +32,14 @@ _SUFFIX = "@label"
 
 @dataclasses.dataclass(frozen=True)
 class ModelAxes(Mapping[str, KernelAxes]):
-    """The kernels of a model that can be adapted: a mapping of their paths to their axes.
+    """The kernels that a model has in known layers: a mapping of their paths to their axes.
 
     Attributes:
       kernels: the axes of each kernel.
-      layers: the class that each parameter's module has, also where it is no known kernel.
-      stacks: for each parameter of a module that was called, the axes that stack it.
-      refused: why a parameter of a known layer cannot be adapted there.
-      tied: kernels that are also read outside of their layer.
+      layers: for each parameter of a module that was called, kernel or not, the module's class.
+      stacks: likewise, the axes that stack it.
+      refused: why a parameter of a known layer cannot be adapted in the layer.
+      tied: kernels that the model also reads outside of their layer.
     """
 
     kernels: Mapping[str, KernelAxes]
@@ -130,13 +129,12 @@ def kernel_axes(
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     inputs = jax.tree.unflatten(jax.tree.structure(abstract), used)
     read = {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
-    found = {path: axes for path, axes in observer.kernels.items() if path not in observer.refused}
     return ModelAxes(
-        kernels=dict(sorted(found.items())),
+        kernels=dict(sorted(observer.kernels.items())),
         layers=observer.layers,
         stacks=observer.stacks,
         refused=observer.refused,
-        tied=frozenset(read & found.keys()),
+        tied=frozenset(read & observer.kernels.keys() - observer.refused.keys()),
     )
 
 
@@ -195,6 +193,7 @@ class _Observer:
     layers: dict[str, str] = dataclasses.field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    mapped: list[str] = dataclasses.field(default_factory=list)
 
     def intercept(
         self,
@@ -205,14 +204,12 @@ class _Observer:
     ) -> Any:
         """Runs the handler of a known layer, and notes what it does with its kernels."""
         module = context.module
+        what = maps_variables(module)
+        if what is not None:
+            with entered(self.mapped, what):
+                return next_fun(*args, **kwargs)
         if module.scope is None:
             return next_fun(*args, **kwargs)
-        mapped = mapped_by(module)
-        if mapped is not None:
-            what, inner = mapped
-            below = flatten(inner.variables.get("params", {}), "params").values()
-            paths = [label.path for label in below if isinstance(label, _Label)]
-            self.refused |= dict.fromkeys(paths, f"nn.{what} maps the parameters of its layer")
         labels = {
             name: label
             for name, label in module.variables.get("params", {}).items()
@@ -231,20 +228,31 @@ class _Observer:
             AdaptedKernel(
                 labels[name + _SUFFIX].path,
                 unbox(module.get_variable("params", name)),
-                observe=functools.partial(self._observe, labels[name + _SUFFIX]),
+                observer=_OneKernel(self, labels[name + _SUFFIX]),
             )
             if name + _SUFFIX in labels
             else None
             for name in names
         )
+        if self.mapped:
+            self.refused |= dict.fromkeys((k.path for k in ours), f"{self.mapped[-1]} {MAPPED}")
         try:
             return entry.handler(module, kernels, next_fun, *args, **kwargs)
         except Refused as error:
             self.refused |= dict.fromkeys((label.path for label in ours), str(error))
             return next_fun(*args, **kwargs)
 
-    def _observe(self, label: _Label, layer: KernelAxes) -> None:
-        """Notes the axes of a kernel, which a handler gives as its layer sees it."""
+
+@dataclasses.dataclass
+class _OneKernel:
+    """Notes what the handler of a layer does with one kernel."""
+
+    observer: _Observer
+    label: _Label
+
+    def use(self, layer: KernelAxes) -> None:
+        """The handler computes with the kernel, of which the layer sees these axes."""
+        label = self.label
         if layer.ndim != len(label.axes):
             raise Refused(f"its handler computes with {layer.ndim} axes of {len(label.axes)}")
         axes = KernelAxes(
@@ -252,9 +260,13 @@ class _Observer:
             outputs=tuple(label.axes[i] for i in layer.outputs),
             stacks=(*label.stacks, *(label.axes[i] for i in layer.stacks)),
         )
-        before = self.kernels.setdefault(label.path, axes)
+        before = self.observer.kernels.setdefault(label.path, axes)
         if before != axes:
             raise Refused(f"its handler uses it as {before} and as {axes}")
+
+    def refuse(self, reason: str) -> None:
+        """The handler cannot adapt the kernel."""
+        self.observer.refused[self.label.path] = reason
 
 
 def _name(module: nn.Module) -> str:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.equation import Equation
-from lora_jax.registry import AdaptedKernel, Names, Refused, body, enter
+from lora_jax.registry import AdaptedKernel, Names, body, enter
 
 Kernels = tuple[AdaptedKernel, ...]
 Call = Callable[..., Any]
@@ -61,7 +61,7 @@ def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
 def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
     """``nn.Conv``, through its ``conv_general_dilated``: ``x`` convolved with ``U``; then ``V``."""
     (kernel,) = kernels
-    _refuse_mask(layer)
+    _check_mask(layer, kernel)
     if not layer.shared_weights:
         return _conv_local(layer, kernel, *args, **kwargs)
 
@@ -96,7 +96,7 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, x: chex.Array) -> 
     """``nn.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
     del call
     (kernel,) = kernels
-    _refuse_mask(layer)
+    _check_mask(layer, kernel)
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     x, W, bias = layer.promote_dtype(x, kernel.value, nn.unbox(bias), dtype=layer.dtype)
     out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
@@ -227,9 +227,6 @@ def _bare(
     return product
 
 
-def _refuse_mask(layer: Any) -> None:
+def _check_mask(layer: Any, kernel: AdaptedKernel) -> None:
     if layer.mask is not None:
-        raise Refused(
-            f"{type(layer).__name__} {'/'.join(layer.path)!r} has a mask, and a masked U V is no "
-            f"product of two factors. Give its kernel a rule with substitute=True."
-        )
+        kernel.refuse("its layer has a mask, and a masked U V is no product of two factors")

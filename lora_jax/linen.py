@@ -9,9 +9,10 @@ cache of ``nn.jit`` sees it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -201,6 +202,7 @@ class _Calls:
     method: Any
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[Key] = dataclasses.field(default_factory=set)
+    mapped: list[str] = dataclasses.field(default_factory=list)
 
     def intercept(
         self,
@@ -211,12 +213,17 @@ class _Calls:
     ) -> Any:
         """Adapts the layers that have an adapter."""
         module = context.module
+        what = maps_variables(module)
+        if what is not None:
+            if module.scope is not None:
+                _refuse_mapped(module, what)
+            with entered(self.mapped, what):
+                return next_fun(*args, **kwargs)
         if module.scope is None:
             return next_fun(*args, **kwargs)
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
-        _refuse_mapped(module)
         entry = entry_of(context.orig_method)
         names = entry.names(module) if entry else ()
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
@@ -231,6 +238,8 @@ class _Calls:
         value = unbox(module.get_variable("params", name))
         if not module.has_variable("params", name + SUFFIX):
             return AdaptedKernel(path_of(key), value)
+        if self.mapped:
+            _refuse_mapped(module, self.mapped[-1])
         adapter: Adapter = module.get_variable("params", name + SUFFIX)
         self._use(key, adapter)
         if not adapter.dropout:
@@ -293,26 +302,34 @@ class _Calls:
         )
 
 
-def mapped_by(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The name of a transform that maps variables, and the module whose variables it maps."""
+@contextlib.contextmanager
+def entered(stack: list[str], what: str) -> Iterator[None]:
+    """With this on top of the stack."""
+    stack.append(what)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+MAPPED = "maps the parameters of its layer, and would map the adapter as well"
+
+
+def maps_variables(module: nn.Module) -> str | None:
+    """The name of the transform, if the module is one that maps the variables of its layer."""
     if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-        return type(module).__name__, module.layer_instance
-    if type(module).__name__.startswith("Map_variables"):  # Flax names its classes so
-        return "map_variables", module
-    return None
+        return f"nn.{type(module).__name__}"
+    # A class made by nn.map_variables: Flax names it so.
+    return "nn.map_variables" if type(module).__name__.startswith("Map_variables") else None
 
 
-def _refuse_mapped(module: nn.Module) -> None:
-    """Errors where the variables of a layer are mapped, since the adapters there would be too."""
-    mapped = mapped_by(module)
-    if mapped is None:
-        return
-    what, inner = mapped
+def _refuse_mapped(module: nn.Module, what: str) -> None:
+    """Errors where a layer in such a module has an adapter."""
+    inner = getattr(module, "layer_instance", module)
     params = flatten(inner.variables.get("params", {}), "params")
     found = [key for key in params if key[-1].endswith(SUFFIX)]
     if found:
         path = path_of((*inner.path, *found[0])).removesuffix(SUFFIX)
         raise ValueError(
-            f"nn.{what} maps the parameters of its layer, and would map the adapter of {path!r} "
-            f"as well. Give {path!r} a rule with substitute=True: then W' is mapped."
+            f"{what} {MAPPED}: give {path!r} a rule with substitute=True, so that W' is mapped."
         )

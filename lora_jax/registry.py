@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import chex
 import flax.linen as nn
@@ -19,7 +19,17 @@ from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, f
 
 
 class Refused(ValueError):
-    """A layer that cannot be adapted in its handler."""
+    """A layer that its handler cannot adapt."""
+
+
+class Observer(Protocol):
+    """Is told how a handler uses a kernel, when nothing is computed: :mod:`lora_jax.discover`."""
+
+    def use(self, layer: KernelAxes) -> None:
+        """The handler computes with the kernel, of which the layer sees these axes."""
+
+    def refuse(self, reason: str) -> None:
+        """The handler cannot adapt the kernel."""
 
 
 class AdaptedKernel:
@@ -39,9 +49,9 @@ class AdaptedKernel:
         value: chex.Array,
         adapter: Adapter | None = None,
         rng: chex.PRNGKey | None = None,
-        observe: Callable[[KernelAxes], None] | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self._path, self._adapter, self._rng, self._observe = path, adapter, rng, observe
+        self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self.value = self._cut(value)
 
     @property
@@ -169,14 +179,31 @@ class AdaptedKernel:
             dropped_x=self._dropped(x),
         )
 
+    def refuse(self, reason: str) -> None:
+        """Says that this layer cannot be adapted, in a handler that meets such a case.
+
+        Args:
+          reason: why.
+
+        Raises:
+          ValueError: if the kernel has an adapter.
+        """
+        if self._observer is not None:
+            self._observer.refuse(reason)
+        elif self._adapter is not None:
+            raise Refused(
+                f"The adapter of {self._path!r} cannot be used: {reason}. Give it a rule with "
+                f"substitute=True."
+            )
+
     def _cut(self, W: chex.Array) -> chex.Array:
         """Zeros where only the use of the kernel is observed: see :mod:`lora_jax.discover`."""
-        return W if self._observe is None else jnp.zeros_like(W)
+        return W if self._observer is None else jnp.zeros_like(W)
 
     def _factors(self, axes: KernelAxes, W: chex.Array) -> Factors | None:
         """The factors of this layer, which must be for these axes of the kernel."""
-        if self._observe is not None:
-            self._observe(axes)
+        if self._observer is not None:
+            self._observer.use(axes)
         if self._adapter is None:
             return None
         own = self._adapter.axes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 def resolve_axes(
     leaves: Mapping[str, Any], rules: Mapping[str, Rule], axes: Mapping[str, KernelAxes] | None
-) -> dict[str, KernelAxes]:
-    """The axes of every matched kernel.
+) -> tuple[dict[str, Rule], dict[str, KernelAxes]]:
+    """The axes of every matched kernel, and its rule, in which ``tied`` is carried out.
 
     Args:
       leaves: every leaf by its path.
@@ -30,6 +31,8 @@ def resolve_axes(
         kind.
     """
     resolved: dict[str, KernelAxes] = {}
+    carried_out: dict[str, Rule] = {}
+    model: ModelAxes | None = axes if hasattr(axes, "tied") else None  # type: ignore[assignment]
     culprits: dict[str, list[str]] = {}
     for path, rule in rules.items():
         where, leaf = f"Rule({rule.pattern!r}) matches {path!r}", leaves[path]
@@ -37,13 +40,19 @@ def resolve_axes(
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"{where}, which is not floating-point but {dtype}.")
-        found = _axes_of(path, shape, rule, axes, where)
+        if rule.tied is not None and model is None:
+            raise ValueError(
+                f"{where} and has tied={rule.tied!r}: which parameters are tied is known with "
+                f"axes=lora_jax.kernel_axes(model, variables, *args) only. Pass it to lora_init."
+            )
+        if rule.tied == "substitute" and model is not None and path in model.tied:
+            rule = dataclasses.replace(rule, substitute=True)
+        carried_out[path] = rule
+        found = _axes_of(path, shape, rule, axes, model, where)
         if isinstance(found, str):
             culprits.setdefault(found, []).append(f"{path!r} {shape}")
             continue
         d, k = found.matrix_shape(shape)
-        if shape and k * found.fused * d == 0:
-            raise ValueError(f"{where}, of shape {shape}, which has no elements.")
         if rule.rank > min(d, k):
             each = f" of each of the {rule.fused} fused kernels" if rule.fused > 1 else ""
             raise ValueError(
@@ -55,7 +64,7 @@ def resolve_axes(
         problem, paths = next(iter(culprits.items()))
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         raise ValueError(f"{problem.replace('LEAVES', ', '.join(paths[:5]) + more)}")
-    return resolved
+    return carried_out, resolved
 
 
 def _axes_of(
@@ -63,6 +72,7 @@ def _axes_of(
     shape: tuple[int, ...],
     rule: Rule,
     axes: Mapping[str, KernelAxes] | None,
+    model: ModelAxes | None,
     where: str,
 ) -> KernelAxes | str:
     """The axes, or what is wrong, with ``LEAVES`` for all leaves with the same problem."""
@@ -73,7 +83,6 @@ def _axes_of(
         stacks = _in_range(rule.stack_axes, shape, f"{where}, of shape {shape}", "stack_axes")
         stacks = stacks or _stacks_of(path, axes)
         found = _stated(rule, shape, stacks, where)
-    model: ModelAxes | None = axes if hasattr(axes, "refused") else None  # type: ignore[assignment]
     if not rule.substitute and model is not None:
         problem = _unadaptable(path, rule, model)
         if problem:
@@ -133,11 +142,11 @@ def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
             f"{said} matches LEAVES, which cannot be adapted in the layer: {model.refused[path]}. "
             f"Give it a rule with substitute=True."
         )
-    if path in model.tied and not rule.untie:
+    if path in model.tied and rule.tied is None:
         return (
             f"{said} matches LEAVES, which the model also reads outside of the layer, as tied "
-            f"embeddings do: an adapter in the layer would change one use only. Give it a rule "
-            f"with substitute=True, so that both see W', or with untie=True."
+            f"embeddings are: an adapter in the layer would change one use only. Say in the rule "
+            f"tied='substitute', so that all uses see W', or tied='untie'."
         )
     if path in model:
         return None

@@ -79,7 +79,8 @@ def lora_init(
     paths = {path_of(key_): key_ for key_ in arrays}
     rules, whole = assign(config, list(paths))
     leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
-    resolved = resolve_axes(leaves, rules, axes)
+    rules, resolved = resolve_axes(leaves, rules, axes)
+    tied = getattr(axes, "tied", ())
 
     frozen: dict[Key, Any] = dict(flat)
     adapters: dict[Key, Any] = {}
@@ -87,7 +88,8 @@ def lora_init(
         if path in rules:
             adapter_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             kernel = jnp.asarray(leaves[path])
-            adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path])
+            untied = path in tied and not rules[path].substitute
+            adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
             _check_finite(path, kernel if adapter.m is None else adapter.m)
             adapters[key_] = adapter
         elif path in whole:
@@ -124,10 +126,10 @@ def lora_merge(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
     """
 
     def merge(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
-        if adapter.untie:
+        if adapter.untied:
             raise ValueError(
-                f"The adapter of {path_of(key)!r} has untie=True: it adapts one of several uses "
-                f"of the parameter, so no merged parameter gives the same model."
+                f"The adapter of {path_of(key)!r} has tied='untie': it adapts one of several "
+                f"uses of the parameter, so no merged parameter gives the same model."
             )
         W = jnp.asarray(unbox(kernel))
         return {key: rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))}

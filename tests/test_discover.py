@@ -1,0 +1,225 @@
+"""What one abstract call of the model tells."""
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from helpers import random_like, random_variables, relative_error
+
+import lora_jax
+from lora_jax import KernelAxes, LoraConfig, Rule
+
+KEY = jax.random.key(0)
+
+
+def found(model, variables, *args, **kwargs):
+    axes = lora_jax.kernel_axes(model, variables, *args, **kwargs)
+    return {path: (a.inputs, a.outputs, a.stacks) for path, a in axes.items()}
+
+
+def test_costs_no_memory_and_no_arithmetic():
+    """A model that no machine here could hold, and inputs without values."""
+    model = zoo.Scan(0)
+    x = jax.ShapeDtypeStruct((1 << 40, zoo.WIDTH), jnp.float32)
+    variables = jax.eval_shape(model.init, KEY, x)
+    expected = {f"blocks/{name}/kernel": ((1,), (2,), (0,)) for name in ("down", "up")}
+    assert found(model, variables, x) == expected
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_stacks_whose_sizes_are_those_of_other_axes(axis):
+    """Three layers of 3 x 3: the shapes tell nothing."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(3, use_bias=False, name="dense")(x), None
+
+    model = nn.scan(Layer, {"params": axis}, split_rngs={"params": True}, length=3)()
+    x = jnp.ones((3, 3))
+    inputs, outputs = (i for i in range(3) if i != axis % 3)
+    variables = model.init(KEY, x, None)
+    assert found(model, variables, x, None) == {
+        "dense/kernel": ((inputs,), (outputs,), (axis % 3,))
+    }
+
+
+class Part(nn.Module):
+    def setup(self):
+        self.encoder, self.head, self.dropout = nn.Dense(6), nn.Dense(3), nn.Dropout(0.5)
+
+    def __call__(self, x, *, deterministic):
+        assert isinstance(deterministic, bool)
+        return self.head(self.dropout(self.encode(x), deterministic=deterministic))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+def test_arguments_are_those_of_apply():
+    model, x = Part(), np.ones((2, 6), np.float32)
+    variables = model.init(KEY, x, deterministic=True)
+    rngs = {"dropout": KEY}
+    both = {f"{name}/kernel": ((0,), (1,), ()) for name in ("encoder", "head")}
+    assert found(model, variables, x, deterministic=False, rngs=rngs) == both
+    axes = lora_jax.kernel_axes(model, variables, x, method="encode")
+    assert set(axes) == {"encoder/kernel"}
+    with pytest.raises(ValueError, match=r"'head/kernel' \(6, 3\), whose module the call.*not use"):
+        lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule(".*kernel", 2)]), axes=axes)
+
+
+def test_wrong_arguments():
+    model, x = nn.Dense(3), jnp.ones((2, 6))
+    variables = model.init(KEY, x)
+    with pytest.raises(TypeError, match=r"kernel_axes is for flax\.linen modules.*got function"):
+        lora_jax.kernel_axes(model.apply.__func__, variables, x)
+    with pytest.raises(ValueError, match=r"\{'params': frozen\}"):
+        lora_jax.kernel_axes(model, variables["params"], x)
+
+
+def test_traces_the_model_once_and_leaves_its_cache_alone():
+    """Also where nn.jit has the module in its cache, from a call before."""
+
+    traces = []
+
+    class Traced(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traces.append(1)
+            return nn.jit(nn.Dense)(6)(x)
+
+    model, x = Traced(), jnp.ones((2, 6))
+    variables = model.init(KEY, x)
+    model.apply(variables, x)
+    traces.clear()
+    for _ in range(2):
+        assert len(lora_jax.kernel_axes(model, variables, x)) == 1
+    assert len(traces) == 2
+    assert model.apply(variables, x).shape == (2, 6)
+
+
+class RawRead(nn.Module):
+    """The logits read the embeddings in their own way, as Hugging Face's models do."""
+
+    lifted: Any = staticmethod(lambda cls: cls)
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = self.lifted(nn.Embed)(11, 6, name="embed")
+        x = nn.Dense(6, name="dense")(embed(tokens))
+        kernel = embed.variables["params"]["embedding"].T
+        return (
+            nn.Dense(11, use_bias=False).clone(parent=None).apply({"params": {"kernel": kernel}}, x)
+        )
+
+
+@pytest.mark.parametrize("lifted", [lambda cls: cls, nn.remat, nn.jit])
+def test_tied_embeddings_are_found(lifted):
+    tokens = jnp.arange(4)
+    for model, tied in [(RawRead(lifted), {"embed/embedding"}), (zoo.Tied(), set())]:
+        axes = lora_jax.kernel_axes(model, random_variables(model, tokens), tokens)
+        assert axes.tied == tied
+        assert set(axes) == {"embed/embedding", "dense/kernel"}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_tied_embeddings(variant):
+    model, tokens = RawRead(), jnp.arange(4)
+    variables = random_variables(model, tokens)
+    params, axes = variables["params"], lora_jax.kernel_axes(model, variables, tokens)
+
+    def split(**rule):
+        config = LoraConfig([Rule(".*(kernel|embedding)", 2, variant=variant, **rule)])
+        frozen, adapters = lora_jax.lora_init(KEY, params, config, axes=axes)
+        return frozen, random_like(adapters)
+
+    with pytest.raises(
+        ValueError, match=r"'embed/embedding' \(11, 6\).*reads outside.*'substitute'"
+    ):
+        split()
+
+    frozen, adapters = split(tied="substitute")
+    assert adapters["embed"]["embedding"].substitute
+    assert not adapters["dense"]["kernel"].substitute
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
+    merged = lora_jax.lora_merge(frozen, adapters)
+    assert relative_error(y, model.apply({"params": merged}, tokens)) < 1e-5
+
+    frozen, adapters = split(tied="untie")
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
+    of_layer = {"embed": {"embedding": adapters["embed"]["embedding"].replace(untied=False)}}
+    embedding = lora_jax.lora_merge(frozen, of_layer)["embed"]["embedding"]
+    x = embedding[tokens]
+    dense = {"dense": adapters["dense"]}
+    kernel = lora_jax.lora_merge(frozen, dense)["dense"]["kernel"]
+    expected = (x @ kernel + params["dense"]["bias"]) @ params["embed"]["embedding"].T
+    assert relative_error(y, expected) < 1e-5
+    with pytest.raises(ValueError, match=r"'embed/embedding' has tied='untie'"):
+        lora_jax.lora_merge(frozen, adapters)
+
+
+def test_a_tie_needs_the_model():
+    config = LoraConfig([Rule("kernel", 2, tied="substitute")])
+    with pytest.raises(ValueError, match=r"'kernel' and has tied='substitute'.*kernel_axes"):
+        lora_jax.lora_init(KEY, {"kernel": jnp.ones((3, 4))}, config)
+
+
+def test_loops_and_custom_gradients_tie_nothing():
+    """A kernel that goes unused through a control flow is not read there."""
+
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def body(module, x):
+                return nn.Dense(6, name="dense")(x)
+
+            nn.Dense(6, name="dense")(x)
+            x = nn.while_loop(
+                lambda _, x: (x < 1).all(), body, self, x, broadcast_variables="params"
+            )
+            return nn.cond(x.sum() > 0, body, lambda _, x: x, self, x)
+
+    model, x = Loop(), jnp.ones((2, 6))
+    axes = lora_jax.kernel_axes(model, model.init(KEY, x), x)
+    assert set(axes) == {"dense/kernel"}
+    assert not axes.tied
+
+
+def test_axes_may_be_any_mapping():
+    params = {"a": jnp.ones((2, 3, 4)), "b": jnp.ones((3, 4))}
+    axes = {"a": KernelAxes((1, 2), (0,))}
+    _, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule(".*", 2)]), axes=axes)
+    assert (adapters["a"].U.shape, adapters["a"].V.shape) == ((12, 2), (2, 2))
+    assert (adapters["b"].U.shape, adapters["b"].V.shape) == ((3, 2), (2, 4))
+
+
+def test_abstract_parameters():
+    model, x = zoo.Scan(1), jnp.ones((2, zoo.WIDTH))
+    variables = jax.eval_shape(model.init, KEY, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = LoraConfig([Rule(".*kernel", 2, variant="dora")])
+    with pytest.raises(TypeError, match=r"ShapeDtypeStruct.*jax\.eval_shape"):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    abstract = jax.eval_shape(
+        lambda params: lora_jax.lora_init(KEY, params, config, axes=axes), variables["params"]
+    )
+    params = random_variables(model, x)["params"]
+    concrete = lora_jax.lora_init(KEY, params, config, axes=axes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, concrete)
+    assert lora_jax.summary(*abstract).trained == lora_jax.summary(*concrete).trained
+
+
+def test_a_rule_says_more_than_the_model():
+    """Axes that a rule states are taken from it; the layer then checks them."""
+    model, x = nn.DenseGeneral((3, 2)), jnp.ones((2, 6))
+    variables = model.init(KEY, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = LoraConfig([Rule("kernel", 2, input_axes=(0, 1))])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    with pytest.raises(ValueError, match=r"input_axes=\(0, 1\).*contracts input_axes=\(0,\)"):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, x)

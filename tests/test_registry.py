@@ -1,0 +1,458 @@
+"""Layers that the library has never seen: registered, or substituted."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+import zoo
+from helpers import random_like, random_variables, relative_error
+
+import lora_jax
+from lora_jax import LoraConfig, Rule
+
+KEY = jax.random.key(0)
+NORMAL = nn.initializers.normal()
+
+
+class Experts(nn.Module):
+    """A mixture of experts: a kernel with an expert axis, last."""
+
+    @nn.compact
+    def __call__(self, x, gates):
+        w = self.param("w", NORMAL, (x.shape[-1], 5, 3))
+        b = self.param("b", NORMAL, (3, 5))
+        return jnp.einsum("tk,te->tk", jnp.einsum("td,dke,te->tk", x, w, gates) + gates @ b, gates)
+
+
+@lora_jax.register(Experts, "w")
+def experts(layer, w, x, gates):
+    each = w.einsum("etd,dke->etk", jnp.broadcast_to(x, (3, *x.shape)))
+    y = jnp.einsum("etk,te->tk", each, gates) + gates @ layer.get_variable("params", "b")
+    return jnp.einsum("tk,te->tk", y, gates)
+
+
+class Transposed(nn.Module):
+    """A dense layer that keeps its kernel as (out, in), with what surrounds the product."""
+
+    @nn.compact
+    def __call__(self, x, *, negate=False):
+        w = self.param("weight", NORMAL, (5, x.shape[-1]))
+        y = nn.gelu(x @ w.T) + 1.0
+        return -y if negate else y
+
+
+@lora_jax.register(Transposed, "weight")
+def transposed(layer, w, x, *, negate=False):
+    y = nn.gelu(w.einsum("...d,kd->...k", x)) + 1.0
+    return -y if negate else y
+
+
+class FusedQKV(nn.Module):
+    """Queries, keys and values from one kernel."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", NORMAL, (x.shape[-1], 3, 2, 4))
+        return jnp.einsum("btd,dchk->cbhtk", x, w)
+
+
+@lora_jax.register(FusedQKV, "w")
+def fused_qkv(layer, w, x):
+    return w.einsum("btd,dchk->cbhtk", x)
+
+
+class Gated(nn.Module):
+    """Two kernels in one module, one of them in another method."""
+
+    def setup(self):
+        self.up = self.param("up", NORMAL, (6, 8))
+        self.down = self.param("down", NORMAL, (8, 6))
+
+    def __call__(self, x):
+        return self.project(nn.silu(x @ self.up))
+
+    def project(self, x):
+        return x @ self.down
+
+
+@lora_jax.register(Gated, "up")
+def gated(layer, up, x):
+    return layer.project(nn.silu(up.einsum("...d,dk->...k", x)))
+
+
+@lora_jax.register(Gated, "down", method="project")
+def project(layer, down, x):
+    return down.einsum("...d,dk->...k", x)
+
+
+class OwnConv(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", NORMAL, (3, x.shape[-1], 4))
+        return conv(x, w)
+
+
+def conv(x, w):
+    return jax.lax.conv_general_dilated(x, w, (2,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+
+@lora_jax.register(OwnConv, "w")
+def own_conv(layer, w, x):
+    return w.linear(conv, x, inputs=(0, 1))
+
+
+class Scanned(nn.Module):
+    """An own layer in a scan over axis 1, rematerialised."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return x + 0.1 * layer(x), None
+
+        scan = nn.scan(
+            nn.remat(body, prevent_cse=False), {"params": 1}, split_rngs={"params": True}, length=3
+        )
+        return scan(Gated(name="gated"), x, None)[0]
+
+
+X = jax.random.normal(jax.random.key(5), (4, 6))
+GATES = jax.nn.softmax(jax.random.normal(jax.random.key(6), (4, 3)))
+LAYERS = {
+    # model, arguments, which parameters, (inputs, outputs, stacks)
+    "experts": (Experts(), (X, GATES), "w", ((0,), (1,), (2,))),
+    "transposed": (Transposed(), (X,), "weight", ((1,), (0,), ())),
+    "fused": (FusedQKV(), (X[None],), "w", ((0,), (1, 2, 3), ())),
+    "two methods": (Gated(), (X,), "up|down", ((0,), (1,), ())),
+    "convolution": (OwnConv(), (X[None],), "w", ((0, 1), (2,), ())),
+    "scanned": (Scanned(), (X,), "gated/(up|down)", ((0,), (2,), (1,))),
+}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_registered_layer(layer, variant):
+    model, args, pattern, expected = LAYERS[layer]
+    variables = random_variables(model, *args)
+    params = variables["params"]
+    axes = lora_jax.kernel_axes(model, variables, *args)
+    assert {(a.inputs, a.outputs, a.stacks) for a in axes.values()} == {expected}
+    config = LoraConfig([Rule(pattern, 2, alpha=3.0, variant=variant)])
+    frozen, adapters = lora_jax.lora_init(KEY, params, config, axes=axes)
+    assert len(jax.tree.leaves(adapters, is_leaf=is_adapter)) == len(axes)
+
+    @jax.jit
+    def apply(adapters):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, *args)
+
+    assert relative_error(apply(adapters), model.apply(variables, *args)) < 1e-6
+    trained = random_like(adapters)
+    y = model.apply({"params": lora_jax.lora_merge(frozen, trained)}, *args)
+    assert relative_error(y, model.apply(variables, *args)) > 1e-2
+    assert relative_error(apply(trained), y) < 1e-5
+    weights = random_like(y, seed=3)
+
+    @jax.jit
+    def merged(adapters):
+        return model.apply({"params": lora_jax.lora_merge(frozen, adapters)}, *args)
+
+    ours = jax.jit(jax.grad(lambda a: jnp.vdot(weights, apply(a))))(trained)
+    reference = jax.jit(jax.grad(lambda a: jnp.vdot(weights, merged(a))))(trained)
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        assert relative_error(got, want) < 1e-4
+        assert jnp.abs(got).max() > 0
+
+
+def is_adapter(node):
+    return isinstance(node, lora_jax.Adapter)
+
+
+def test_keyword_arguments_reach_the_handler():
+    model = Transposed()
+    variables = model.init(KEY, X)
+    axes = lora_jax.kernel_axes(model, variables, X, negate=True)
+    config = LoraConfig([Rule("weight", 2)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, X, negate=True)
+    assert relative_error(y, model.apply(variables, X, negate=True)) < 1e-6
+
+
+def test_axes_of_a_known_layer_that_the_rule_gets_wrong():
+    """A transposed kernel is a matrix too; DoRA's norm would be over its other axis."""
+    params = Transposed().init(KEY, X)["params"]
+    config = LoraConfig([Rule("weight", 2, variant="dora")])
+    frozen, adapters = lora_jax.lora_init(KEY, params, config)
+    with pytest.raises(
+        ValueError, match=r"'weight' is for a kernel with input_axes=\(0,\).*\(1,\)"
+    ):
+        lora_jax.lora_apply(Transposed(), {"params": frozen}, adapters, X)
+    config = LoraConfig([Rule("weight", 2, variant="dora", input_axes=(-1,))])
+    frozen, adapters = lora_jax.lora_init(KEY, params, config)
+    assert adapters["weight"].m.shape == (5,)
+    lora_jax.lora_apply(Transposed(), {"params": frozen}, adapters, X)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("parts", [(0, 2), (1,), None])
+@pytest.mark.parametrize(
+    "layer", ["own", "dense", "dense in a scan", "substituted", "grouped conv"]
+)
+def test_fused_kernels_of_which_some_are_adapted(layer, parts, variant):
+    x = jax.random.normal(KEY, (2, 4, 6))
+    if layer == "own":
+        model, name = FusedQKV(), "w"
+    elif layer == "dense in a scan":
+        model, name = zoo.Scan(1), "blocks/down/kernel"
+    elif layer == "grouped conv":
+        model, name = nn.Conv(12, (3,), feature_group_count=2), "kernel"
+    else:
+        model, name = nn.Dense(9), "kernel"
+    variables = random_variables(model, x)
+    params, axes = variables["params"], lora_jax.kernel_axes(model, variables, x)
+    rule = Rule(
+        name, 2, variant=variant, fused=3, parts=parts, substitute=layer == "substituted", alpha=3.0
+    )
+    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([rule]), axes=axes)
+    (adapter,) = jax.tree.leaves(adapters, is_leaf=is_adapter)
+    assert adapter.U.shape[-3] == adapter.V.shape[-3] == len(parts or (0, 1, 2))
+
+    @jax.jit
+    def apply(adapters):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+
+    assert relative_error(apply(adapters), model.apply(variables, x)) < 1e-6
+    trained = random_like(adapters)
+    merged = lora_jax.lora_merge(frozen, trained)
+    assert relative_error(apply(trained), model.apply({"params": merged}, x)) < 1e-5
+    # What is left out is bit for bit what it was; each part is adapted by its own factors.
+    before, after = (
+        jnp.split(by_output(jax.tree.leaves(leaf)[0], layer), 3, axis=-1)
+        for leaf in (kernel(params, name), kernel(merged, name))
+    )
+    for part in range(3):
+        assert jnp.array_equal(before[part], after[part]) == (part not in (parts or (0, 1, 2)))
+    if variant == "lora" and layer == "dense":
+        for i, part in enumerate(parts or (0, 1, 2)):
+            delta = 1.5 * trained["kernel"].U[i] @ trained["kernel"].V[i]
+            assert relative_error(after[part], before[part] + delta) < 1e-6
+    grads = jax.jit(jax.grad(lambda a: (apply(a) ** 2).sum()))(trained)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def kernel(params, name):
+    for part in name.split("/"):
+        params = params[part]
+    return params
+
+
+def by_output(kernel, layer):
+    """The kernel with all its outputs in the last axis."""
+    return kernel.reshape(kernel.shape[0], -1) if layer == "own" else kernel
+
+
+class Mapped(nn.Module):
+    """A dense layer of bounded weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        def bounded(tree):
+            return tree if self.is_initializing() else jax.tree.map(jnp.tanh, tree)
+
+        return nn.map_variables(nn.Dense, "params", bounded, init=self.is_initializing())(5)(x)
+
+
+class Unknown(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", NORMAL, (x.shape[-1], 6))
+        scale = self.param("scale", NORMAL, (6,))
+        return jnp.tanh(x @ jnp.tanh(w)) * scale
+
+
+def test_unknown_layer_says_what_to_register():
+    model = nn.Sequential([nn.Dense(6), Unknown()])
+    variables = model.init(KEY, X)
+    axes = lora_jax.kernel_axes(model, variables, X)
+    assert set(axes) == {"layers_0/kernel"}
+    config = LoraConfig([Rule(".*(kernel|w)", 2)])
+    with pytest.raises(
+        ValueError, match=r"'layers_1/w' \(6, 6\).*test_registry\.Unknown.*lora_jax\.register"
+    ):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Unknown(),
+        nn.WeightNorm(nn.Dense(5)),
+        Mapped(),
+        nn.Conv(4, (3,), mask=jnp.tril(jnp.ones((3 * 6, 4))).reshape(3, 6, 4)),
+        nn.RNN(nn.OptimizedLSTMCell(6)),
+        zoo.Scan(1),
+        zoo.Tied(),
+    ],
+    ids=["unknown", "WeightNorm", "map_variables", "masked", "LSTM", "scan", "embedding"],
+)
+def test_substituted_parameters(model, variant):
+    """In place of the parameter stands W', whatever reads it."""
+    x = jnp.arange(5) if isinstance(model, zoo.Tied) else X[None]
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    rules = [
+        Rule(".*(kernel|w|embedding)", 2, variant=variant, substitute=True),
+    ]
+    if (
+        not axes.kernels
+        and "kernel" in variables["params"]
+        and variables["params"]["kernel"].ndim == 3
+    ):
+        rules = [Rule("kernel", 2, variant=variant, substitute=True, input_axes=(0, 1))]
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], LoraConfig(rules), axes=axes)
+    assert (
+        relative_error(
+            lora_jax.lora_apply(model, {"params": frozen}, adapters, x), model.apply(variables, x)
+        )
+        < 1e-6
+    )
+    trained = random_like(adapters)
+    merged = lora_jax.lora_merge(frozen, trained)
+    y = lora_jax.lora_apply(model, {"params": frozen}, trained, x)
+    assert jnp.array_equal(y, model.apply({"params": merged}, x))
+    assert relative_error(y, model.apply(variables, x)) > 1e-3
+    grads = jax.grad(lambda a: (lora_jax.lora_apply(model, {"params": frozen}, a, x) ** 2).sum())(
+        trained
+    )
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_spectral_norm_is_substituted_or_refused():
+    model = nn.SpectralNorm(nn.Dense(5))
+    variables = model.init(KEY, X, update_stats=False)
+    axes = lora_jax.kernel_axes(model, variables, X, update_stats=False)
+    split = {}
+    for substitute in (True, False):
+        config = LoraConfig([Rule(".*kernel", 2, substitute=substitute)])
+        split[substitute] = lora_jax.lora_init(KEY, variables["params"], config)
+        if not substitute:
+            with pytest.raises(
+                ValueError, match=r"kernel'.*nn\.SpectralNorm maps.*substitute=True"
+            ):
+                lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    for update in (True, False):
+        frozen, adapters = split[True]
+        adapters, rest = random_like(adapters), {"batch_stats": variables["batch_stats"]}
+        y, stats = lora_jax.lora_apply(
+            model,
+            {"params": frozen, **rest},
+            adapters,
+            X,
+            update_stats=update,
+            mutable="batch_stats",
+        )
+        merged = {"params": lora_jax.lora_merge(frozen, adapters), **rest}
+        expected, expected_stats = model.apply(
+            merged, X, update_stats=update, mutable="batch_stats"
+        )
+        assert jnp.array_equal(y, expected)
+        assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, stats, expected_stats)))
+    frozen, adapters = split[False]
+    with pytest.raises(ValueError, match=r"nn\.SpectralNorm maps.*kernel'.*substitute=True"):
+        lora_jax.lora_apply(model, {"params": frozen, **rest}, adapters, X, update_stats=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (nn.WeightNorm(nn.Dense(5)), "WeightNorm"),
+        (nn.WeightNorm(zoo.Compact()), "WeightNorm"),
+        (Mapped(), "map_variables"),
+    ],
+)
+def test_mapped_parameters_are_refused(model, what):
+    variables = random_variables(model, X)
+    config = LoraConfig([Rule(r"(.*/)?(?!.*scale)[^/]*kernel", 2)])
+    axes = lora_jax.kernel_axes(model, variables, X)
+    with pytest.raises(ValueError, match=rf"kernel' .*nn\.{what} maps.*substitute=True"):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
+    with pytest.raises(ValueError, match=rf"nn\.{what} maps.*kernel' a rule with substitute=True"):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, X)
+
+
+def test_masked_convolution_is_refused():
+    model = nn.Conv(4, (3,), mask=jnp.ones((3, 6, 4)))
+    variables = random_variables(model, X[None])
+    axes = lora_jax.kernel_axes(model, variables, X[None])
+    assert axes["kernel"].inputs == (0, 1)
+    with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*substitute=True"):
+        lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("kernel", 2)]), axes=axes)
+    config = LoraConfig([Rule("kernel", 2, input_axes=(0, 1))])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
+    with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*substitute=True"):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, X[None])
+
+
+def test_equation_that_is_no_matrix_product():
+    """The model still runs, other layers can be adapted, and the error names this one."""
+    model = nn.Sequential(
+        [nn.Einsum((6,), "td,d->td", use_bias=False, kernel_init=NORMAL), nn.Dense(3)]
+    )
+    variables = random_variables(model, X)
+    axes = lora_jax.kernel_axes(model, variables, X)
+    assert set(axes) == {"layers_1/kernel"}
+    config = LoraConfig([Rule(".*kernel", 2)])
+    with pytest.raises(ValueError, match=r"'layers_0/kernel' \(6,\).*(no matrix|must share)"):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "match"),
+    [
+        ((lambda x: x, "w"), {}, TypeError, "for flax.linen module classes, got <function"),
+        ((Unknown(), "w"), {}, TypeError, "for flax.linen module classes, got Unknown"),
+        ((Unknown,), {}, ValueError, "name the parameters"),
+        ((Unknown, "w"), {"method": "encode"}, ValueError, "does not define encode"),
+        ((zoo.MoreActivated, "kernel"), {"method": "setup"}, ValueError, "does not define setup"),
+        ((nn.Conv, "kernel"), {}, ValueError, "It inherits it from _Conv: register that"),
+    ],
+)
+def test_bad_registrations(args, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        lora_jax.register(*args, **kwargs)
+
+
+def test_dropout_of_a_lookup_is_refused():
+    model, tokens = nn.Embed(11, 6), jnp.arange(4)
+    params = model.init(KEY, tokens)["params"]
+    config = LoraConfig([Rule("embedding", 2, dropout=0.5)])
+    frozen, adapters = lora_jax.lora_init(KEY, params, config)
+    lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
+    with pytest.raises(ValueError, match=r"'embedding' has dropout.*int32.*dropout=0"):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens, rngs={"dropout": KEY})
+
+
+@pytest.mark.parametrize("model", [nn.Conv(30, (3,)), nn.Einsum((6, 30), "...d,dk->...k")])
+def test_dropout_of_other_layers(model):
+    x = jnp.ones((2, 5, 6))
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = LoraConfig([Rule("kernel", 2, dropout=0.5)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    adapters = random_like(adapters)
+
+    def apply(**kwargs):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, **kwargs)
+
+    assert relative_error(apply(rngs={"dropout": KEY}), apply()) > 1e-2
+
+
+def test_embedding_of_one_row():
+    """Flax broadcasts it instead of looking it up."""
+    model, tokens = nn.Embed(1, 6), jnp.zeros((2, 3), int)
+    params = model.init(KEY, tokens)["params"]
+    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule("embedding", 1)]))
+    adapters = random_like(adapters)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
+    merged = lora_jax.lora_merge(frozen, adapters)
+    assert relative_error(y, model.apply({"params": merged}, tokens)) < 1e-6
