@@ -23,7 +23,7 @@ from flax.traverse_util import empty_node
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from lora_jax.axes import KernelAxes
-from lora_jax.linen import MAPPED, call_model, check_model, entered, maps_variables
+from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
 from lora_jax.registry import AdaptedKernel, Refused, entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
@@ -193,7 +193,6 @@ class _Observer:
     layers: dict[str, str] = dataclasses.field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
-    mapped: list[str] = dataclasses.field(default_factory=list)
 
     def intercept(
         self,
@@ -204,10 +203,6 @@ class _Observer:
     ) -> Any:
         """Runs the handler of a known layer, and notes what it does with its kernels."""
         module = context.module
-        what = maps_variables(module)
-        if what is not None:
-            with entered(self.mapped, what):
-                return next_fun(*args, **kwargs)
         if module.scope is None:
             return next_fun(*args, **kwargs)
         labels = {
@@ -234,8 +229,8 @@ class _Observer:
             else None
             for name in names
         )
-        if self.mapped:
-            self.refused |= dict.fromkeys((k.path for k in ours), f"{self.mapped[-1]} {MAPPED}")
+        if is_mapped(module):
+            self.refused |= dict.fromkeys((label.path for label in ours), MAPPED)
         try:
             return entry.handler(module, kernels, next_fun, *args, **kwargs)
         except Refused as error:

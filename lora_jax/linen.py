@@ -9,10 +9,9 @@ cache of ``nn.jit`` sees it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -202,7 +201,6 @@ class _Calls:
     method: Any
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[Key] = dataclasses.field(default_factory=set)
-    mapped: list[str] = dataclasses.field(default_factory=list)
 
     def intercept(
         self,
@@ -213,14 +211,10 @@ class _Calls:
     ) -> Any:
         """Adapts the layers that have an adapter."""
         module = context.module
-        what = maps_variables(module)
-        if what is not None:
-            if module.scope is not None:
-                _refuse_mapped(module, what)
-            with entered(self.mapped, what):
-                return next_fun(*args, **kwargs)
         if module.scope is None:
             return next_fun(*args, **kwargs)
+        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            _refuse_mapped(module.layer_instance)
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
@@ -238,8 +232,8 @@ class _Calls:
         value = unbox(module.get_variable("params", name))
         if not module.has_variable("params", name + SUFFIX):
             return AdaptedKernel(path_of(key), value)
-        if self.mapped:
-            _refuse_mapped(module, self.mapped[-1])
+        if is_mapped(module):
+            _refuse_mapped(module)
         adapter: Adapter = module.get_variable("params", name + SUFFIX)
         self._use(key, adapter)
         if not adapter.dropout:
@@ -302,34 +296,25 @@ class _Calls:
         )
 
 
-@contextlib.contextmanager
-def entered(stack: list[str], what: str) -> Iterator[None]:
-    """With this on top of the stack."""
-    stack.append(what)
-    try:
-        yield
-    finally:
-        stack.pop()
+MAPPED = (
+    "its parameters are mapped by nn.map_variables, as nn.WeightNorm and nn.SpectralNorm do, and "
+    "an adapter would be mapped as well"
+)
 
 
-MAPPED = "maps the parameters of its layer, and would map the adapter as well"
+def is_mapped(module: nn.Module) -> bool:
+    """Whether the variables that the module sees went through ``nn.map_variables``."""
+    assert module.scope is not None
+    return any("map_variables(" in part for part in module.scope.debug_path)
 
 
-def maps_variables(module: nn.Module) -> str | None:
-    """The name of the transform, if the module is one that maps the variables of its layer."""
-    if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-        return f"nn.{type(module).__name__}"
-    # A class made by nn.map_variables: Flax names it so.
-    return "nn.map_variables" if type(module).__name__.startswith("Map_variables") else None
-
-
-def _refuse_mapped(module: nn.Module, what: str) -> None:
-    """Errors where a layer in such a module has an adapter."""
-    inner = getattr(module, "layer_instance", module)
-    params = flatten(inner.variables.get("params", {}), "params")
+def _refuse_mapped(module: nn.Module) -> None:
+    """Errors where a layer whose parameters are mapped has an adapter."""
+    params = flatten(module.variables.get("params", {}), "params")
     found = [key for key in params if key[-1].endswith(SUFFIX)]
     if found:
-        path = path_of((*inner.path, *found[0])).removesuffix(SUFFIX)
+        path = path_of((*module.path, *found[0])).removesuffix(SUFFIX)
         raise ValueError(
-            f"{what} {MAPPED}: give {path!r} a rule with substitute=True, so that W' is mapped."
+            f"The adapter of {path!r} cannot be used: {MAPPED}. Give it a rule with "
+            f"substitute=True, so that W' is mapped."
         )

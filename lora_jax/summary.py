@@ -1,18 +1,24 @@
-"""What is trained, as a table: look at it before a long run."""
+"""What is trained and what is not, as a report: look at it before a long run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Whole
+from lora_jax.axes import KernelAxes
+from lora_jax.config import LoraConfig, assign
 from lora_jax.tree import flatten, path_of, unbox
+from lora_jax.variants import column_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,9 @@ class Row:
       trained: number of trained parameters.
       total: number of parameters of the kernel or leaf in the model.
       nbytes: bytes of the trained arrays.
+      substituted: whether ``W'`` stands in place of the parameter itself.
+      zero_columns: DoRA only: number of all-zero columns of the kernel, which have no direction;
+        ``None`` for others, and for abstract arrays.
     """
 
     path: str
@@ -38,23 +47,50 @@ class Row:
     trained: int
     total: int
     nbytes: int
+    substituted: bool = False
+    zero_columns: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleReport:
+    """What became of a rule.
+
+    Attributes:
+      pattern: its pattern.
+      adapted: the kernels that it adapts.
+      taken: the leaves that it matches but that others have, and who has them.
+    """
+
+    pattern: str
+    adapted: tuple[str, ...]
+    taken: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The rows, and the sums over the model; ``str`` of it is a table.
+    """The report as data; ``str`` of it is the report as text.
 
     Attributes:
       rows: one for each trained kernel or leaf.
       trained: number of trained parameters.
       total: number of parameters of the model, without the factors.
       nbytes: bytes to save for one use case.
+      frozen_kernels: the kernels that are not adapted, with their shapes: those that ``axes``
+        names, or without it every leaf of two or more axes.
+      rules: what became of each rule; empty without ``config``.
+      tied: adapted parameters that the model also reads outside of their layer; empty without
+        ``axes``.
+      optimizer_nbytes: bytes of the optimizer's state; ``None`` without ``tx``.
     """
 
     rows: tuple[Row, ...]
     trained: int
     total: int
     nbytes: int
+    frozen_kernels: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    rules: tuple[RuleReport, ...] = ()
+    tied: tuple[str, ...] = ()
+    optimizer_nbytes: int | None = None
 
     @property
     def percent(self) -> float:
@@ -62,100 +98,208 @@ class Summary:
         return 100.0 * self.trained / max(self.total, 1)
 
     def __str__(self) -> str:
-        """The table."""
-        head = ("path", "shape", "variant", "rank", "scale", "trained", "total", "%")
-        body = [
-            (
-                row.path,
-                " x ".join(map(str, row.shape)),
-                row.variant,
-                "" if row.rank is None else str(row.rank),
-                "" if row.scale is None else f"{row.scale:g}",
-                f"{row.trained:,}",
-                f"{row.total:,}",
-                f"{100 * row.trained / max(row.total, 1):.2f}",
-            )
-            for row in self.rows
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        left = {0, 1, 2}
-
-        def line(cells: tuple[str, ...]) -> str:
-            padded = (
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            return "  ".join(padded).rstrip()
-
-        rule = "  ".join("-" * width for width in widths)
+        """The text: rows that differ in numbers of their path only are one line, with ``*``."""
+        lines = _table(self.rows)
+        for rule in self.rules:
+            matched = f"{len(rule.adapted)} of {len(rule.adapted) + len(rule.taken)} matched"
+            lines.append(f"Rule({rule.pattern!r}): {matched} leaves adapted")
+            owners = _grouped(rule.taken.items(), key=lambda item: item[1])
+            for owner, items in owners.items():
+                lines.append(f"  not {_paths(path for path, _ in items)}: has {owner}")
+        if self.frozen_kernels:
+            lines.append(f"kernels left frozen: {_paths(self.frozen_kernels)}")
+        if self.tied:
+            lines.append(f"tied, so read outside of their layer too: {_paths(self.tied)}")
+        for row in self.rows:
+            if row.zero_columns:
+                lines.append(
+                    f"{row.path} has {row.zero_columns} all-zero columns: DoRA keeps them at zero "
+                    f"until U V gives them a direction"
+                )
+        if self.optimizer_nbytes is not None:
+            lines.append(f"optimizer state: {_bytes(self.optimizer_nbytes)}")
         frozen = self.total - sum(row.total for row in self.rows if row.variant == "whole")
         sums = (
             f"trained {self.trained:,} of {self.total:,} parameters ({self.percent:.2f} %), "
             f"{frozen:,} frozen; {_bytes(self.nbytes)} to save"
         )
-        return "\n".join([line(head), rule, *map(line, body), rule, sums])
+        return "\n".join([*lines, sums])
 
 
-def summary(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> Summary:
-    """Counts what is trained and what is frozen.
+def _table(rows: tuple[Row, ...]) -> list[str]:
+    head = ("path", "shape", "variant", "rank", "scale", "trained", "total", "%")
+    body = []
+    for (pattern, *_), group in _grouped(rows, key=_alike).items():
+        row, count = group[0], len(group)
+        trained, total = (sum(getattr(r, name) for r in group) for name in ("trained", "total"))
+        body.append(
+            (
+                row.path if count == 1 else f"{pattern} ({count})",
+                " x ".join(map(str, row.shape)),
+                row.variant + (", substituted" if row.substituted else ""),
+                "" if row.rank is None else str(row.rank),
+                "" if row.scale is None else f"{row.scale:g}",
+                f"{trained:,}",
+                f"{total:,}",
+                f"{100 * trained / max(total, 1):.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    left = {0, 1, 2}
+
+    def line(cells: tuple[str, ...]) -> str:
+        padded = (
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return [line(head), rule, *map(line, body), rule]
+
+
+def _alike(row: Row) -> tuple[Any, ...]:
+    kind = row.shape, row.variant, row.rank, row.scale, row.substituted
+    return (re.sub(r"\d+", "*", row.path), *kind)
+
+
+def _grouped(items: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _paths(paths: Iterable[str]) -> str:
+    groups = _grouped(paths, key=lambda path: re.sub(r"\d+", "*", path))
+    return ", ".join(
+        same[0] if len(same) == 1 else f"{pattern} ({len(same)})"
+        for pattern, same in groups.items()
+    )
+
+
+def summary(
+    frozen: chex.ArrayTree,
+    adapters: chex.ArrayTree,
+    *,
+    config: LoraConfig | None = None,
+    axes: Mapping[str, KernelAxes] | None = None,
+    tx: optax.GradientTransformation | None = None,
+) -> Summary:
+    """Reports what is trained and what is frozen.
 
     Args:
       frozen: the base, of arrays or ``jax.ShapeDtypeStruct``.
       adapters: the adapters, likewise.
+      config: the config that they were made with, to report on its rules.
+      axes: from :func:`lora_jax.kernel_axes`, to know every kernel and which are tied.
+      tx: the optimizer, to count the bytes of its state.
 
     Returns:
       A :class:`Summary`, which prints as a table.
 
     Raises:
       TypeError: a tree that is no nested dict.
+      ValueError: adapters, or a config, of another model.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lora_jax
-      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=2)], trainable=["bias"])
-      >>> params = {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}
-      >>> print(lora_jax.summary(*lora_jax.lora_init(jax.random.key(0), params, config)))
-      path    shape    variant  rank  scale  trained  total       %
-      ------  -------  -------  ----  -----  -------  -----  ------
-      bias    32       whole                      32     32  100.00
-      kernel  64 x 32  lora        2      1      192  2,048    9.38
-      ------  -------  -------  ----  -----  -------  -----  ------
-      trained 224 of 2,080 parameters (10.77 %), 2,048 frozen; 896 bytes to save
+      >>> import jax, jax.numpy as jnp, lora_jax, optax
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("0/kernel", rank=2)], trainable=[".*bias"])
+      >>> params = {
+      ...     "0": {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)},
+      ...     "1": {"kernel": jnp.ones((32, 4))},
+      ... }
+      >>> split = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> print(lora_jax.summary(*split, config=config, tx=optax.adam(1e-3)))
+      path      shape    variant  rank  scale  trained  total       %
+      --------  -------  -------  ----  -----  -------  -----  ------
+      0/bias    32       whole                      32     32  100.00
+      0/kernel  64 x 32  lora        2      1      192  2,048    9.38
+      --------  -------  -------  ----  -----  -------  -----  ------
+      Rule('0/kernel'): 1 of 1 matched leaves adapted
+      kernels left frozen: 1/kernel
+      optimizer state: 1.8 KiB
+      trained 224 of 2,208 parameters (10.14 %), 2,176 frozen; 896 bytes to save
     """
-    base = {
-        key: unbox(leaf)
-        for key, leaf in flatten(frozen, "frozen").items()
-        if leaf is not empty_node
-    }
-    rows = tuple(
-        _row(path_of(key), node, base.get(key))
-        for key, node in sorted(flatten(adapters, "adapters").items())
-        if node is not empty_node
-    )
+    base = _leaves(frozen, "frozen")
+    nodes = dict(sorted(_leaves(adapters, "adapters").items()))
+    rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")
+    frozen_kernels = {
+        path: tuple(leaf.shape)
+        for path, leaf in base.items()
+        if path not in nodes and (path in axes if axes is not None else len(leaf.shape) > 1)
+    }
+    adapted = [path for path, node in nodes.items() if isinstance(node, Adapter)]
+    tied = getattr(axes, "tied", ())
+    state = None if tx is None else jax.eval_shape(tx.init, adapters)
     return Summary(
         rows=rows,
         trained=sum(row.trained for row in rows),
         total=sum(_size(leaf) for leaf in base.values()) + whole,
         nbytes=sum(row.nbytes for row in rows),
+        frozen_kernels=frozen_kernels,
+        rules=() if config is None else _rules(config, sorted({*base, *nodes})),
+        tied=tuple(path for path in adapted if path in tied),
+        optimizer_nbytes=None if state is None else _nbytes(state),
     )
 
 
+def _leaves(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
+    flat = flatten(tree, name).items()
+    return {path_of(key): unbox(leaf) for key, leaf in flat if leaf is not empty_node}
+
+
+def _rules(config: LoraConfig, paths: list[str]) -> tuple[RuleReport, ...]:
+    rules, whole = assign(config, paths)
+    reports = []
+    for rule in config.rules:
+        matched = [path for path in paths if re.fullmatch(rule.pattern, path)]
+        taken = {
+            path: "a trainable pattern" if path in whole else f"Rule({rules[path].pattern!r})"
+            for path in matched
+            if rules.get(path) is not rule
+        }
+        adapted = tuple(path for path in matched if path not in taken)
+        reports.append(RuleReport(rule.pattern, adapted, taken))
+    return tuple(reports)
+
+
 def _row(path: str, node: Any, kernel: Any) -> Row:
-    arrays = jax.tree.leaves(node)
-    trained = sum(map(_size, arrays))
-    nbytes = sum(_size(array) * jnp.dtype(array.dtype).itemsize for array in arrays)
+    trained = sum(map(_size, jax.tree.leaves(node)))
+    nbytes = _nbytes(node)
     if isinstance(node, Adapter):
         if kernel is None:
             raise ValueError(f"There is an adapter for {path!r}, but no such kernel in the base.")
-        shape = tuple(kernel.shape)
-        total = _size(kernel)
-        return Row(path, shape, node.variant, node.rank, node.scale, trained, total, nbytes)
+        return Row(
+            path,
+            tuple(kernel.shape),
+            node.variant,
+            node.rank,
+            node.scale,
+            trained,
+            _size(kernel),
+            nbytes,
+            node.substitute,
+            _zero_columns(node, kernel),
+        )
     shape = tuple(unbox(node.value if isinstance(node, Whole) else node).shape)
     return Row(path, shape, "whole", None, None, trained, trained, nbytes)
 
 
+def _zero_columns(adapter: Adapter, kernel: Any) -> int | None:
+    if adapter.m is None or isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer):
+        return None
+    matrix = adapter.axes.as_matrix(jnp.asarray(kernel))
+    return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
+
+
 def _size(array: Any) -> int:
     return math.prod(array.shape)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(_size(a) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
 
 
 def _bytes(count: int) -> str:

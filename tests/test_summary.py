@@ -1,8 +1,12 @@
 """The table before a long run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+import zoo
 
 import lora_jax
 
@@ -57,3 +61,70 @@ def test_adapters_of_another_base():
     del frozen["a"]
     with pytest.raises(ValueError, match=r"adapter for 'a/kernel', but no such kernel"):
         lora_jax.summary(frozen, adapters)
+
+
+def report():
+    params = {
+        f"block_{i}": {"query": {"kernel": jnp.ones((6, 4)).at[:, 1].set(0)}, "bias": jnp.ones(4)}
+        for i in range(12)
+    }
+    params["out"] = {"kernel": jnp.ones((4, 3))}
+    params["embed"] = {"embedding": jnp.ones((9, 6))}
+    config = lora_jax.LoraConfig(
+        [
+            lora_jax.Rule(".*block_1/query/kernel", 1, variant="dora"),
+            lora_jax.Rule(r".*query/kernel", 2),
+            lora_jax.Rule("embed/.*", 2, substitute=True),
+        ],
+        trainable=["block_0/.*"],
+    )
+    split = lora_jax.lora_init(jax.random.key(0), params, config)
+    return lora_jax.summary(*split, config=config, tx=optax.adam(1e-3))
+
+
+def test_report_as_data():
+    table = report()
+    first, second, third = table.rules
+    assert (first.adapted, first.taken) == (("block_1/query/kernel",), {})
+    assert len(second.adapted) == 10
+    assert second.taken == {
+        "block_0/query/kernel": "a trainable pattern",
+        "block_1/query/kernel": "Rule('.*block_1/query/kernel')",
+    }
+    assert third.adapted == ("embed/embedding",)
+    assert table.frozen_kernels == {"out/kernel": (4, 3)}
+    assert {row.path for row in table.rows if row.zero_columns} == {"block_1/query/kernel"}
+    assert {row.path for row in table.rows if row.substituted} == {"embed/embedding"}
+    # Adam has two moments of all that is trained, and a step.
+    assert table.optimizer_nbytes == 2 * table.nbytes + 4
+
+
+def test_report_as_text():
+    text = str(report()).splitlines()
+    for line in [
+        "block_*/query/kernel (10)  6 x 4  lora                  2      1      200    240   83.33",
+        "Rule('.*query/kernel'): 10 of 12 matched leaves adapted",
+        "  not block_0/query/kernel: has a trainable pattern",
+        "  not block_1/query/kernel: has Rule('.*block_1/query/kernel')",
+        "kernels left frozen: out/kernel",
+        "block_1/query/kernel has 1 all-zero columns: DoRA keeps them at zero until U V gives them "
+        "a direction",
+        "optimizer state: 2.1 KiB",
+    ]:
+        assert line in text, (line, "\n".join(text))
+
+
+def test_report_of_a_model():
+    tokens = jnp.arange(4)
+    model = zoo.Tied()
+    variables = model.init(jax.random.key(0), tokens)
+    axes = lora_jax.kernel_axes(model, variables, tokens)
+    axes = dataclasses.replace(axes, tied=frozenset({"embed/embedding"}))
+    for tied, expected in [("untie", ("embed/embedding",)), (None, ())]:
+        pattern = "embed/embedding" if tied else "dense/kernel"
+        config = lora_jax.LoraConfig([lora_jax.Rule(pattern, 2, tied=tied)])
+        split = lora_jax.lora_init(jax.random.key(0), variables["params"], config, axes=axes)
+        table = lora_jax.summary(*split, axes=axes)
+        assert table.tied == expected
+        assert set(table.frozen_kernels) == {"dense/kernel", "embed/embedding"} - {pattern}
+        assert ("tied, so read outside of their layer too" in str(table)) == bool(tied)
