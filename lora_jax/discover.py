@@ -19,11 +19,9 @@ import jax
 import numpy as np
 from flax.traverse_util import empty_node
 
-# Not in the public interface of jax, but the only way to ask what a jaxpr depends on.
-from jax.interpreters.partial_eval import dce_jaxpr
-
 from lora_jax.axes import KernelAxes
 from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
+from lora_jax.liveness import live_inputs
 from lora_jax.registry import AdaptedKernel, Refused, entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
@@ -126,7 +124,7 @@ def kernel_axes(
     rest = {name: value for name, value in variables.items() if name != "params"}
     abstract = jax.tree.map(_abstract, (params, rest, [leaves[i] for i in arrays]))
     jaxpr = jax.make_jaxpr(call)(*abstract).jaxpr
-    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    used = live_inputs(jaxpr, [True] * len(jaxpr.outvars))
     inputs = jax.tree.unflatten(jax.tree.structure(abstract), used)
     read = {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
     return ModelAxes(
@@ -143,7 +141,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
 
 
 _NONCES = itertools.count()

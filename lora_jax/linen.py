@@ -17,14 +17,13 @@ from typing import Any
 import chex
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter
 from lora_jax.registry import AdaptedKernel, entry_of, has_entry, known_layers
-from lora_jax.tree import Key, flatten, join, path_of, rebox, unbox, unflatten
+from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.
 SUFFIX = "@lora"
@@ -99,7 +98,7 @@ def lora_apply(
 
     def place(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
         if adapter.substitute:
-            return {key: substituted(kernel, adapter)}
+            return {key: merged_kernel(kernel, adapter)}
         arrays = {
             name: adapter.axes.place(array, 1 if name == "m" else 2)
             for name in ("U", "V", "m")
@@ -116,7 +115,9 @@ def lora_apply(
         out = call_model(model, {**variables, "params": placed}, args, kwargs)
     if not allow_unused:
         calls.check_used(model)
-    return out if kwargs.get("mutable", False) is False else _without_adapters(out)
+    if kwargs.get("mutable", False) is False:
+        return out
+    return _restored(out, variables["params"], placed)
 
 
 def check_model(model: Any, variables: Any, name: str) -> None:
@@ -168,19 +169,17 @@ def _dropout_is_active(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
     )
 
 
-def substituted(kernel: Any, adapter: Adapter) -> Any:
-    """``W'`` in the dtype and the box of the kernel."""
-    W = jnp.asarray(unbox(kernel))
-    return rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))
-
-
-def _without_adapters(out: Any) -> Any:
-    """Takes the adapters out of the variables that a call with ``mutable`` returned."""
+def _restored(out: Any, frozen: chex.ArrayTree, placed: chex.ArrayTree) -> Any:
+    """The result of a call with ``mutable``, with the base in ``params`` as it was given."""
     y, variables = out
     if "params" not in variables:
         return out
-    flat = flatten(variables["params"], "params")
-    params = {key: leaf for key, leaf in flat.items() if not key[-1].endswith(SUFFIX)}
+    base, given = flatten(frozen, "frozen"), flatten(placed, "params")
+    params = {}
+    for key, leaf in flatten(variables["params"], "params").items():
+        if not key[-1].endswith(SUFFIX):
+            # Where W' stood in place of the parameter, and still does.
+            params[key] = base[key] if key in base and leaf is given.get(key) else leaf
     return y, {**variables, "params": unflatten(params, variables["params"])}
 
 

@@ -131,10 +131,15 @@ def lora_merge(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
                 f"The adapter of {path_of(key)!r} has tied='untie': it adapts one of several "
                 f"uses of the parameter, so no merged parameter gives the same model."
             )
-        W = jnp.asarray(unbox(kernel))
-        return {key: rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))}
+        return {key: merged_kernel(kernel, adapter)}
 
     return join(frozen, adapters, merge)
+
+
+def merged_kernel(kernel: Any, adapter: Adapter) -> Any:
+    """``W'`` in the dtype and the box of the kernel."""
+    W = jnp.asarray(unbox(kernel))
+    return rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))
 
 
 def join(
