@@ -13,8 +13,9 @@ from lora_jax.adapter import Adapter, Whole
 from lora_jax.axes import KernelAxes
 from lora_jax.config import LoraConfig, Rule
 from lora_jax.discover import ModelAxes, kernel_axes
+from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
-from lora_jax.registry import AdaptedKernel, register
+from lora_jax.registry import register
 from lora_jax.summary import Summary, summary
 from lora_jax.tree import lora_init, lora_merge
 

@@ -20,9 +20,10 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes
+from lora_jax.kernel import AdaptedKernel, Refused
 from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
 from lora_jax.liveness import live_inputs
-from lora_jax.registry import AdaptedKernel, Refused, entry_of
+from lora_jax.registry import entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
 _SUFFIX = "@label"

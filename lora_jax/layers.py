@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.equation import Equation
-from lora_jax.registry import AdaptedKernel, Names, body, enter
+from lora_jax.kernel import AdaptedKernel
+from lora_jax.registry import Names, body, enter
 
 Kernels = tuple[AdaptedKernel, ...]
 Call = Callable[..., Any]

@@ -22,7 +22,8 @@ import numpy as np
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter
-from lora_jax.registry import AdaptedKernel, entry_of, has_entry, known_layers
+from lora_jax.kernel import AdaptedKernel
+from lora_jax.registry import entry_of, has_entry, known_layers
 from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.

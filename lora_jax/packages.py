@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.registry import AdaptedKernel, Names, enter
+from lora_jax.kernel import AdaptedKernel
+from lora_jax.registry import Names, enter
 
 Kernels = tuple[AdaptedKernel, ...]
 

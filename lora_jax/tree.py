@@ -19,6 +19,9 @@ from lora_jax.resolve import resolve_axes
 
 Key = tuple[str, ...]
 
+# Names that Flax gives to collections beside "params".
+_COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
+
 
 def lora_init(
     key: chex.PRNGKey,
@@ -65,7 +68,7 @@ def lora_init(
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}.")
     flat = flatten(params, "params")
-    if set(params) == {"params"}:
+    if "params" in params and set(params) <= {"params", *_COLLECTIONS}:
         raise ValueError(
             "lora_init takes the 'params' collection alone: pass variables['params'], not the "
             "whole dict of variables."
@@ -78,6 +81,12 @@ def lora_init(
     arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
     paths = {path_of(key_): key_ for key_ in arrays}
     rules, whole = assign(config, list(paths))
+    if len(paths) < len(arrays):
+        twice = next(path_of(k) for k in arrays if paths[path_of(k)] != k)
+        raise ValueError(
+            f"Two parameters have the path {twice!r}, as the name of one has a '/' in it; patterns "
+            f"could not tell them apart."
+        )
     leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
     rules, resolved = resolve_axes(leaves, rules, axes)
     tied = getattr(axes, "tied", ())

@@ -257,6 +257,16 @@ def test_abstract():
             r"'kernel' has NaN or infinite",
         ),
         ({"params": {"kernel": jnp.ones((3, 3))}}, {}, r"pass variables\['params'\]"),
+        (
+            {"params": {"kernel": jnp.ones((3, 3))}, "batch_stats": {"mean": jnp.ones(3)}},
+            {},
+            r"pass variables\['params'\]",
+        ),
+        (
+            {"a/b": {"kernel": jnp.ones((3, 3))}, "a": {"b/kernel": jnp.ones((3, 3))}},
+            {},
+            r"Two parameters have the path 'a/b/kernel'",
+        ),
     ],
 )
 def test_bad_leaves(tree, rule, match):

@@ -1,0 +1,249 @@
+"""A kernel as a layer's handler has it: it computes products with ``W'``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapter import Adapter
+from lora_jax.axes import KernelAxes
+from lora_jax.equation import Equation
+from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, factors_of
+
+
+class Refused(ValueError):
+    """A layer that its handler cannot adapt."""
+
+
+class Observer(Protocol):
+    """Is told how a handler uses a kernel, when nothing is computed: :mod:`lora_jax.discover`."""
+
+    def use(self, layer: KernelAxes) -> None:
+        """The handler computes with the kernel, of which the layer sees these axes."""
+
+    def refuse(self, reason: str) -> None:
+        """The handler cannot adapt the kernel."""
+
+
+class AdaptedKernel:
+    """A kernel of a layer, in the hands of the layer's handler: it computes products with ``W'``.
+
+    A handler gets one for each of its kernels, adapted or not; without an adapter the products
+    are with ``W``.
+
+    Attributes:
+      value: the kernel ``W`` as it is stored.
+      dtype: its dtype.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        value: chex.Array,
+        adapter: Adapter | None = None,
+        rng: chex.PRNGKey | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
+        self.value = self._cut(value)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the stored kernel."""
+        return self.value.dtype
+
+    def einsum(
+        self,
+        equation: str,
+        x: chex.Array,
+        W: chex.Array | None = None,
+        *,
+        base: Product | None = None,
+        transposed: bool = False,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> chex.Array:
+        """``jnp.einsum(equation, x, W')``.
+
+        Letters that ``W`` shares only with ``x`` are its inputs, those that it shares only with
+        the result are its outputs, and those in all three stack matrices, each with ``U`` and
+        ``V`` of its own.
+
+        Args:
+          equation: ``"x,W->y"``; ``...`` may stand in ``x`` and ``y``.
+          x: the input.
+          W: the kernel in the dtype to compute in; by default the stored one, promoted as
+            ``jnp.einsum`` would.
+          base: the layer's own product of ``x`` and ``W``; by default ``jnp.einsum``.
+          transposed: this product is with the transposed matrix, as where an embedding gives the
+            logits: the letters that are contracted here are the *outputs* of the kernel.
+          precision: of the products.
+
+        Raises:
+          ValueError: an equation that is no product with a matrix, an adapter made for other
+            axes of the kernel.
+
+        Example:
+          >>> kernel = AdaptedKernel("w", jnp.ones((2, 3, 4)))
+          >>> kernel.einsum("btd,dhk->bthk", jnp.ones((1, 5, 2))).shape
+          (1, 5, 3, 4)
+        """
+        if W is None:
+            dtype = jnp.result_type(x, self.value)
+            x, W = x.astype(dtype), self.value.astype(dtype)
+        W = self._cut(W)
+        try:
+            eq = Equation.parse(equation, x.shape, W.shape)
+        except ValueError as error:
+            raise Refused(f"In the layer of {self._path!r}: {error}") from error
+
+        def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
+            return jnp.einsum(equation, x, W, precision=precision)
+
+        base = base or einsum
+        factors = self._factors(eq.transposed_axes if transposed else eq.axes, W)
+        if factors is None:
+            return base(x, W)
+        return adapted_einsum(
+            eq,
+            x,
+            W,
+            factors,
+            base=base,
+            transposed=transposed,
+            precision=precision,
+            stored_W=self.value,
+            dropped_x=self._dropped(x),
+        )
+
+    def linear(
+        self,
+        product: Product,
+        x: chex.Array,
+        W: chex.Array | None = None,
+        *,
+        inputs: tuple[int, ...],
+        base: Product | None = None,
+        stacks: tuple[int, ...] = (),
+        groups: int = 1,
+    ) -> chex.Array:
+        """``product(x, W')`` for a product that is linear in the kernel, such as a convolution.
+
+        Args:
+          product: computes it from ``x`` and a kernel with any number of outputs; called with
+            ``W``, and with ``U`` in the kernel's layout, which has ``r`` outputs. The result's
+            last axes must be the stacks and the outputs.
+          x: the input.
+          W: the kernel in the dtype to compute in; by default the stored one.
+          inputs: axes of the kernel that are contracted. One axis is left: the outputs.
+          base: the layer's own product, for ``W``; by default ``product``.
+          stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
+          groups: number of groups that the outputs are in, each with inputs of its own.
+
+        Raises:
+          ValueError: an adapter made for other axes of the kernel, more than one output axis.
+
+        Example:
+          >>> kernel = AdaptedKernel("embedding", jnp.ones((10, 4)))
+          >>> take = lambda ids, W: jnp.take(W, ids, axis=0)
+          >>> kernel.linear(take, jnp.array([1, 7]), inputs=(0,)).shape
+          (2, 4)
+        """
+        base = base or product
+        W = self._cut(self.value if W is None else W)
+        outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *stacks})
+        if len(outputs) != 1:
+            raise Refused(
+                f"The handler of {self._path!r} leaves {len(outputs)} axes of the kernel "
+                f"{W.shape} for the outputs; linear() takes one. Use einsum()."
+            )
+        axes = KernelAxes(inputs, outputs, stacks)
+        factors = self._factors(axes, W)
+        if factors is None:
+            return base(x, W)
+        return adapted_linear(
+            product,
+            x,
+            W,
+            factors,
+            axes,
+            base=base,
+            groups=groups,
+            stored_W=self.value,
+            dropped_x=self._dropped(x),
+        )
+
+    def refuse(self, reason: str) -> None:
+        """Says that this layer cannot be adapted, in a handler that meets such a case.
+
+        Args:
+          reason: why.
+
+        Raises:
+          ValueError: if the kernel has an adapter.
+        """
+        if self._observer is not None:
+            self._observer.refuse(reason)
+        elif self._adapter is not None:
+            raise Refused(
+                f"The adapter of {self._path!r} cannot be used: {reason}. Give it a rule with "
+                f"substitute=True."
+            )
+
+    def _cut(self, W: chex.Array) -> chex.Array:
+        """Zeros where only the use of the kernel is observed: see :mod:`lora_jax.discover`."""
+        return W if self._observer is None else jnp.zeros_like(W)
+
+    def _factors(self, axes: KernelAxes, W: chex.Array) -> Factors | None:
+        """The factors of this layer, which must be for these axes of the kernel."""
+        if self._observer is not None:
+            self._observer.use(axes)
+        if self._adapter is None:
+            return None
+        own = self._adapter.axes
+        for layer in own.of_layers(axes.ndim):
+            plain = dataclasses.replace(layer, fused=1, parts=())
+            if plain == axes:
+                return factors_of(self._sliced(layer, W))
+        raise ValueError(
+            f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
+            f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
+            f"to lora_init, or say input_axes and stack_axes in the rule."
+        )
+
+    def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
+        """The adapter in the layer, where transforms have sliced it like the kernel."""
+        assert self._adapter is not None
+        adapter = self._adapter.replace(axes=axes)  # type: ignore[attr-defined]
+        arrays = {}
+        for name, shape in adapter.shapes(W.shape).items():
+            arrays[name] = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
+            if arrays[name] is None:
+                raise ValueError(
+                    f"In the layer of {self._path!r} the kernel is {W.shape}, so {name} should be "
+                    f"{shape}, but a transform has left {jnp.shape(getattr(adapter, name))} of it. "
+                    f"The adapter has stack_axes={self._adapter.axes.stacks}: they must be those "
+                    f"on which nn.scan and nn.vmap stack the kernel "
+                    f"(variable_axes={{'params': ...}}). Correct them in the rule."
+                )
+        return adapter.replace(**arrays)  # type: ignore[no-any-return]
+
+    def _dropped(self, x: chex.Array) -> chex.Array | None:
+        if self._rng is None or self._adapter is None:
+            return None
+        rate = self._adapter.dropout
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"The adapter of {self._path!r} has dropout, but its layer looks up {x.dtype} "
+                f"numbers, which cannot be dropped. Give it a rule of its own with dropout=0."
+            )
+        keep = jax.random.bernoulli(self._rng, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _said(axes: KernelAxes) -> str:
+    stacks = f" and stack_axes={axes.stacks}" if axes.stacks else ""
+    return f"input_axes={axes.inputs}{stacks}"
