@@ -59,6 +59,18 @@ class ModelAxes(Mapping[str, KernelAxes]):
         """Number of kernels."""
         return len(self.kernels)
 
+    def __str__(self) -> str:
+        """One line for each kernel."""
+        width = max(map(len, self.kernels), default=0)
+        return "\n".join(
+            f"{path.ljust(width)}  inputs {axes.inputs}  outputs {axes.outputs}"
+            + (f"  stacks {axes.stacks}" if axes.stacks else "")
+            + ("  tied" if path in self.tied else "")
+            + ("  cannot be adapted in its layer" if path in self.refused else "")
+            + f"  {self.layers[path]}"
+            for path, axes in self.kernels.items()
+        )
+
 
 def kernel_axes(
     model: Any, variables: Mapping[str, Any], /, *args: Any, **kwargs: Any
@@ -87,12 +99,14 @@ def kernel_axes(
       >>> model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
       >>> x = jnp.ones((1, 5, 6))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
-      >>> for path, axes in lora_jax.kernel_axes(model, variables, x).items():
-      ...     print(path, axes.inputs, axes.outputs)
-      key/kernel (0,) (1, 2)
-      out/kernel (0, 1) (2,)
-      query/kernel (0,) (1, 2)
-      value/kernel (0,) (1, 2)
+      >>> axes = lora_jax.kernel_axes(model, variables, x)
+      >>> axes["out/kernel"].inputs, axes["out/kernel"].outputs
+      ((0, 1), (2,))
+      >>> print(axes)
+      key/kernel    inputs (0,)  outputs (1, 2)  flax.linen.linear.DenseGeneral
+      out/kernel    inputs (0, 1)  outputs (2,)  flax.linen.linear.DenseGeneral
+      query/kernel  inputs (0,)  outputs (1, 2)  flax.linen.linear.DenseGeneral
+      value/kernel  inputs (0,)  outputs (1, 2)  flax.linen.linear.DenseGeneral
     """
     check_model(model, variables, "kernel_axes")
     leaves, treedef = jax.tree.flatten((args, kwargs))

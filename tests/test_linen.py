@@ -540,3 +540,76 @@ def test_arguments_in_the_wrong_place():
     whole = {**adapters, "encoder": {"bias": jnp.ones(6)}}
     with pytest.raises(ValueError, match=r"'encoder/bias' is in the base and"):
         lora_jax.lora_apply(model, variables, whole, x)
+
+
+class Wrapped:
+    """As the Flax models of Hugging Face are called."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x, params=None, dropout_rng=None, train=False):
+        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+        variables = params if "batch_stats" in params else {"params": params}
+        return self.module.apply(variables, x, rngs=rngs)
+
+    def twice(self, x, params=None):
+        return 2 * self(x, params)
+
+
+def test_model_that_takes_its_variables_as_params():
+    module, x, key = zoo.Compact(), jnp.ones((3, 6)), jax.random.key(0)
+    model = Wrapped(module)
+    frozen, adapters = dense_case(module, x, dropout=0.5)
+    variables = {"params": frozen}
+    assert set(lora_jax.kernel_axes(model, variables, x)) == {"first/kernel", "second/kernel"}
+    y = lora_jax.lora_apply(module, variables, adapters, x)
+    assert jnp.array_equal(lora_jax.lora_apply(model, variables, adapters, x), y)
+    twice = lora_jax.lora_apply(model, variables, adapters, x, method="twice")
+    assert jnp.array_equal(twice, 2 * y)
+    same = lora_jax.lora_apply(model, variables, adapters, x, dropout_rng=key)
+    assert jnp.array_equal(same, y)
+    dropped = lora_jax.lora_apply(model, variables, adapters, x, dropout_rng=key, train=True)
+    assert relative_error(dropped, y) > 1e-2
+
+    normed = zoo.Normed()
+    variables = normed.init(key, x)
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 2)])
+    frozen, adapters = lora_jax.lora_init(key, variables["params"], config)
+    got = lora_jax.lora_apply(
+        Wrapped(normed), {**variables, "params": frozen}, random_like(adapters), x
+    )
+    assert relative_error(got, normed.apply(variables, x)) > 1e-2
+
+
+@pytest.mark.parametrize("args", [(True,), ()])
+def test_dropout_sees_what_evaluates_in_any_place(args):
+    """As an argument by position, or as the default of the method."""
+
+    class Evaluates(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic=True):
+            return nn.Dense(5)(x)
+
+    model, x = Evaluates(), jnp.ones((3, 6))
+    frozen, adapters = dense_case(model, x, dropout=0.5)
+    rngs = {"dropout": jax.random.key(0)}
+
+    def apply(*args, **kwargs):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, *args, **kwargs)
+
+    assert jnp.array_equal(apply(*args, rngs=rngs), apply())
+    assert relative_error(apply(False, rngs=rngs), apply()) > 1e-2
+
+
+def test_variables_that_come_back_are_the_base():
+    """Adapters are taken out of them, and what was substituted is as it was given."""
+    model, x = zoo.Compact(), jnp.ones((3, 6))
+    params = random_variables(model, x)["params"]
+    rules = [lora_jax.Rule("first/kernel", 2), lora_jax.Rule("second/kernel", 2, substitute=True)]
+    config = lora_jax.LoraConfig(rules, trainable=["second/bias"])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    adapters = random_like(adapters)
+    _, updates = lora_jax.lora_apply(model, {"params": frozen}, adapters, x, mutable=True)
+    expected = {**params, "second": {**params["second"], "bias": adapters["second"]["bias"]}}
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, updates["params"], expected))

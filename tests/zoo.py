@@ -255,6 +255,10 @@ def conv(shape, *layers, exact=True):
 
 
 BF16 = jnp.bfloat16
+# A field that the oldest Flax does not have.
+PREFERRED = {"dtype": BF16} | (
+    {"preferred_element_type": jnp.float32} if hasattr(nn.Einsum, "preferred_element_type") else {}
+)
 ATTENTION = {"out/kernel": ((0, 1), (2,), ()), "kernel": ((0,), (1, 2), ())}
 CASES = {
     "compact": Case(Compact()),
@@ -385,4 +389,25 @@ CASES = {
     "Embed": Case(nn.Embed(11, WIDTH), (2, 5), x_dtype=jnp.int32),
     "Embed, tied": Case(Tied(), (2, 5), x_dtype=jnp.int32),
     "Embed, tied, in bfloat16": Case(Tied(BF16), (2, 5), x_dtype=jnp.uint8, exact=False),
+    "attention, bfloat16 parameters": Case(
+        nn.MultiHeadDotProductAttention(2, param_dtype=BF16),
+        (2, 5, WIDTH),
+        axes=ATTENTION,
+        exact=False,
+    ),
+    "Conv, bfloat16 parameters": conv(
+        (2, 6, 5, 3), nn.Conv(4, (3, 3), param_dtype=BF16), exact=False
+    ),
+    "ConvTranspose, bfloat16 parameters": conv(
+        (2, 6, 5, 3), nn.ConvTranspose(4, (3, 3), param_dtype=BF16), exact=False
+    ),
+    "Einsum, bfloat16 parameters": Case(
+        Einsum((WIDTH, 5), "...d,dk->k...", options={"param_dtype": BF16}), (3, WIDTH), exact=False
+    ),
+    "Embed, bfloat16 parameters": Case(
+        nn.Embed(11, WIDTH, param_dtype=BF16), (2, 5), x_dtype=jnp.int32, exact=False
+    ),
+    "Einsum, preferred float32": Case(
+        Einsum((WIDTH, 5), "...d,dk->...k", options=PREFERRED), (2, 3, WIDTH), exact=False
+    ),
 }
