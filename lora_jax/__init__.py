@@ -7,12 +7,15 @@ are all that is differentiated, optimized and saved, and the model's own code st
     frozen, adapters = lora_jax.lora_init(key, params, config, axes=axes)
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
     params = lora_jax.lora_merge(frozen, adapters)
+
+`kernel_axes` finds the `KernelAxes` of every kernel, together a `ModelAxes`; `register` takes a
+handler for a layer of yours, which computes with an `AdaptedKernel`.
 """
 
 from lora_jax.adapter import Adapter, Whole
-from lora_jax.axes import KernelAxes
+from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, Rule
-from lora_jax.discover import ModelAxes, kernel_axes
+from lora_jax.discover import kernel_axes
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
 from lora_jax.registry import register

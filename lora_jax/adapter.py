@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.axes import KernelAxes
 from lora_jax.config import Rule, scale
-from lora_jax.variants import VARIANTS
+from lora_jax.variants import VARIANTS, float32_or_more
 
 
 @flax.struct.dataclass
@@ -67,7 +67,7 @@ class Adapter:
 
     def effective_kernel(self, kernel: chex.Array) -> chex.Array:
         """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
-        kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        kernel = kernel.astype(float32_or_more(kernel.dtype))
         W = self.axes.as_matrix(kernel)
         formula = VARIANTS[self.variant].kernel
         adapted = formula(W, self.U, self.V, self.m, self.scale, self.detach_norm)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 
 import chex
 import jax.numpy as jnp
@@ -41,15 +42,28 @@ class KernelAxes:
     parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "outputs", "stacks"):
-            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        for name in ("inputs", "outputs", "stacks", "parts"):
+            try:
+                value = tuple(map(operator.index, getattr(self, name)))
+            except TypeError:
+                raise TypeError(
+                    f"KernelAxes({name}=...) must be a tuple of ints, got {getattr(self, name)!r}."
+                ) from None
+            object.__setattr__(self, name, value if name == "parts" else tuple(sorted(value)))
         axes = sorted((*self.inputs, *self.outputs, *self.stacks))
-        if axes != list(range(len(axes))):
+        if axes != list(range(len(axes))) or not self.inputs or not self.outputs:
             raise ValueError(
                 f"KernelAxes(inputs={self.inputs}, outputs={self.outputs}, stacks={self.stacks}) "
-                f"must name every axis of the kernel once, counted from 0."
+                f"must name every axis of the kernel once, counted from 0, some as inputs and some "
+                f"as outputs."
             )
-        object.__setattr__(self, "parts", self.parts or tuple(range(self.fused)))
+        parts = self.parts or tuple(range(self.fused))
+        if len(set(parts)) < len(parts) or not set(parts) <= set(range(self.fused)):
+            raise ValueError(
+                f"KernelAxes(fused={self.fused}, parts={self.parts}): parts must be some of 0 to "
+                f"{self.fused - 1}, each once."
+            )
+        object.__setattr__(self, "parts", parts)
 
     @property
     def ndim(self) -> int:
@@ -141,3 +155,52 @@ class KernelAxes:
         """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""
         *lead, width = matrix.shape
         return jnp.moveaxis(jnp.reshape(matrix, (*lead, self.fused, width // self.fused)), -2, -3)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelAxes(Mapping[str, KernelAxes]):
+    """The kernels of a model that can be adapted in their layers: their paths, and their axes.
+
+    What :func:`lora_jax.kernel_axes` returns.
+
+    Attributes:
+      kernels: the axes of each kernel of a known layer, also of one that is refused.
+      layers: for each parameter of a module that was called, kernel or not, the module's class.
+      stacks: likewise, the axes that stack it.
+      refused: why a parameter of a known layer cannot be adapted in the layer.
+      read: parameters that the result depends on.
+      tied: kernels that the model also reads outside of their layer.
+    """
+
+    kernels: Mapping[str, KernelAxes]
+    layers: Mapping[str, str]
+    stacks: Mapping[str, tuple[int, ...]]
+    refused: Mapping[str, str]
+    read: frozenset[str]
+    tied: frozenset[str]
+
+    def __getitem__(self, path: str) -> KernelAxes:
+        """The axes of the kernel at a path."""
+        if path in self.refused:
+            raise KeyError(path)
+        return self.kernels[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of the kernels."""
+        return (path for path in self.kernels if path not in self.refused)
+
+    def __len__(self) -> int:
+        """Number of kernels."""
+        return sum(1 for _ in self)
+
+    def __str__(self) -> str:
+        """One line for each kernel."""
+        width = max(map(len, self.kernels), default=0)
+        return "\n".join(
+            f"{path.ljust(width)}  inputs {axes.inputs}  outputs {axes.outputs}"
+            + (f"  stacks {axes.stacks}" if axes.stacks else "")
+            + ("  tied" if path in self.tied else "")
+            + (f"  refused, as {self.refused[path]}" if path in self.refused else "")
+            + f"  {self.layers[path]}"
+            for path, axes in self.kernels.items()
+        )

@@ -42,7 +42,8 @@ class Rule:
       input_axes: axes of the kernel that are contracted with the layer's input; by default the
         first one that is no stack axis. Not needed with :func:`lora_jax.kernel_axes`.
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
-        computes queries, keys and values; each has ``U`` and ``V`` of its own.
+        computes queries, keys and values; each has ``U`` and ``V`` of its own. They must be whole
+        blocks of the flattened outputs, one after another, not interleaved within heads.
       parts: which of the fused kernels are adapted: ``fused=3, parts=(0, 2)`` leaves the keys
         frozen. All by default.
       substitute: put ``W'`` in place of the parameter before the model runs, instead of
@@ -97,12 +98,16 @@ class Rule:
             object.__setattr__(self, name, int(value))
         for name in ("alpha", "std", "dropout"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, numbers.Real):
+            optional = value is None and name != "dropout"
+            if not optional and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
                 raise TypeError(f"{where}: {name} must be a number, got {value!r}.")
         for name in ("alpha", "std"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{where}: {name} must be positive and finite, got {value}.")
+        for name in ("rslora", "detach_norm", "substitute"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}.")
         if self.variant not in VARIANTS:
             raise ValueError(
                 f"{where}: there is no variant {self.variant!r}; there are {sorted(VARIANTS)}."
@@ -123,11 +128,13 @@ class Rule:
                 ) from None
             object.__setattr__(self, name, ints)
         if self.parts is not None and not (
-            self.parts and set(self.parts) <= set(range(self.fused))
+            self.parts
+            and set(self.parts) <= set(range(self.fused))
+            and len(set(self.parts)) == len(self.parts)
         ):
             raise ValueError(
-                f"{where}: parts must be some of 0 to {self.fused - 1}, as fused is {self.fused}; "
-                f"got {self.parts}."
+                f"{where}: parts must be some of 0 to {self.fused - 1}, each once, as fused is "
+                f"{self.fused}; got {self.parts}."
             )
         if self.substitute and self.dropout:
             raise ValueError(
@@ -137,6 +144,15 @@ class Rule:
         if self.tied not in (None, "substitute", "untie"):
             raise ValueError(
                 f"{where}: tied must be 'substitute', 'untie' or None, got {self.tied!r}."
+            )
+        if self.substitute and self.tied == "untie":
+            raise ValueError(
+                f"{where}: tied='untie' adapts one use of a parameter, substitute=True all of them."
+            )
+        if self.tied == "substitute" and self.dropout:
+            raise ValueError(
+                f"{where}: tied='substitute' would substitute W' for some parameters, where there "
+                f"can be no dropout. Give tied parameters a rule of their own, with dropout=0."
             )
 
     @property

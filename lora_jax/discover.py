@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.axes import KernelAxes
+from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.kernel import AdaptedKernel, Refused
 from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
 from lora_jax.liveness import live_inputs
@@ -27,49 +27,6 @@ from lora_jax.registry import entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
 _SUFFIX = "@label"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelAxes(Mapping[str, KernelAxes]):
-    """The kernels that a model has in known layers: a mapping of their paths to their axes.
-
-    Attributes:
-      kernels: the axes of each kernel.
-      layers: for each parameter of a module that was called, kernel or not, the module's class.
-      stacks: likewise, the axes that stack it.
-      refused: why a parameter of a known layer cannot be adapted in the layer.
-      tied: kernels that the model also reads outside of their layer.
-    """
-
-    kernels: Mapping[str, KernelAxes]
-    layers: Mapping[str, str]
-    stacks: Mapping[str, tuple[int, ...]]
-    refused: Mapping[str, str]
-    tied: frozenset[str]
-
-    def __getitem__(self, path: str) -> KernelAxes:
-        """The axes of the kernel at a path."""
-        return self.kernels[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """The paths of the kernels."""
-        return iter(self.kernels)
-
-    def __len__(self) -> int:
-        """Number of kernels."""
-        return len(self.kernels)
-
-    def __str__(self) -> str:
-        """One line for each kernel."""
-        width = max(map(len, self.kernels), default=0)
-        return "\n".join(
-            f"{path.ljust(width)}  inputs {axes.inputs}  outputs {axes.outputs}"
-            + (f"  stacks {axes.stacks}" if axes.stacks else "")
-            + ("  tied" if path in self.tied else "")
-            + ("  cannot be adapted in its layer" if path in self.refused else "")
-            + f"  {self.layers[path]}"
-            for path, axes in self.kernels.items()
-        )
 
 
 def kernel_axes(
@@ -132,9 +89,13 @@ def kernel_axes(
             leaves[i] = value
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         labelled = unflatten({**params, **labels}, variables["params"])
+        observer.given = {path_of(key): unbox(leaf) for key, leaf in params.items()}
         with nn.intercept_methods(observer.intercept):
             out = call_model(model, {**rest, "params": labelled}, args, kwargs)
-        return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
+        if kwargs.get("mutable", False) is not False and isinstance(model, nn.Module):
+            # That the parameters are given back is no use of them.
+            out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
+        return list(_arrays(out))
 
     rest = {name: value for name, value in variables.items() if name != "params"}
     abstract = jax.tree.map(_abstract, (params, rest, [leaves[i] for i in arrays]))
@@ -142,13 +103,25 @@ def kernel_axes(
     used = live_inputs(jaxpr, [True] * len(jaxpr.outvars))
     inputs = jax.tree.unflatten(jax.tree.structure(abstract), used)
     read = {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
+    seen = observer.kernels.keys() | observer.refused.keys()
+    unused = {path: why for path, why in observer.handled.items() if path not in seen}
     return ModelAxes(
         kernels=dict(sorted(observer.kernels.items())),
         layers=observer.layers,
         stacks=observer.stacks,
-        refused=observer.refused,
+        refused={**observer.refused, **unused},
+        read=frozenset(read | observer.kernels.keys()),
         tied=frozenset(read & observer.kernels.keys() - observer.refused.keys()),
     )
+
+
+def _arrays(out: Any) -> Iterator[jax.Array]:
+    """The arrays in a result, also in objects of classes that jax does not know."""
+    for leaf in jax.tree.leaves(out):
+        if isinstance(leaf, jax.Array):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            yield from _arrays(vars(leaf))
 
 
 def _is_array(leaf: Any) -> bool:
@@ -206,6 +179,8 @@ class _Observer:
     layers: dict[str, str] = dataclasses.field(default_factory=dict)
     stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    handled: dict[str, str] = dataclasses.field(default_factory=dict)
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def intercept(
         self,
@@ -228,27 +203,31 @@ class _Observer:
             self.stacks.setdefault(label.path, label.stacks)
         entry = entry_of(context.orig_method)
         names = entry.names(module) if entry else ()
-        ours = [labels[name + _SUFFIX] for name in names if name + _SUFFIX in labels]
-        if entry is None or not ours:
+        ours = {name: labels[name + _SUFFIX] for name in names if name + _SUFFIX in labels}
+        if entry is None:
             return next_fun(*args, **kwargs)
-        self.layers |= dict.fromkeys((label.path for label in ours), _name(module))
-        kernels = tuple(
-            AdaptedKernel(
-                labels[name + _SUFFIX].path,
-                unbox(module.get_variable("params", name)),
-                observer=_OneKernel(self, labels[name + _SUFFIX]),
-            )
-            if name + _SUFFIX in labels
-            else None
-            for name in names
-        )
-        if is_mapped(module):
-            self.refused |= dict.fromkeys((label.path for label in ours), MAPPED)
+        if not ours:
+            why = f"the handler of {entry.layer} is for {' and '.join(map(repr, names))}"
+            self.handled |= {label.path: why for label in labels.values()}
+            return next_fun(*args, **kwargs)
+        for name, label in ours.items():
+            self.layers[label.path] = _name(module)
+            self.handled[label.path] = f"the handler of {entry.layer} did not compute with it"
+            value = unbox(module.get_variable("params", name))
+            if is_mapped(module) and value is not self.given[label.path]:
+                self.refused[label.path] = MAPPED
+        kernels = tuple(self._kernel(module, name, ours.get(name)) for name in names)
         try:
             return entry.handler(module, kernels, next_fun, *args, **kwargs)
         except Refused as error:
-            self.refused |= dict.fromkeys((label.path for label in ours), str(error))
+            self.refused |= {label.path: error.reason for label in ours.values()}
             return next_fun(*args, **kwargs)
+
+    def _kernel(self, module: nn.Module, name: str, label: _Label | None) -> AdaptedKernel | None:
+        if label is None:
+            return None
+        value = unbox(module.get_variable("params", name))
+        return AdaptedKernel(label.path, value, observer=_OneKernel(self, label))
 
 
 @dataclasses.dataclass
@@ -262,7 +241,8 @@ class _OneKernel:
         """The handler computes with the kernel, of which the layer sees these axes."""
         label = self.label
         if layer.ndim != len(label.axes):
-            raise Refused(f"its handler computes with {layer.ndim} axes of {len(label.axes)}")
+            reason = f"its handler computes with {layer.ndim} axes, and it has {len(label.axes)}"
+            raise Refused(label.path, reason)
         axes = KernelAxes(
             inputs=tuple(label.axes[i] for i in layer.inputs),
             outputs=tuple(label.axes[i] for i in layer.outputs),
@@ -270,7 +250,7 @@ class _OneKernel:
         )
         before = self.observer.kernels.setdefault(label.path, axes)
         if before != axes:
-            raise Refused(f"its handler uses it as {before} and as {axes}")
+            raise Refused(label.path, f"its handler uses it as {before} and as {axes}")
 
     def refuse(self, reason: str) -> None:
         """The handler cannot adapt the kernel."""

@@ -53,7 +53,9 @@ class Equation:
             operands, y = text.split("->")
             x, W = operands.split(",")
         except ValueError:
-            raise ValueError(f"The equation must be 'x,W->y', got {equation!r}.") from None
+            raise ValueError(f"The equation must be 'x,W->y', got {equation!r}") from None
+        if "..." in W:
+            raise ValueError(f"In {equation!r} the kernel has '...': write a letter for each axis")
         missing = len(x_shape) - len(x.replace("...", ""))
         unused = [c for c in string.ascii_letters if c not in text]
         if "..." in x and missing >= 0:
@@ -61,22 +63,28 @@ class Equation:
         if (len(x), len(W)) != (len(x_shape), len(W_shape)):
             raise ValueError(
                 f"The equation {equation!r} does not fit an input {tuple(x_shape)} and a kernel "
-                f"{tuple(W_shape)}."
+                f"{tuple(W_shape)}"
             )
         summed = [c for c in W if c not in x and c not in y]
         repeated = any(len(set(side)) < len(side) for side in (x, W, y))
         if summed or repeated or not set(y) <= set(x + W) or "." in x + W + y:
             raise ValueError(
                 f"The equation {equation!r} is no product with a matrix: every letter stands at "
-                f"most once in each of 'x,W->y', and those of W also stand in x or in y."
+                f"most once in each of 'x,W->y', and those of W also stand in x or in y"
             )
-        self = cls(x, W, y, (*x_shape, *W_shape))
-        if not self.axes.inputs or not self.axes.outputs:
+        size = dict(zip(x, x_shape, strict=True))
+        unequal = [c for c, n in zip(W, W_shape, strict=True) if size.get(c, n) != n]
+        if unequal:
+            raise ValueError(
+                f"The equation {equation!r} does not fit an input {tuple(x_shape)} and a kernel "
+                f"{tuple(W_shape)}: they have other sizes for {unequal[0]!r}"
+            )
+        if not set(W) & set(x) - set(y) or not set(W) & set(y) - set(x):
             raise ValueError(
                 f"The equation {equation!r} is no product with a matrix: the kernel must share "
-                f"letters with x that are not in y, and with y that are not in x."
+                f"letters with x that are not in y, and with y that are not in x"
             )
-        return self
+        return cls(x, W, y, (*x_shape, *W_shape))
 
     @functools.cached_property
     def axes(self) -> KernelAxes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
@@ -16,7 +17,18 @@ from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, f
 
 
 class Refused(ValueError):
-    """A layer that its handler cannot adapt."""
+    """A layer that its handler cannot adapt.
+
+    Attributes:
+      reason: why.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(
+            f"The kernel {path!r} cannot be adapted in its layer: {reason}. Give it a rule with "
+            f"substitute=True."
+        )
+        self.reason = reason
 
 
 class Observer(Protocol):
@@ -47,8 +59,10 @@ class AdaptedKernel:
         adapter: Adapter | None = None,
         rng: chex.PRNGKey | None = None,
         observer: Observer | None = None,
+        use: Callable[[], None] | None = None,
     ) -> None:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
+        self._use = use
         self.value = self._cut(value)
 
     @property
@@ -98,7 +112,7 @@ class AdaptedKernel:
         try:
             eq = Equation.parse(equation, x.shape, W.shape)
         except ValueError as error:
-            raise Refused(f"In the layer of {self._path!r}: {error}") from error
+            raise Refused(self._path, str(error)) from error
 
         def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
             return jnp.einsum(equation, x, W, precision=precision)
@@ -137,7 +151,8 @@ class AdaptedKernel:
             ``W``, and with ``U`` in the kernel's layout, which has ``r`` outputs. The result's
             last axes must be the stacks and the outputs.
           x: the input.
-          W: the kernel in the dtype to compute in; by default the stored one.
+          W: the kernel in the dtype to compute in; by default the stored one, promoted with ``x``
+            where that is floating-point.
           inputs: axes of the kernel that are contracted. One axis is left: the outputs.
           base: the layer's own product, for ``W``; by default ``product``.
           stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
@@ -153,12 +168,17 @@ class AdaptedKernel:
           (2, 4)
         """
         base = base or product
-        W = self._cut(self.value if W is None else W)
+        if W is None:
+            dtype = jnp.result_type(x, self.value)
+            floating = jnp.issubdtype(x.dtype, jnp.inexact)
+            x, W = (x.astype(dtype), self.value.astype(dtype)) if floating else (x, self.value)
+        W = self._cut(W)
         outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *stacks})
         if len(outputs) != 1:
             raise Refused(
-                f"The handler of {self._path!r} leaves {len(outputs)} axes of the kernel "
-                f"{W.shape} for the outputs; linear() takes one. Use einsum()."
+                self._path,
+                f"its handler leaves {len(outputs)} axes of the kernel {W.shape} for the outputs, "
+                f"and linear() takes one; use einsum()",
             )
         axes = KernelAxes(inputs, outputs, stacks)
         factors = self._factors(axes, W)
@@ -188,10 +208,7 @@ class AdaptedKernel:
         if self._observer is not None:
             self._observer.refuse(reason)
         elif self._adapter is not None:
-            raise Refused(
-                f"The adapter of {self._path!r} cannot be used: {reason}. Give it a rule with "
-                f"substitute=True."
-            )
+            raise Refused(self._path, reason)
 
     def _cut(self, W: chex.Array) -> chex.Array:
         """Zeros where only the use of the kernel is observed: see :mod:`lora_jax.discover`."""
@@ -203,6 +220,8 @@ class AdaptedKernel:
             self._observer.use(axes)
         if self._adapter is None:
             return None
+        if self._use is not None:
+            self._use()
         own = self._adapter.axes
         for layer in own.of_layers(axes.ndim):
             plain = dataclasses.replace(layer, fused=1, parts=())

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lora_jax.equation import Equation
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.registry import Names, body, enter
+from lora_jax.registry import body, enter
 
 Kernels = tuple[AdaptedKernel, ...]
 Call = Callable[..., Any]
@@ -83,38 +83,35 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
         return call(*args, **kwargs)
 
 
-def _conv_local(layer: Any, kernel: AdaptedKernel, x: chex.Array) -> chex.Array:
+def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.Array:
     """``nn.ConvLocal``: a matrix for every pixel, ``(*pixels, d, k)``."""
-    bias = layer.get_variable("params", "bias") if layer.use_bias else None
-    x, W, bias = layer.promote_dtype(x, kernel.value, nn.unbox(bias), dtype=layer.dtype)
+    x, W, bias = _promoted(layer, kernel, inputs)
     pixels = tuple(range(W.ndim - 2))
     local = _bare(nn.ConvLocal, layer)
     y = kernel.linear(local, x, W, inputs=(W.ndim - 2,), stacks=pixels)
     return y if bias is None else y + bias
 
 
-def _conv_transpose(layer: Any, kernels: Kernels, call: Call, x: chex.Array) -> chex.Array:
+def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
     """``nn.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
     del call
     (kernel,) = kernels
     _check_mask(layer, kernel)
-    bias = layer.get_variable("params", "bias") if layer.use_bias else None
-    x, W, bias = layer.promote_dtype(x, kernel.value, nn.unbox(bias), dtype=layer.dtype)
+    x, W, bias = _promoted(layer, kernel, inputs)
     out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
-    inputs = tuple(axis for axis in range(W.ndim) if axis != out)
-    y = kernel.linear(_bare(nn.ConvTranspose, layer, out), x, W, inputs=inputs)
+    contracted = tuple(axis for axis in range(W.ndim) if axis != out)
+    y = kernel.linear(_bare(nn.ConvTranspose, layer, out), x, W, inputs=contracted)
     return y if bias is None else y + bias
 
 
 def _einsum(
-    layer: Any, kernels: Kernels, call: Call, x: chex.Array, einsum_str: str | None = None
+    layer: Any, kernels: Kernels, call: Call, inputs: chex.Array, einsum_str: str | None = None
 ) -> chex.Array:
     """``nn.Einsum``."""
     del call
     (kernel,) = kernels
     equation = nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
-    bias = layer.get_variable("params", "bias") if layer.use_bias else None
-    x, W, bias = layer.promote_dtype(x, kernel.value, nn.unbox(bias), dtype=layer.dtype)
+    x, W, bias = _promoted(layer, kernel, inputs)
 
     def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
         return jnp.einsum(
@@ -159,20 +156,22 @@ def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex
     )
 
 
-def _names(*names: str) -> Names:
-    return lambda _: names
-
-
 assert body(nn.ConvLocal.__call__) is body(nn.Conv.__call__)
-enter(nn.Dense.__call__, "nn.Dense", _names("kernel"), _dense)
-enter(nn.DenseGeneral.__call__, "nn.DenseGeneral", _names("kernel"), _dense)
-enter(nn.Einsum.__call__, "nn.Einsum", _names("kernel"), _einsum)
-enter(nn.Conv.__call__, "nn.Conv, nn.ConvLocal", _names("kernel"), _conv)
-enter(nn.ConvTranspose.__call__, "nn.ConvTranspose", _names("kernel"), _conv_transpose)
-enter(nn.Embed.__call__, "nn.Embed", _names("embedding"), _embed)
-enter(nn.Embed.attend, "nn.Embed", _names("embedding"), _attend)
+enter(nn.Dense.__call__, "nn.Dense", "kernel", _dense)
+enter(nn.DenseGeneral.__call__, "nn.DenseGeneral", "kernel", _dense)
+enter(nn.Einsum.__call__, "nn.Einsum", "kernel", _einsum)
+enter(nn.Conv.__call__, "nn.Conv, nn.ConvLocal", "kernel", _conv)
+enter(nn.ConvTranspose.__call__, "nn.ConvTranspose", "kernel", _conv_transpose)
+enter(nn.Embed.__call__, "nn.Embed", "embedding", _embed)
+enter(nn.Embed.attend, "nn.Embed", "embedding", _attend)
 
 # --- Flax's layers, from inside and outside ---
+
+
+def _promoted(layer: Any, kernel: AdaptedKernel, x: chex.Array) -> Any:
+    """Input, kernel and bias (or ``None``) in the dtype that the layer computes in."""
+    bias = nn.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    return layer.promote_dtype(x, kernel.value, bias, dtype=layer.dtype)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
+import weakref
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +26,7 @@ from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.registry import entry_of, has_entry, known_layers
+from lora_jax.registry import entries_of, entry_of, known_layers
 from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.
@@ -31,10 +34,6 @@ SUFFIX = "@lora"
 
 # Arguments by which Flax models are told that they are evaluated, with the value that says so.
 _EVALUATES = {"deterministic": True, "train": False, "training": False, "is_training": False}
-_REGISTER = (
-    "register one with lora_jax.register, give the parameter a rule with substitute=True, or "
-    "narrow the rule."
-)
 # Arguments of ``apply`` itself.
 _OF_APPLY = ("rngs", "mutable", "method", "capture_intermediates")
 
@@ -59,7 +58,8 @@ def lora_apply(
     Adapter dropout (``Rule(dropout=...)``) is active when the call passes a ``dropout`` rng,
     ``rngs={"dropout": key}``, and does not evaluate: ``deterministic=True``, ``train=False``,
     ``training=False`` or ``is_training=False``, as an argument or as the default of the model's
-    method. So leave out the rng to switch it off in evaluation, or pass such an argument.
+    method. So leave out the rng to switch it off in evaluation, or pass such an argument. (An rng
+    by another name, on which Flax would fall back, is not one for adapters.)
 
     Args:
       model: the model; it need not know of this library. A ``flax.linen`` module, or a Flax model
@@ -112,8 +112,12 @@ def lora_apply(
 
     placed = join(variables["params"], adapters, place)
     calls = _Calls(nodes, kwargs.get("method"))
-    with nn.intercept_methods(calls.intercept):
-        out = call_model(model, {**variables, "params": placed}, args, kwargs)
+    _ACTIVE.stack = [*_ACTIVE.stack, calls]
+    try:
+        with nn.intercept_methods(calls.intercept):
+            out = call_model(model, {**variables, "params": placed}, args, kwargs)
+    finally:
+        _ACTIVE.stack = _ACTIVE.stack[:-1]
     if not allow_unused:
         calls.check_used(model)
     if kwargs.get("mutable", False) is False:
@@ -156,6 +160,7 @@ def _dropout_is_active(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
         return False
     method = kwargs.get("method") or "__call__"
     function = getattr(type(model), method, None) if isinstance(method, str) else method
+    function = getattr(function, "__func__", function)
     given = dict(kwargs)
     own = {name: value for name, value in kwargs.items() if name not in _OF_APPLY}
     try:
@@ -187,13 +192,22 @@ def _restored(out: Any, frozen: chex.ArrayTree, placed: chex.ArrayTree) -> Any:
 # --- what a call did ---
 
 
-# Uses inside a lifted transform, of any call: (class of an enclosing module, path below it,
-# structure of the adapter). nn.jit does not trace again what it has in its cache, not even
-# for another layer of the same kind, so that a use in there is seen by the first call only.
-_SEEN_IN_TRANSFORMS: set[tuple[Any, ...]] = set()
+# Uses inside an nn.jit, of any call: (class of an enclosing module, path below it, structure of the
+# adapter). nn.jit does not trace again what it has in its cache, not even for another layer of the
+# same kind, so that a use in there is seen by the first call only.
+_SEEN_IN_JIT: set[tuple[Any, ...]] = set()
 
 
-@dataclasses.dataclass
+class _Active(threading.local):
+    """The calls of lora_apply that are under way: of one inside another, the inner one adapts."""
+
+    stack: list[_Calls] = []  # noqa: RUF012  (replaced, never changed)
+
+
+_ACTIVE = _Active()
+
+
+@dataclasses.dataclass(eq=False)
 class _Calls:
     """The interceptor of one ``lora_apply``, and what it saw."""
 
@@ -201,6 +215,7 @@ class _Calls:
     method: Any
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[Key] = dataclasses.field(default_factory=set)
+    draws: dict[Key, int] = dataclasses.field(default_factory=dict)
 
     def intercept(
         self,
@@ -211,7 +226,7 @@ class _Calls:
     ) -> Any:
         """Adapts the layers that have an adapter."""
         module = context.module
-        if module.scope is None:
+        if module.scope is None or _ACTIVE.stack[-1] is not self:
             return next_fun(*args, **kwargs)
         if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             _refuse_mapped(module.layer_instance)
@@ -232,32 +247,42 @@ class _Calls:
         value = unbox(module.get_variable("params", name))
         if not module.has_variable("params", name + SUFFIX):
             return AdaptedKernel(path_of(key), value)
-        if is_mapped(module):
-            _refuse_mapped(module)
         adapter: Adapter = module.get_variable("params", name + SUFFIX)
-        self._use(key, adapter)
-        if not adapter.dropout:
-            return AdaptedKernel(path_of(key), value, adapter)
+        placed = self.nodes.get(key)
+        as_placed = placed is not None and adapter.U is placed.U
+        if is_mapped(module) and not as_placed:
+            _refuse_mapped(module)
+
+        def use() -> None:
+            self.used.add(key)
+            if placed is not None and not as_placed and _is_in_jit(module):
+                _SEEN_IN_JIT.update(self._enclosed(key))
+
+        rng = self._dropout_rng(module, key) if adapter.dropout else None
+        return AdaptedKernel(path_of(key), value, adapter, rng, use=use)
+
+    def _dropout_rng(self, module: nn.Module, key: Key) -> chex.PRNGKey:
+        """A key from the module's own stream, which then goes on as if it had not been asked."""
         if not module.has_rng("dropout"):
             raise ValueError(
                 f"The adapter of {path_of(key)!r} has dropout, but a transform around it "
                 f"does not pass on the 'dropout' rng. Add split_rngs={{'dropout': True}} to that "
                 f"nn.scan or nn.vmap, or set dropout=0 in the rule."
             )
-        return AdaptedKernel(path_of(key), value, adapter, module.make_rng("dropout"))
-
-    def _use(self, key: Key, adapter: Adapter) -> None:
-        self.used.add(key)
-        # Through a lifted transform come other arrays than those that were placed.
-        if key in self.nodes and adapter.U is not self.nodes[key].U:
-            _SEEN_IN_TRANSFORMS.update(self._enclosed(key))
+        assert module.scope is not None
+        counters = module.scope.rng_counters
+        before = counters["dropout"]
+        rng = module.make_rng("dropout")
+        counters["dropout"] = before
+        self.draws[key] = self.draws.get(key, 0) + 1
+        return jax.random.fold_in(rng, zlib.crc32(f"{key[-1]}{SUFFIX}{self.draws[key]}".encode()))
 
     def check_used(self, model: nn.Module) -> None:
         """Errors where an adapter had no part in the call."""
         unused = [
             key
             for key in self.nodes
-            if key not in self.used and _SEEN_IN_TRANSFORMS.isdisjoint(self._enclosed(key))
+            if key not in self.used and _SEEN_IN_JIT.isdisjoint(self._enclosed(key))
         ]
         if unused:
             raise ValueError(self._unused(unused, model))
@@ -265,7 +290,7 @@ class _Calls:
     def _enclosed(self, key: Key) -> set[tuple[Any, ...]]:
         structure = jax.tree.structure(self.nodes[key])
         return {
-            (cls, key[depth:], structure)
+            (weakref.ref(cls), key[depth:], structure)
             for depth in range(len(key))
             for cls in self.classes.get(key[:depth], ())
         }
@@ -284,15 +309,20 @@ class _Calls:
             )
         cls = classes[-1]
         name = f"{cls.__module__}.{cls.__qualname__}"
-        if has_entry(cls):
-            return (
-                f"The adapter of {path!r}{others} was not used: {name} does not call the method "
-                f"of the layer that it derives from, so the product with its kernel cannot be "
-                f"adapted. Let it call super().__call__, {_REGISTER}"
+        entries = entries_of(cls)
+        if any(entry.registered and key[-1] not in entry.registered for entry in entries):
+            reason = f"the handler registered for {name} is for other parameters"
+        elif entries:
+            reason = (
+                f"{name} has a handler for the method of a layer that it derives from, but did not "
+                f"call it (super().__call__), or the handler did not compute with the kernel"
             )
+        else:
+            reason = f"there is no handler for {name}; there are handlers for {known_layers()}"
         return (
-            f"The adapter of {path!r}{others} was not used: there is no handler for {name}. "
-            f"There are handlers for {known_layers()}. {_REGISTER[0].upper()}{_REGISTER[1:]}"
+            f"The adapter of {path!r}{others} was not used: {reason}. Register a handler with "
+            f"lora_jax.register, give the parameter a rule with substitute=True, or narrow the "
+            f"rule."
         )
 
 
@@ -306,6 +336,11 @@ def is_mapped(module: nn.Module) -> bool:
     """Whether the variables that the module sees went through ``nn.map_variables``."""
     assert module.scope is not None
     return any("map_variables(" in part for part in module.scope.debug_path)
+
+
+def _is_in_jit(module: nn.Module) -> bool:
+    assert module.scope is not None
+    return any("jit(" in part for part in module.scope.debug_path)
 
 
 def _refuse_mapped(module: nn.Module) -> None:

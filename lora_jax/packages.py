@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.registry import Names, enter
+from lora_jax.registry import enter
 
 Kernels = tuple[AdaptedKernel, ...]
 
@@ -55,13 +55,9 @@ def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> che
     return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)
 
 
-def _names(*names: str) -> Names:
-    return lambda _: names
-
-
 _GPT2 = "transformers.models.gpt2.modeling_flax_gpt2."
 _GEMMA = "gemma.gm.nn."
-enter(_GPT2 + "FlaxConv1D.__call__", "transformers' FlaxConv1D", _names("kernel"), _gpt2_conv1d)
+enter(_GPT2 + "FlaxConv1D.__call__", "transformers' FlaxConv1D", "kernel", _gpt2_conv1d)
 enter(
     _GEMMA + "_layers.Einsum.__call__",
     "gemma's Einsum",
@@ -71,12 +67,12 @@ enter(
 enter(
     _GEMMA + "_modules.Embedder.encode",
     "gemma's Embedder",
-    _names("input_embedding"),
+    "input_embedding",
     _gemma_encode,
 )
 enter(
     _GEMMA + "_modules.Embedder.decode",
     "gemma's Embedder",
-    _names("input_embedding"),
+    "input_embedding",
     _gemma_decode,
 )

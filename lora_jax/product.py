@@ -26,7 +26,7 @@ import numpy as np
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.equation import Equation
-from lora_jax.variants import magnitude_ratio, product, safe_sqrt
+from lora_jax.variants import float32_or_more, magnitude_ratio, product, safe_sqrt
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
 
@@ -154,6 +154,11 @@ def adapted_linear(
         kernel = jnp.concatenate([kernel] * groups, axis=out)
     y = base(x, W)
     xU = factors.s * linear(x if dropped_x is None else dropped_x, kernel)
+    if y.shape[-1:] != (W.shape[out],) or xU.shape != (*y.shape[:-1], groups * rank):
+        raise ValueError(
+            f"The result of a linear product must have its outputs last: with a kernel {W.shape} "
+            f"it is {y.shape}, with {kernel.shape} it is {xU.shape}."
+        )
     if groups > 1:
         xU = jnp.reshape(xU, (*xU.shape[:-1], groups, rank))
         V = jnp.reshape(V, (rank, groups, -1))
@@ -171,12 +176,14 @@ def adapted_linear(
 
 def scaled(ratio: chex.Array, y: chex.Array) -> chex.Array:
     """``ratio * y``. The ratio is close to 1, where 16 bits cannot tell it from 1: not cast."""
-    return (ratio * y.astype(jnp.promote_types(y.dtype, ratio.dtype))).astype(y.dtype)
+    return (ratio.astype(float32_or_more(y.dtype)) * y.astype(float32_or_more(y.dtype))).astype(
+        y.dtype
+    )
 
 
 def dora_ratio(W: chex.Array, factors: Factors) -> chex.Array:
     """``m / ||W + s U V||_c`` in float32, ``(*stack, k)``, from the kernel as it is stored."""
-    W = W.astype(jnp.promote_types(W.dtype, jnp.float32))
+    W = W.astype(float32_or_more(W.dtype))
     norm = factored_norm(W, factors.U, factors.V, factors.s)
     if factors.detach_norm:
         norm = jax.lax.stop_gradient(norm)

@@ -24,11 +24,13 @@ class Entry:
       layer: what the layer is called in messages.
       names: the names of its kernels.
       handler: computes the output.
+      registered: the names that a user has registered it for; ``None`` for a built-in one.
     """
 
     layer: str
     names: Names
     handler: Handler
+    registered: tuple[str, ...] | None = None
 
 
 # By the function in the class body: a subclass that calls super().__call__ reaches it once,
@@ -43,9 +45,10 @@ def body(method: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def enter(key: Callable[..., Any] | str, layer: str, names: Names, handler: Handler) -> None:
-    """Enters a handler that also gets Flax's own call of the layer."""
-    _ENTRIES[key if isinstance(key, str) else body(key)] = Entry(layer, names, handler)
+def enter(key: Callable[..., Any] | str, layer: str, names: str | Names, handler: Handler) -> None:
+    """Enters a built-in handler, which also gets Flax's own call of the layer."""
+    one = names if callable(names) else lambda _: (names,)
+    _ENTRIES[key if isinstance(key, str) else body(key)] = Entry(layer, one, handler)
 
 
 def entry_of(method: Callable[..., Any]) -> Entry | None:
@@ -55,10 +58,10 @@ def entry_of(method: Callable[..., Any]) -> Entry | None:
     return _ENTRIES.get(function) or _ENTRIES.get(name)
 
 
-def has_entry(cls: type[nn.Module]) -> bool:
-    """Whether the class derives from a layer that has an entry."""
+def entries_of(cls: type[nn.Module]) -> list[Entry]:
+    """The entries for methods of a class and of those that it derives from."""
     methods = (value for base in cls.__mro__ for value in vars(base).values() if callable(value))
-    return any(entry_of(method) is not None for method in methods)
+    return [entry for method in methods if (entry := entry_of(method)) is not None]
 
 
 def known_layers() -> str:
@@ -70,6 +73,7 @@ def register(
     cls: type[nn.Module],
     *kernels: str,
     method: str = "__call__",
+    override: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Teaches the library a layer of your own: a decorator for its handler.
 
@@ -83,13 +87,16 @@ def register(
       cls: the module class; ``method`` must be defined in its own body.
       *kernels: names of its parameters that can be adapted.
       method: the method that uses them; register each one that does.
+      override: replace a handler that this library has for the layer itself, or one that was
+        registered for other kernels.
 
     Returns:
       A decorator, which returns the handler unchanged.
 
     Raises:
       TypeError: ``cls`` is no ``flax.linen`` module class.
-      ValueError: no kernels, or a method that the class inherits or does not have.
+      ValueError: no kernels, a method that the class inherits or does not have, or one that has
+        a handler already.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
@@ -124,6 +131,15 @@ def register(
             f"register({cls.__name__}, method={method!r}): the class does not define {method} "
             f"itself. {inherited}"
         )
+    function = body(getattr(cls, method))
+    there = _ENTRIES.get(function)
+    if there is not None and there.registered != kernels and not override:
+        what = "of this library" if there.registered is None else f"for {there.registered}"
+        raise ValueError(
+            f"register({cls.__name__}, ...): its {method} has a handler {what}. One handler gets "
+            f"all kernels of a method: name them all, register({cls.__name__}, 'a', 'b'). To "
+            f"replace the handler, pass override=True."
+        )
 
     def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
         def without_call(
@@ -136,7 +152,7 @@ def register(
             del call
             return handler(layer, *kernels, *args, **kwargs)
 
-        enter(getattr(cls, method), cls.__qualname__, lambda _: kernels, without_call)
+        _ENTRIES[function] = Entry(cls.__qualname__, lambda _: kernels, without_call, kernels)
         return handler
 
     return decorate

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.axes import KernelAxes
+from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import Rule
-
-if TYPE_CHECKING:
-    from lora_jax.discover import ModelAxes
 
 
 def resolve_axes(
@@ -32,7 +29,8 @@ def resolve_axes(
     """
     resolved: dict[str, KernelAxes] = {}
     carried_out: dict[str, Rule] = {}
-    model: ModelAxes | None = axes if hasattr(axes, "tied") else None  # type: ignore[assignment]
+    _check_axes(leaves, axes)
+    model = axes if isinstance(axes, ModelAxes) else None
     culprits: dict[str, list[str]] = {}
     for path, rule in rules.items():
         where, leaf = f"Rule({rule.pattern!r}) matches {path!r}", leaves[path]
@@ -67,6 +65,25 @@ def resolve_axes(
     return carried_out, resolved
 
 
+def _check_axes(leaves: Mapping[str, Any], axes: object) -> None:
+    """Errors where ``axes`` is not what kernel_axes returns, or of another model."""
+    if axes is None:
+        return
+    if not isinstance(axes, Mapping) or not all(isinstance(a, KernelAxes) for a in axes.values()):
+        raise TypeError(
+            f"axes must be what lora_jax.kernel_axes returns, or a mapping of paths to KernelAxes; "
+            f"got {type(axes).__name__}."
+        )
+    for path, one in axes.items():
+        shape = getattr(leaves.get(path), "shape", None)
+        if shape is None or len(shape) != one.ndim:
+            there = "no such parameter" if shape is None else f"the shape {tuple(shape)}"
+            raise ValueError(
+                f"axes has {one.ndim} axes for {path!r}, but there is {there}. Is it of another "
+                f"model? Paths are those of params, as 'encoder/query/kernel'."
+            )
+
+
 def _axes_of(
     path: str,
     shape: tuple[int, ...],
@@ -76,15 +93,15 @@ def _axes_of(
     where: str,
 ) -> KernelAxes | str:
     """The axes, or what is wrong, with ``LEAVES`` for all leaves with the same problem."""
-    known = None if axes is None else axes.get(path)
+    known = (axes or {}).get(path) if model is None else model.kernels.get(path)
     if known is not None and not rule.stack_axes and rule.input_axes is None:
         found: KernelAxes | str = known
     else:
         stacks = _in_range(rule.stack_axes, shape, f"{where}, of shape {shape}", "stack_axes")
-        stacks = stacks or _stacks_of(path, axes)
-        found = _stated(rule, shape, stacks, where)
-    if not rule.substitute and model is not None:
-        problem = _unadaptable(path, rule, model)
+        stacks = stacks or (() if model is None else model.stacks.get(path, ()))
+        found = _stated(rule, shape, stacks, where, axes is not None)
+    if model is not None:
+        problem = _unread(path, rule, model) or _unadaptable(path, rule, model)
         if problem:
             return problem
     if isinstance(found, str) or rule.fused == 1:
@@ -96,7 +113,7 @@ def _axes_of(
 
 
 def _stated(
-    rule: Rule, shape: tuple[int, ...], stacks: tuple[int, ...], where: str
+    rule: Rule, shape: tuple[int, ...], stacks: tuple[int, ...], where: str, has_axes: bool
 ) -> KernelAxes | str:
     """The axes that the rule states, or a plain matrix."""
     left = [axis for axis in range(len(shape)) if axis not in stacks]
@@ -108,11 +125,16 @@ def _stated(
         inputs = tuple(left[:1])
     outputs = tuple(axis for axis in left if axis not in inputs)
     if not inputs or not outputs or (rule.input_axes is None and len(left) != 2):
+        find = (
+            "Say"
+            if has_axes
+            else "Find the axes with axes = lora_jax.kernel_axes(model, variables, *args) and pass "
+            "lora_init(..., axes=axes), or say"
+        )
         return (
-            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): LEAVES. Find the axes with "
-            f"axes = lora_jax.kernel_axes(model, variables, *args) and pass lora_init(..., "
-            f"axes=axes), or say input_axes and stack_axes in the rule; and where a leaf is no "
-            f"kernel at all, such as a bias or a scale, make the pattern narrower."
+            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): LEAVES. {find} input_axes "
+            f"and stack_axes in the rule; and where a leaf is no kernel at all, such as a bias or "
+            f"a scale, make the pattern narrower."
         )
     return KernelAxes(inputs, outputs, stacks)
 
@@ -128,14 +150,21 @@ def _in_range(
     return positive
 
 
-def _stacks_of(path: str, axes: Mapping[str, KernelAxes] | None) -> tuple[int, ...]:
-    """The stacks of a parameter that is no known kernel, as the model has them."""
-    stacks: Mapping[str, tuple[int, ...]] = getattr(axes, "stacks", {})
-    return tuple(stacks.get(path, ()))
+def _unread(path: str, rule: Rule, model: ModelAxes) -> str | None:
+    """That nobody reads the parameter."""
+    if path in model.read or (path in model.layers and not rule.substitute):
+        return None
+    return (
+        f"Rule({rule.pattern!r}) matches LEAVES, on which the result of the call of kernel_axes "
+        f"does not depend: it would not be trained. Call kernel_axes with arguments that use it, "
+        f"or make the pattern narrower."
+    )
 
 
 def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
     """Why the layer of a parameter cannot be adapted."""
+    if rule.substitute:
+        return None
     said = f"Rule({rule.pattern!r})"
     if path in model.refused:
         return (
@@ -150,11 +179,6 @@ def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
         )
     if path in model:
         return None
-    if path not in model.layers:
-        return (
-            f"{said} matches LEAVES, whose module the call of kernel_axes did not use. Call "
-            f"kernel_axes with arguments that use it, or make the pattern narrower."
-        )
     return (
         f"{said} matches LEAVES, which is no kernel of a layer that is known here: it belongs to "
         f"{model.layers[path]}. Register a handler for it with lora_jax.register, give it a rule "

@@ -15,7 +15,7 @@ import optax
 from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Whole
-from lora_jax.axes import KernelAxes
+from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign
 from lora_jax.tree import flatten, path_of, unbox
 from lora_jax.variants import column_norm
@@ -221,7 +221,15 @@ def summary(
       optimizer state: 1.8 KiB
       trained 224 of 2,208 parameters (10.14 %), 2,176 frozen; 896 bytes to save
     """
+    if config is not None and not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}.")
+    if tx is not None and not hasattr(tx, "init"):
+        raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
     base = _leaves(frozen, "frozen")
+    if any(isinstance(leaf, Adapter) for leaf in base.values()):
+        raise TypeError(
+            "The base has adapters in it. It comes first, then the adapters: were they swapped?"
+        )
     nodes = dict(sorted(_leaves(adapters, "adapters").items()))
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")
@@ -231,7 +239,7 @@ def summary(
         if path not in nodes and (path in axes if axes is not None else len(leaf.shape) > 1)
     }
     adapted = [path for path, node in nodes.items() if isinstance(node, Adapter)]
-    tied = getattr(axes, "tied", ())
+    tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
     state = None if tx is None else jax.eval_shape(tx.init, adapters)
     return Summary(
         rows=rows,
@@ -239,7 +247,7 @@ def summary(
         total=sum(_size(leaf) for leaf in base.values()) + whole,
         nbytes=sum(row.nbytes for row in rows),
         frozen_kernels=frozen_kernels,
-        rules=() if config is None else _rules(config, sorted({*base, *nodes})),
+        rules=() if config is None else _rules(config, sorted({*base, *nodes}), nodes),
         tied=tuple(path for path in adapted if path in tied),
         optimizer_nbytes=None if state is None else _nbytes(state),
     )
@@ -250,8 +258,15 @@ def _leaves(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
     return {path_of(key): unbox(leaf) for key, leaf in flat if leaf is not empty_node}
 
 
-def _rules(config: LoraConfig, paths: list[str]) -> tuple[RuleReport, ...]:
+def _rules(
+    config: LoraConfig, paths: list[str], nodes: Mapping[str, Any]
+) -> tuple[RuleReport, ...]:
     rules, whole = assign(config, paths)
+    adapted_now = {path for path, node in nodes.items() if isinstance(node, Adapter)}
+    for path in sorted(rules.keys() ^ adapted_now | whole ^ (nodes.keys() - adapted_now)):
+        raise ValueError(
+            f"The adapters were made with another config: they and this one differ in {path!r}."
+        )
     reports = []
     for rule in config.rules:
         matched = [path for path in paths if re.fullmatch(rule.pattern, path)]
@@ -299,7 +314,7 @@ def _size(array: Any) -> int:
 
 
 def _nbytes(tree: Any) -> int:
-    return sum(_size(a) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
+    return sum(_size(a) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _bytes(count: int) -> str:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from lora_jax.adapter import Adapter, Whole, init_adapter
-from lora_jax.axes import KernelAxes
+from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign, nearest
 from lora_jax.resolve import resolve_axes
+from lora_jax.variants import VARIANTS
 
 Key = tuple[str, ...]
 
@@ -89,8 +90,14 @@ def lora_init(
         )
     leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
     rules, resolved = resolve_axes(leaves, rules, axes)
-    tied = getattr(axes, "tied", ())
-
+    tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
+    unread = [p for p in sorted(whole) if isinstance(axes, ModelAxes) and p not in axes.read]
+    if unread:
+        raise ValueError(
+            f"A trainable pattern matches {unread[0]!r}, on which the result of the call of "
+            f"kernel_axes does not depend: it would not be trained. Call kernel_axes with "
+            f"arguments that use it, or make the pattern narrower."
+        )
     frozen: dict[Key, Any] = dict(flat)
     adapters: dict[Key, Any] = {}
     for path, key_ in paths.items():
@@ -169,8 +176,18 @@ def join(
     """
     flat = flatten(frozen, "frozen")
     base = [path_of(key) for key, leaf in flat.items() if leaf is not empty_node]
+    if any(isinstance(leaf, Adapter) for leaf in flat.values()):
+        raise TypeError(
+            "The base has adapters in it. It comes first, then the adapters: were they swapped?"
+        )
     for key, node in flatten(adapters, "adapters").items():
         path = path_of(key)
+        if key not in flat and key[:-1] in flat:
+            raise TypeError(
+                f"adapters has {path!r}, where the base has a parameter {path_of(key[:-1])!r}. A "
+                f"tree read from a file has arrays only: load it into the tree that lora_init "
+                f"gives for the same config, as with flax.serialization.from_bytes."
+            )
         if isinstance(node, Adapter):
             if key not in flat:
                 raise ValueError(
@@ -226,6 +243,12 @@ def _check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
         raise ValueError(
             f"The adapter for {path!r} is for a kernel of {adapter.axes.ndim} axes, but the base "
             f"has {shape} there. Was it made for another model?"
+        )
+    if (adapter.m is None) != (VARIANTS[adapter.variant].magnitude is None):
+        has = "no m" if adapter.m is None else "an m"
+        raise ValueError(
+            f"The adapter for {path!r} is of variant {adapter.variant!r}, but has {has}. Was it "
+            f"saved with another variant?"
         )
     for name, expected in adapter.shapes(shape).items():
         found = tuple(jnp.shape(getattr(adapter, name)))

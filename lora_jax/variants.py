@@ -32,6 +32,14 @@ def column_norm(W: chex.Array) -> chex.Array:
     return safe_sqrt(jnp.sum(jnp.square(W), axis=-2))
 
 
+def float32_or_more(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype, or float32 where it is of 16 bits or less.
+
+    Not by ``jnp.promote_types``, which users may have set to refuse to mix dtypes.
+    """
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
 def safe_sqrt(x: chex.Array) -> chex.Array:
     """The square root, with value and gradient 0 where ``x`` is not positive."""
     positive = x > 0

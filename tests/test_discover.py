@@ -1,5 +1,6 @@
 """What one abstract call of the model tells."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -69,7 +70,7 @@ def test_arguments_are_those_of_apply():
     assert found(model, variables, x, deterministic=False, rngs=rngs) == both
     axes = lora_jax.kernel_axes(model, variables, x, method="encode")
     assert set(axes) == {"encoder/kernel"}
-    with pytest.raises(ValueError, match=r"'head/kernel' \(6, 3\), whose module the call.*not use"):
+    with pytest.raises(ValueError, match=r"'head/kernel' \(6, 3\), on which.*does not depend"):
         lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule(".*kernel", 2)]), axes=axes)
 
 
@@ -223,3 +224,78 @@ def test_a_rule_says_more_than_the_model():
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     with pytest.raises(ValueError, match=r"input_axes=\(0, 1\).*contracts input_axes=\(0,\)"):
         lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+
+
+def test_parameters_that_come_back_are_not_tied():
+    model, x = zoo.Scan(1), jnp.ones((2, zoo.WIDTH))
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x, mutable=True)
+    assert len(axes) == 2
+    assert not axes.tied
+
+
+def test_ties_in_results_of_any_class():
+    @dataclasses.dataclass
+    class Output:
+        logits: Any
+
+    class Returns(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            return Output(RawRead(name="inner")(tokens))
+
+    tokens = jnp.arange(4)
+    params = {"inner": random_variables(RawRead(), tokens)["params"]}
+    axes = lora_jax.kernel_axes(Returns(), {"params": params}, tokens)
+    assert axes.tied == {"inner/embed/embedding"}
+
+
+class Unread(nn.Module):
+    @nn.compact
+    def __call__(self, x, head=True):
+        x = nn.Dense(6, name="body")(x)
+        y = nn.Dense(3, name="head")(x)
+        return y if head else x
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig([Rule("head/kernel", 2, substitute=True)]),
+        LoraConfig([Rule("body/kernel", 2)], trainable=["head/bias"]),
+    ],
+)
+def test_what_nobody_reads_is_not_trained_in_silence(config):
+    model, x = Unread(), jnp.ones((2, 6))
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    axes = lora_jax.kernel_axes(model, variables, x, head=False)
+    if config.rules[0].substitute:
+        axes = dataclasses.replace(axes, read=axes.read - {"head/kernel"})
+    with pytest.raises(ValueError, match=r"'head/(kernel|bias)'.*does not depend"):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "match"),
+    [
+        ({"a": ((0,), (1,))}, TypeError, "axes must be what lora_jax.kernel_axes returns.*dict"),
+        (nn.Dense(3), TypeError, "axes must be what.*got Dense"),
+        (KernelAxes(), TypeError, "axes must be what.*got KernelAxes"),
+        ({"a": KernelAxes((0, 1), (2,))}, ValueError, r"3 axes for 'a', but there is the shape"),
+        ({"b": KernelAxes()}, ValueError, "2 axes for 'b', but there is no such parameter"),
+    ],
+)
+def test_wrong_axes(axes, error, match):
+    with pytest.raises(error, match=match):
+        lora_jax.lora_init(KEY, {"a": jnp.ones((3, 4))}, LoraConfig([Rule("a", 2)]), axes=axes)
+
+
+def test_printed():
+    model, tokens = RawRead(), jnp.arange(4)
+    text = str(lora_jax.kernel_axes(model, random_variables(model, tokens), tokens))
+    assert text.splitlines() == [
+        "dense/kernel     inputs (0,)  outputs (1,)  flax.linen.linear.Dense",
+        "embed/embedding  inputs (0,)  outputs (1,)  tied  flax.linen.linear.Embed",
+    ]

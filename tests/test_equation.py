@@ -56,7 +56,8 @@ def test_is_the_matrix_product_that_it_says(equation, x_shape, W_shape):
         ("nd,dkj->nk", (4, 3), (3, 5, 2), "no product with a matrix"),
         ("nd,dd->nd", (4, 3), (3, 3), "no product with a matrix"),
         ("nd,nd->n", (4, 3), (4, 3), "must share letters"),
-        ("nd,d...->n...", (4, 3), (3, 5), "does not fit"),
+        ("nd,d...->n...", (4, 3), (3, 5), r"the kernel has '\.\.\.'"),
+        ("nd,dk->nk", (4, 3), (4, 5), "other sizes for 'd'"),
         ("nd,dk->nz", (4, 3), (3, 5), "no product with a matrix"),
     ],
 )

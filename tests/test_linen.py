@@ -613,3 +613,173 @@ def test_variables_that_come_back_are_the_base():
     _, updates = lora_jax.lora_apply(model, {"params": frozen}, adapters, x, mutable=True)
     expected = {**params, "second": {**params["second"], "bias": adapters["second"]["bias"]}}
     assert jax.tree.all(jax.tree.map(jnp.array_equal, updates["params"], expected))
+
+
+class Keyword(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(inputs=x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dense(3),
+        nn.DenseGeneral((3, 2)),
+        nn.Einsum((6, 3), "...d,dk->...k"),
+        nn.Conv(3, (3,)),
+        nn.ConvTranspose(3, (3,)),
+        nn.ConvLocal(3, (3,)),
+        nn.Embed(7, 3),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_called_by_keyword(layer):
+    x = jnp.arange(4) if isinstance(layer, nn.Embed) else jnp.ones((2, 5, 6))
+    model = Keyword(layer)
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = lora_jax.LoraConfig([lora_jax.Rule(KERNELS, 2)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), variables["params"], config, axes=axes)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    assert jnp.array_equal(y, model.apply(variables, x))
+
+
+def test_adapters_saved_with_another_variant():
+    model, x = nn.Dense(5), jnp.ones((2, 6))
+    frozen, lora = dense_case(model, x)
+    _, dora = dense_case(model, x, variant="dora")
+    for wrong, match in [
+        (lora["kernel"].replace(m=dora["kernel"].m), "'kernel' is of variant 'lora', but has an m"),
+        (dora["kernel"].replace(m=None), "'kernel' is of variant 'dora', but has no m"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            lora_jax.lora_apply(model, {"params": frozen}, {"kernel": wrong}, x)
+        with pytest.raises(ValueError, match=match):
+            lora_jax.lora_merge(frozen, {"kernel": wrong})
+
+
+def test_arrays_without_structure_and_trees_swapped():
+    model, x = nn.Dense(5), jnp.ones((2, 6))
+    frozen, adapters = dense_case(model, x)
+    bare = {"kernel": {"U": adapters["kernel"].U, "V": adapters["kernel"].V}}
+    with pytest.raises(TypeError, match=r"'kernel/U', where the base has a parameter 'kernel'"):
+        lora_jax.lora_apply(model, {"params": frozen}, bare, x)
+    with pytest.raises(TypeError, match="were they swapped"):
+        lora_jax.lora_merge(adapters, frozen)
+    with pytest.raises(TypeError, match="were they swapped"):
+        lora_jax.summary(adapters, frozen)
+
+
+@pytest.mark.parametrize("transform", [lambda cls: cls, nn.jit])
+def test_one_adapted_model_inside_another(transform):
+    """Each is adapted once, by its own adapters."""
+    inner = zoo.Compact(transform(nn.Dense))
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, frozen, adapters):
+            x = nn.Dense(6, name="own")(x)
+            return lora_jax.lora_apply(inner, {"params": frozen}, adapters, x)
+
+    x = random_like(jnp.zeros((3, 6)), scale=1.0)
+    inner_frozen, inner_adapters = dense_case(inner, x)
+    own, adapters = dense_case(nn.Dense(6), x)
+    y = lora_jax.lora_apply(
+        Outer(), {"params": {"own": own}}, {"own": adapters}, x, inner_frozen, inner_adapters
+    )
+    hidden = nn.Dense(6).apply({"params": lora_jax.lora_merge(own, adapters)}, x)
+    merged = {"params": lora_jax.lora_merge(inner_frozen, inner_adapters)}
+    assert relative_error(y, inner.apply(merged, hidden)) < 1e-5
+
+
+def test_method_that_is_bound():
+    class Encodes(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(50)
+
+        def __call__(self, x):
+            return self.dense(x)
+
+        def encode(self, x, deterministic=True):
+            return self.dense(x)
+
+    model, x = Encodes(), jnp.ones((2, 6))
+    frozen, adapters = dense_case(model, x, dropout=0.5)
+    rngs = {"dropout": jax.random.key(0)}
+
+    def apply(*args, **kwargs):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, *args, **kwargs)
+
+    for method in ("encode", Encodes.encode, model.encode):
+        assert jnp.array_equal(apply(method=method, rngs=rngs), apply())
+        assert relative_error(apply(False, method=method, rngs=rngs), apply()) > 1e-2
+
+
+def test_dropout_of_adapters_leaves_the_models_own_alone():
+    class OwnNoise(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            y = super().__call__(x)
+            return y + jax.random.normal(self.make_rng("dropout"), y.shape)
+
+    model, x = zoo.Compact(OwnNoise), jnp.ones((3, 6))
+    rngs = {"dropout": jax.random.key(0)}
+    params = model.init({"params": jax.random.key(1), **rngs}, x)["params"]
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 2, dropout=0.5)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(2), params, config)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x, rngs=rngs)
+    assert jnp.array_equal(y, model.apply({"params": params}, x, rngs=rngs))
+
+
+def test_dropout_of_a_layer_called_twice_is_drawn_twice():
+    class Difference(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(50)
+            return layer(x) - layer(x)
+
+    frozen, adapters = dense_case(Difference(), jnp.ones((3, 40)), dropout=0.5)
+    y = lora_jax.lora_apply(
+        Difference(),
+        {"params": frozen},
+        adapters,
+        jnp.ones((3, 40)),
+        rngs={"dropout": jax.random.key(0)},
+    )
+    assert jnp.abs(y).max() > 1e-2
+
+
+@pytest.mark.parametrize("transform", [nn.remat, lambda cls: cls])
+def test_adapter_that_a_later_call_does_not_use_in_a_transform(transform):
+    class Optional(nn.Module):
+        @nn.compact
+        def __call__(self, x, head=True):
+            x = transform(nn.Dense)(6, name="body")(x)
+            return transform(nn.Dense)(3, name="head")(x) if head else x
+
+    model, x = Optional(), jnp.ones((2, 6))
+    frozen, adapters = dense_case(model, x)
+    lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    with pytest.raises(ValueError, match=r"'head/kernel'.*was not used"):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, x, head=False)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_strict_promotion(variant):
+    """Users may have told jax to refuse to mix dtypes: a model all in 16 bits mixes none."""
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = nn.Sequential([nn.Dense(6, **dtypes), nn.Conv(6, (3,), **dtypes)])
+    x = jnp.ones((2, 5, 6), jnp.bfloat16)
+    variables = random_variables(model, x)
+    with jax.numpy_dtype_promotion("strict"):
+        axes = lora_jax.kernel_axes(model, variables, x)
+        config = lora_jax.LoraConfig([lora_jax.Rule(KERNELS, 2, variant=variant)])
+        frozen, adapters = lora_jax.lora_init(
+            jax.random.key(0), variables["params"], config, axes=axes
+        )
+        y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+        merged = lora_jax.lora_merge(frozen, adapters)
+        assert relative_error(y, model.apply({"params": merged}, x)) < 1e-2

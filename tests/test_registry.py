@@ -313,12 +313,6 @@ def test_substituted_parameters(model, variant):
     rules = [
         Rule(".*(kernel|w|embedding)", 2, variant=variant, substitute=True),
     ]
-    if (
-        not axes.kernels
-        and "kernel" in variables["params"]
-        and variables["params"]["kernel"].ndim == 3
-    ):
-        rules = [Rule("kernel", 2, variant=variant, substitute=True, input_axes=(0, 1))]
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], LoraConfig(rules), axes=axes)
     assert (
         relative_error(
@@ -397,7 +391,8 @@ def test_masked_convolution_is_refused():
     model = nn.Conv(4, (3,), mask=jnp.ones((3, 6, 4)))
     variables = random_variables(model, X[None])
     axes = lora_jax.kernel_axes(model, variables, X[None])
-    assert axes["kernel"].inputs == (0, 1)
+    assert axes.kernels["kernel"].inputs == (0, 1)
+    assert list(axes) == []
     with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*substitute=True"):
         lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("kernel", 2)]), axes=axes)
     config = LoraConfig([Rule("kernel", 2, input_axes=(0, 1))])
@@ -428,6 +423,8 @@ def test_equation_that_is_no_matrix_product():
         ((Unknown, "w"), {"method": "encode"}, ValueError, "does not define encode"),
         ((zoo.MoreActivated, "kernel"), {"method": "setup"}, ValueError, "does not define setup"),
         ((nn.Conv, "kernel"), {}, ValueError, "It inherits it from _Conv: register that"),
+        ((nn.Dense, "kernel"), {}, ValueError, "a handler of this library.*override=True"),
+        ((Experts, "b"), {}, ValueError, r"a handler for \('w',\).*name them all"),
     ],
 )
 def test_bad_registrations(args, kwargs, error, match):
@@ -469,3 +466,78 @@ def test_embedding_of_one_row():
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
     merged = lora_jax.lora_merge(frozen, adapters)
     assert relative_error(y, model.apply({"params": merged}, tokens)) < 1e-6
+
+
+def test_registered_again():
+    """As a notebook's cell does that runs twice: the last one counts."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", NORMAL, (6, 6))
+
+    lora_jax.register(Layer, "w")(lambda layer, w, x: 2 * w.einsum("...d,dk->...k", x))
+    lora_jax.register(Layer, "w")(lambda layer, w, x: w.einsum("...d,dk->...k", x))
+    params = Layer().init(KEY, X)["params"]
+    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule("w", 2)]))
+    y = lora_jax.lora_apply(Layer(), {"params": frozen}, adapters, X)
+    assert relative_error(y, Layer().apply({"params": params}, X)) < 1e-6
+
+
+def test_handler_that_does_not_compute_with_its_kernel():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            b = self.param("b", NORMAL, (6, 6))
+            return x @ self.param("w", NORMAL, (6, 6)) @ b
+
+    @lora_jax.register(Layer, "w")
+    def layer(layer, w, x):
+        return x @ w.value @ layer.get_variable("params", "b")
+
+    variables = Layer().init(KEY, X)
+    axes = lora_jax.kernel_axes(Layer(), variables, X)
+    for name, reason in [("w", "did not compute with it"), ("b", "is no kernel of a layer")]:
+        config = LoraConfig([Rule(name, 2)])
+        with pytest.raises(ValueError, match=rf"'{name}' \(6, 6\).*{reason}"):
+            lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+        frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
+        reason = {"w": "did not compute with the kernel", "b": "is for other parameters"}[name]
+        with pytest.raises(ValueError, match=rf"'{name}' was not used.*{reason}"):
+            lora_jax.lora_apply(Layer(), {"params": frozen}, adapters, X)
+
+
+def test_misspelt_kernel():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("weight", NORMAL, (6, 6))
+
+    lora_jax.register(Layer, "wieght")(lambda layer, w, x: w.einsum("...d,dk->...k", x))
+    variables = Layer().init(KEY, X)
+    axes = lora_jax.kernel_axes(Layer(), variables, X)
+    with pytest.raises(ValueError, match=r"'weight'.*the handler of .*Layer is for 'wieght'"):
+        lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("weight", 2)]), axes=axes)
+
+
+def test_map_of_another_collection_is_no_map_of_parameters():
+    class MapsStatistics(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.map_variables(nn.Dense, "batch_stats", lambda tree: tree)(5)(x)
+
+    model = MapsStatistics()
+    variables = random_variables(model, X)
+    axes = lora_jax.kernel_axes(model, variables, X)
+    config = LoraConfig([Rule(".*kernel", 2)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    lora_jax.lora_apply(model, {"params": frozen}, adapters, X)
+
+
+def test_linear_promotes_as_einsum_does():
+    kernel = jnp.ones((6, 4), jnp.bfloat16)
+    both = lora_jax.AdaptedKernel("w", kernel)
+    by_linear = both.linear(jnp.matmul, X, inputs=(0,))
+    assert by_linear.dtype == both.einsum("nd,dk->nk", X).dtype == jnp.float32
+    with pytest.raises(ValueError, match="leaves 2 axes of the kernel"):
+        lora_jax.AdaptedKernel("w", jnp.ones((2, 3, 4))).linear(jnp.matmul, X, inputs=(0,))

@@ -128,3 +128,17 @@ def test_report_of_a_model():
         assert table.tied == expected
         assert set(table.frozen_kernels) == {"dense/kernel", "embed/embedding"} - {pattern}
         assert ("tied, so read outside of their layer too" in str(table)) == bool(tied)
+
+
+def test_report_of_another_config():
+    params = {"a": {"kernel": jnp.ones((4, 3))}, "b": {"kernel": jnp.ones((4, 3))}}
+    made, other = (lora_jax.LoraConfig([lora_jax.Rule(p, 2)]) for p in ("a/.*", ".*"))
+    split = lora_jax.lora_init(jax.random.key(0), params, made)
+    with pytest.raises(ValueError, match=r"another config.*differ in 'b/kernel'"):
+        lora_jax.summary(*split, config=other)
+    with pytest.raises(TypeError, match="config must be a LoraConfig"):
+        lora_jax.summary(*split, config=[made])
+    with pytest.raises(TypeError, match="tx must be an optax optimizer"):
+        lora_jax.summary(*split, tx=1e-3)
+    noisy = optax.add_noise(0.1, 0.1, jax.random.key(0))
+    assert lora_jax.summary(*split, tx=noisy).optimizer_nbytes > 0
