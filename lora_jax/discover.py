@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.kernel import AdaptedKernel, Refused
+from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
 from lora_jax.liveness import live_inputs
 from lora_jax.registry import entry_of
@@ -73,33 +73,42 @@ def kernel_axes(
         for key, leaf in flatten(variables["params"], "params").items()
         if leaf is not empty_node
     }
-    kernels = {key: unbox(leaf) for key, leaf in params.items()}
-    nonce = next(_NONCES)
-    labels = {
-        (*key[:-1], key[-1] + _SUFFIX): _Label(
-            path_of(key), tuple(range(leaf.ndim)), leaf.ndim, nonce
-        )
-        for key, leaf in kernels.items()
-        if hasattr(leaf, "ndim")
-    }
-    observer = _Observer()
-
-    def call(params: dict[Key, Any], rest: Mapping[str, Any], traced: list[Any]) -> list[Any]:
-        for i, value in zip(arrays, traced, strict=True):
-            leaves[i] = value
-        args, kwargs = jax.tree.unflatten(treedef, leaves)
-        labelled = unflatten({**params, **labels}, variables["params"])
-        observer.given = {path_of(key): unbox(leaf) for key, leaf in params.items()}
-        with nn.intercept_methods(observer.intercept):
-            out = call_model(model, {**rest, "params": labelled}, args, kwargs)
-        if kwargs.get("mutable", False) is not False and isinstance(model, nn.Module):
-            # That the parameters are given back is no use of them.
-            out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
-        return list(_arrays(out))
-
     rest = {name: value for name, value in variables.items() if name != "params"}
     abstract = jax.tree.map(_abstract, (params, rest, [leaves[i] for i in arrays]))
-    jaxpr = jax.make_jaxpr(call)(*abstract).jaxpr
+
+    def trace(labels: Mapping[Key, _Label]) -> tuple[_Observer, Any]:
+        observer = _Observer()
+
+        def call(params: dict[Key, Any], rest: Mapping[str, Any], traced: list[Any]) -> list[Any]:
+            values = dict(zip(arrays, traced, strict=True))
+            args, kwargs = jax.tree.unflatten(
+                treedef, [values.get(i, leaf) for i, leaf in enumerate(leaves)]
+            )
+            labelled = unflatten({**params, **labels}, variables["params"])
+            observer.given = {path_of(key): unbox(leaf) for key, leaf in params.items()}
+            with nn.intercept_methods(observer.intercept):
+                out = call_model(model, {**rest, "params": labelled}, args, kwargs)
+            if kwargs.get("mutable", False) is not False and isinstance(model, nn.Module):
+                # That the parameters are given back is no use of them.
+                out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
+            return list(_arrays(out))
+
+        return observer, jax.make_jaxpr(call)(*abstract).jaxpr
+
+    nonce = next(_NONCES)
+    labels = {
+        (*key[:-1], key[-1] + _SUFFIX): _Label(path_of(key), tuple(range(ndim)), ndim, nonce)
+        for key, leaf in params.items()
+        if (ndim := getattr(unbox(leaf), "ndim", None)) is not None
+    }
+    try:
+        observer, jaxpr = trace(labels)
+    except Exception:
+        # A parameter may be a dict itself, which has no room for labels: only modules have.
+        modules = trace({})[0].modules
+        observer, jaxpr = trace(
+            {key: label for key, label in labels.items() if key[:-1] in modules}
+        )
     used = live_inputs(jaxpr, [True] * len(jaxpr.outvars))
     inputs = jax.tree.unflatten(jax.tree.structure(abstract), used)
     read = {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
@@ -125,7 +134,8 @@ def _arrays(out: Any) -> Iterator[jax.Array]:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    # A NumPy array may be what a model takes sizes from: it stays what it is.
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _abstract(leaf: Any) -> Any:
@@ -181,6 +191,7 @@ class _Observer:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     handled: dict[str, str] = dataclasses.field(default_factory=dict)
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    modules: set[Key] = dataclasses.field(default_factory=set)
 
     def intercept(
         self,
@@ -193,6 +204,7 @@ class _Observer:
         module = context.module
         if module.scope is None:
             return next_fun(*args, **kwargs)
+        self.modules.add(module.path)
         labels = {
             name: label
             for name, label in module.variables.get("params", {}).items()
@@ -217,11 +229,7 @@ class _Observer:
             if is_mapped(module) and value is not self.given[label.path]:
                 self.refused[label.path] = MAPPED
         kernels = tuple(self._kernel(module, name, ours.get(name)) for name in names)
-        try:
-            return entry.handler(module, kernels, next_fun, *args, **kwargs)
-        except Refused as error:
-            self.refused |= {label.path: error.reason for label in ours.values()}
-            return next_fun(*args, **kwargs)
+        return entry.handler(module, kernels, next_fun, *args, **kwargs)
 
     def _kernel(self, module: nn.Module, name: str, label: _Label | None) -> AdaptedKernel | None:
         if label is None:
@@ -241,8 +249,8 @@ class _OneKernel:
         """The handler computes with the kernel, of which the layer sees these axes."""
         label = self.label
         if layer.ndim != len(label.axes):
-            reason = f"its handler computes with {layer.ndim} axes, and it has {len(label.axes)}"
-            raise Refused(label.path, reason)
+            self.refuse(f"its handler computes with {layer.ndim} axes of {len(label.axes)}")
+            return
         axes = KernelAxes(
             inputs=tuple(label.axes[i] for i in layer.inputs),
             outputs=tuple(label.axes[i] for i in layer.outputs),
@@ -250,7 +258,7 @@ class _OneKernel:
         )
         before = self.observer.kernels.setdefault(label.path, axes)
         if before != axes:
-            raise Refused(label.path, f"its handler uses it as {before} and as {axes}")
+            self.refuse(f"its handler uses it as {before} and as {axes}")
 
     def refuse(self, reason: str) -> None:
         """The handler cannot adapt the kernel."""

@@ -16,21 +16,6 @@ from lora_jax.equation import Equation
 from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, factors_of
 
 
-class Refused(ValueError):
-    """A layer that its handler cannot adapt.
-
-    Attributes:
-      reason: why.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            f"The kernel {path!r} cannot be adapted in its layer: {reason}. Give it a rule with "
-            f"substitute=True."
-        )
-        self.reason = reason
-
-
 class Observer(Protocol):
     """Is told how a handler uses a kernel, when nothing is computed: :mod:`lora_jax.discover`."""
 
@@ -109,15 +94,16 @@ class AdaptedKernel:
             dtype = jnp.result_type(x, self.value)
             x, W = x.astype(dtype), self.value.astype(dtype)
         W = self._cut(W)
-        try:
-            eq = Equation.parse(equation, x.shape, W.shape)
-        except ValueError as error:
-            raise Refused(self._path, str(error)) from error
 
         def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
             return jnp.einsum(equation, x, W, precision=precision)
 
         base = base or einsum
+        try:
+            eq = Equation.parse(equation, x.shape, W.shape)
+        except ValueError as error:
+            self.refuse(str(error))
+            return base(x, W)
         factors = self._factors(eq.transposed_axes if transposed else eq.axes, W)
         if factors is None:
             return base(x, W)
@@ -175,11 +161,11 @@ class AdaptedKernel:
         W = self._cut(W)
         outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *stacks})
         if len(outputs) != 1:
-            raise Refused(
-                self._path,
+            self.refuse(
                 f"its handler leaves {len(outputs)} axes of the kernel {W.shape} for the outputs, "
-                f"and linear() takes one; use einsum()",
+                f"and linear() takes one; use einsum()"
             )
+            return base(x, W)
         axes = KernelAxes(inputs, outputs, stacks)
         factors = self._factors(axes, W)
         if factors is None:
@@ -208,7 +194,10 @@ class AdaptedKernel:
         if self._observer is not None:
             self._observer.refuse(reason)
         elif self._adapter is not None:
-            raise Refused(self._path, reason)
+            raise ValueError(
+                f"The kernel {self._path!r} cannot be adapted in its layer: {reason}. Give it a "
+                f"rule with substitute=True."
+            )
 
     def _cut(self, W: chex.Array) -> chex.Array:
         """Zeros where only the use of the kernel is observed: see :mod:`lora_jax.discover`."""

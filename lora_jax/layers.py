@@ -28,6 +28,7 @@ Call = Callable[..., Any]
 def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
     """``nn.Dense`` and ``nn.DenseGeneral``, through their ``dot_general``."""
     (kernel,) = kernels
+    _check(layer, kernel)
 
     def with_adapter(own_dot: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
         def dot_general(x: chex.Array, W: chex.Array, dims: Any, **kwargs: Any) -> chex.Array:
@@ -62,7 +63,7 @@ def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
 def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
     """``nn.Conv``, through its ``conv_general_dilated``: ``x`` convolved with ``U``; then ``V``."""
     (kernel,) = kernels
-    _check_mask(layer, kernel)
+    _check(layer, kernel)
     if not layer.shared_weights:
         return _conv_local(layer, kernel, *args, **kwargs)
 
@@ -96,7 +97,7 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array
     """``nn.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
     del call
     (kernel,) = kernels
-    _check_mask(layer, kernel)
+    _check(layer, kernel)
     x, W, bias = _promoted(layer, kernel, inputs)
     out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
     contracted = tuple(axis for axis in range(W.ndim) if axis != out)
@@ -110,6 +111,7 @@ def _einsum(
     """``nn.Einsum``."""
     del call
     (kernel,) = kernels
+    _check(layer, kernel)
     equation = nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
     x, W, bias = _promoted(layer, kernel, inputs)
 
@@ -134,6 +136,7 @@ def _embed(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex
     """``nn.Embed``: row ``i`` of ``W'`` is ``W_i + s U_i V``."""
     del call
     (embedding,) = kernels
+    _check(layer, embedding)
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
         raise ValueError("Input type must be an integer or unsigned integer.")
     (W,) = layer.promote_dtype(embedding.value, dtype=layer.dtype, inexact=False)
@@ -150,6 +153,7 @@ def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex
     """``nn.Embed.attend``: the product with the transposed matrix."""
     del call
     (embedding,) = kernels
+    _check(layer, embedding)
     query, W = layer.promote_dtype(query, embedding.value, dtype=layer.dtype)
     return embedding.einsum(
         "...k,dk->...d", query, W, base=lambda q, W: jnp.dot(q, W.T), transposed=True
@@ -227,6 +231,18 @@ def _bare(
     return product
 
 
-def _check_mask(layer: Any, kernel: AdaptedKernel) -> None:
-    if layer.mask is not None:
+def _check(layer: Any, kernel: AdaptedKernel) -> None:
+    """Refuses a layer that computes with something else than the kernel that is stored."""
+    if getattr(layer, "mask", None) is not None:
         kernel.refuse("its layer has a mask, and a masked U V is no product of two factors")
+    cls = type(layer)
+    own_setup = isinstance(layer, nn.Embed) and body(cls.setup) is not body(nn.Embed.setup)
+    if cls.param is not nn.Module.param or own_setup:
+        name = "setup" if own_setup else "param"
+        kernel.refuse(f"{cls.__name__} overrides {name}, and may compute with another kernel")
+    if layer.promote_dtype is not nn.dtypes.promote_dtype:
+        W = jax.ShapeDtypeStruct(kernel.value.shape, kernel.dtype)
+        operands = [W] if isinstance(layer, nn.Embed) else [W, W, W]
+        jaxpr = jax.make_jaxpr(lambda *a: layer.promote_dtype(*a, dtype=layer.dtype))(*operands)
+        if any(eqn.primitive.name != "convert_element_type" for eqn in jaxpr.eqns):
+            kernel.refuse("its promote_dtype does more to the kernel than to convert its dtype")

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import threading
-import weakref
+import types
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import flax.core.scope
 import flax.linen as nn
+import flax.struct
 import jax
 import numpy as np
 
@@ -95,7 +98,7 @@ def lora_apply(
     """
     check_model(model, variables, "lora_apply")
     dropout = _dropout_is_active(model, args, kwargs)
-    nodes: dict[Key, Adapter] = {}
+    nodes: dict[Key, _Placed] = {}
 
     def place(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
         if adapter.substitute:
@@ -107,7 +110,8 @@ def lora_apply(
         }
         # With dropout off it is off in the tree's structure, so that nn.jit traces again.
         rate = adapter.dropout if dropout else 0.0
-        nodes[key] = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
+        adapter = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
+        nodes[key] = _Placed(adapter, path_of(key))
         return {key: kernel, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
     placed = join(variables["params"], adapters, place)
@@ -192,10 +196,22 @@ def _restored(out: Any, frozen: chex.ArrayTree, placed: chex.ArrayTree) -> Any:
 # --- what a call did ---
 
 
-# Uses inside an nn.jit, of any call: (class of an enclosing module, path below it, structure of the
-# adapter). nn.jit does not trace again what it has in its cache, not even for another layer of the
-# same kind, so that a use in there is seen by the first call only.
-_SEEN_IN_JIT: set[tuple[Any, ...]] = set()
+@flax.struct.dataclass
+class _Placed:
+    """An adapter beside its kernel.
+
+    The path is that of the parameter in the whole tree, also where the layer is applied on its own
+    inside the model. As a part of the structure it makes ``nn.jit`` trace each layer, and not use
+    for one what it has traced for another.
+    """
+
+    adapter: Adapter
+    path: str = flax.struct.field(pytree_node=False)
+
+
+# Placed adapters that were used inside an nn.jit, of any call, by their structure: nn.jit does not
+# trace again what it has in its cache, so that the use is seen by the first call only.
+_SEEN_IN_JIT: set[Any] = set()
 
 
 class _Active(threading.local):
@@ -211,11 +227,11 @@ _ACTIVE = _Active()
 class _Calls:
     """The interceptor of one ``lora_apply``, and what it saw."""
 
-    nodes: Mapping[Key, Adapter]
+    nodes: Mapping[Key, _Placed]
     method: Any
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
-    used: set[Key] = dataclasses.field(default_factory=set)
-    draws: dict[Key, int] = dataclasses.field(default_factory=dict)
+    used: set[str] = dataclasses.field(default_factory=set)
+    draws: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def intercept(
         self,
@@ -241,59 +257,51 @@ class _Calls:
         return entry.handler(module, kernels, next_fun, *args, **kwargs)
 
     def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
-        key = (*module.path, name)
         if not module.has_variable("params", name):
             return None
         value = unbox(module.get_variable("params", name))
         if not module.has_variable("params", name + SUFFIX):
-            return AdaptedKernel(path_of(key), value)
-        adapter: Adapter = module.get_variable("params", name + SUFFIX)
-        placed = self.nodes.get(key)
-        as_placed = placed is not None and adapter.U is placed.U
-        if is_mapped(module) and not as_placed:
+            return AdaptedKernel(path_of((*module.path, name)), value)
+        placed: _Placed = module.get_variable("params", name + SUFFIX)
+        path, adapter = placed.path, placed.adapter
+        if is_mapped(module) and not any(
+            adapter.U is node.adapter.U for node in self.nodes.values()
+        ):
             _refuse_mapped(module)
 
         def use() -> None:
-            self.used.add(key)
-            if placed is not None and not as_placed and _is_in_jit(module):
-                _SEEN_IN_JIT.update(self._enclosed(key))
+            self.used.add(path)
+            if _is_in_jit(module):
+                _SEEN_IN_JIT.add(jax.tree.structure(placed))
 
-        rng = self._dropout_rng(module, key) if adapter.dropout else None
-        return AdaptedKernel(path_of(key), value, adapter, rng, use=use)
+        rng = self._dropout_rng(module, path) if adapter.dropout else None
+        return AdaptedKernel(path, value, adapter, rng, use=use)
 
-    def _dropout_rng(self, module: nn.Module, key: Key) -> chex.PRNGKey:
+    def _dropout_rng(self, module: nn.Module, path: str) -> chex.PRNGKey:
         """A key from the module's own stream, which then goes on as if it had not been asked."""
         if not module.has_rng("dropout"):
             raise ValueError(
-                f"The adapter of {path_of(key)!r} has dropout, but a transform around it "
-                f"does not pass on the 'dropout' rng. Add split_rngs={{'dropout': True}} to that "
-                f"nn.scan or nn.vmap, or set dropout=0 in the rule."
+                f"The adapter of {path!r} has dropout, but its module has no 'dropout' rng. If an "
+                f"nn.scan or nn.vmap around it does not pass it on, add "
+                f"split_rngs={{'dropout': True}} there; else set dropout=0 in the rule."
             )
         assert module.scope is not None
         counters = module.scope.rng_counters
         before = counters["dropout"]
         rng = module.make_rng("dropout")
         counters["dropout"] = before
-        self.draws[key] = self.draws.get(key, 0) + 1
-        return jax.random.fold_in(rng, zlib.crc32(f"{key[-1]}{SUFFIX}{self.draws[key]}".encode()))
+        self.draws[path] = self.draws.get(path, 0) + 1
+        return jax.random.fold_in(rng, zlib.crc32(f"{path}{SUFFIX}{self.draws[path]}".encode()))
 
     def check_used(self, model: nn.Module) -> None:
         """Errors where an adapter had no part in the call."""
         unused = [
             key
-            for key in self.nodes
-            if key not in self.used and _SEEN_IN_JIT.isdisjoint(self._enclosed(key))
+            for key, node in self.nodes.items()
+            if node.path not in self.used and jax.tree.structure(node) not in _SEEN_IN_JIT
         ]
         if unused:
             raise ValueError(self._unused(unused, model))
-
-    def _enclosed(self, key: Key) -> set[tuple[Any, ...]]:
-        structure = jax.tree.structure(self.nodes[key])
-        return {
-            (weakref.ref(cls), key[depth:], structure)
-            for depth in range(len(key))
-            for cls in self.classes.get(key[:depth], ())
-        }
 
     def _unused(self, unused: list[Key], model: nn.Module) -> str:
         key, method = unused[0], self.method
@@ -333,9 +341,21 @@ MAPPED = (
 
 
 def is_mapped(module: nn.Module) -> bool:
-    """Whether the variables that the module sees went through ``nn.map_variables``."""
+    """Whether the parameters that the module sees went through ``nn.map_variables``."""
     assert module.scope is not None
-    return any("map_variables(" in part for part in module.scope.debug_path)
+    if not any("map_variables(" in part for part in module.scope.debug_path):
+        return False
+    # Which collections are mapped stands nowhere but in Flax's own call of the map, further up.
+    frame: types.FrameType | None = sys._getframe()
+    found = False
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "flax.core.lift":
+            mapped = frame.f_locals.get("mapped_collections")
+            found = found or mapped is not None
+            if mapped is not None and flax.core.scope.in_filter(mapped, "params"):
+                return True
+        frame = frame.f_back
+    return not found
 
 
 def _is_in_jit(module: nn.Module) -> bool:

@@ -37,7 +37,9 @@ def resolve_axes(
         shape = tuple(getattr(leaf, "shape", ()))
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
-            raise ValueError(f"{where}, which is not floating-point but {dtype}.")
+            raise ValueError(
+                f"{where}, which is not floating-point but {dtype}: make the pattern narrower."
+            )
         if rule.tied is not None and model is None:
             raise ValueError(
                 f"{where} and has tied={rule.tied!r}: which parameters are tied is known with "
@@ -179,6 +181,11 @@ def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
         )
     if path in model:
         return None
+    if path not in model.layers:
+        return (
+            f"{said} matches LEAVES, which the model reads, but not as a parameter of a module "
+            f"that it calls. Give it a rule with substitute=True, or make the pattern narrower."
+        )
     return (
         f"{said} matches LEAVES, which is no kernel of a layer that is known here: it belongs to "
         f"{model.layers[path]}. Register a handler for it with lora_jax.register, give it a rule "

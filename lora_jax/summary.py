@@ -75,8 +75,8 @@ class Summary:
       trained: number of trained parameters.
       total: number of parameters of the model, without the factors.
       nbytes: bytes to save for one use case.
-      frozen_kernels: the kernels that are not adapted, with their shapes: those that ``axes``
-        names, or without it every leaf of two or more axes.
+      frozen_kernels: every leaf of two or more axes (without the stacks that ``axes`` knows) that
+        is not adapted, with its shape, whether or not its layer is known.
       rules: what became of each rule; empty without ``config``.
       tied: adapted parameters that the model also reads outside of their layer; empty without
         ``axes``.
@@ -107,7 +107,7 @@ class Summary:
             for owner, items in owners.items():
                 lines.append(f"  not {_paths(path for path, _ in items)}: has {owner}")
         if self.frozen_kernels:
-            lines.append(f"kernels left frozen: {_paths(self.frozen_kernels)}")
+            lines.append(f"left frozen, of two or more axes: {_paths(self.frozen_kernels)}")
         if self.tied:
             lines.append(f"tied, so read outside of their layer too: {_paths(self.tied)}")
         for row in self.rows:
@@ -192,7 +192,7 @@ def summary(
       frozen: the base, of arrays or ``jax.ShapeDtypeStruct``.
       adapters: the adapters, likewise.
       config: the config that they were made with, to report on its rules.
-      axes: from :func:`lora_jax.kernel_axes`, to know every kernel and which are tied.
+      axes: from :func:`lora_jax.kernel_axes`, to know which are tied, and which axes stack.
       tx: the optimizer, to count the bytes of its state.
 
     Returns:
@@ -217,7 +217,7 @@ def summary(
       0/kernel  64 x 32  lora        2      1      192  2,048    9.38
       --------  -------  -------  ----  -----  -------  -----  ------
       Rule('0/kernel'): 1 of 1 matched leaves adapted
-      kernels left frozen: 1/kernel
+      left frozen, of two or more axes: 1/kernel
       optimizer state: 1.8 KiB
       trained 224 of 2,208 parameters (10.14 %), 2,176 frozen; 896 bytes to save
     """
@@ -233,10 +233,11 @@ def summary(
     nodes = dict(sorted(_leaves(adapters, "adapters").items()))
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")
+    stacks = axes.stacks if isinstance(axes, ModelAxes) else {}
     frozen_kernels = {
         path: tuple(leaf.shape)
         for path, leaf in base.items()
-        if path not in nodes and (path in axes if axes is not None else len(leaf.shape) > 1)
+        if path not in nodes and len(getattr(leaf, "shape", ())) - len(stacks.get(path, ())) > 1
     }
     adapted = [path for path, node in nodes.items() if isinstance(node, Adapter)]
     tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
@@ -309,8 +310,8 @@ def _zero_columns(adapter: Adapter, kernel: Any) -> int | None:
     return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
 
 
-def _size(array: Any) -> int:
-    return math.prod(array.shape)
+def _size(tree: Any) -> int:
+    return sum(math.prod(array.shape) for array in jax.tree.leaves(tree))
 
 
 def _nbytes(tree: Any) -> int:

@@ -299,3 +299,110 @@ def test_printed():
         "dense/kernel     inputs (0,)  outputs (1,)  flax.linen.linear.Dense",
         "embed/embedding  inputs (0,)  outputs (1,)  tied  flax.linen.linear.Embed",
     ]
+
+
+class Jitted(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(6)(x)
+
+
+class SameJit(nn.Module):
+    """Layers that nn.jit cannot tell apart."""
+
+    def setup(self):
+        self.blocks = [Jitted() for _ in range(3)]
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Score(nn.Module):
+    """The gradient of a submodule, which is applied on its own."""
+
+    def setup(self):
+        self.net = nn.Dense(1)
+
+    def __call__(self, x):
+        if self.is_initializing():
+            return self.net(x)
+        net, variables = self.net.unbind()
+        return jax.grad(lambda x: jnp.tanh(net.apply(variables, x)).sum())(x)
+
+
+class Dictionary(nn.Module):
+    """A parameter that is a dict itself, over which the model iterates."""
+
+    @nn.compact
+    def __call__(self, x):
+        p = self.param("p", lambda key: {f"w{i}": jnp.eye(6) for i in range(3)})
+        for name in sorted(p):
+            x = jnp.tanh(x @ p[name])
+        return nn.Dense(6, name="dense")(x)
+
+
+class Sized(nn.Module):
+    """Sizes from a NumPy array."""
+
+    @nn.compact
+    def __call__(self, x, sizes):
+        return nn.Dense(4)(x.reshape(-1, int(sizes[0]) * int(sizes[1])))
+
+
+class List(nn.Module):
+    """A parameter that is a list."""
+
+    @nn.compact
+    def __call__(self, x):
+        for w in self.param("p", lambda key: [jnp.eye(6), jnp.eye(6)]):
+            x = x @ w
+        return nn.Dense(6, name="dense")(x)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("model", [SameJit(), Score(), Dictionary(), Sized(), List()])
+def test_unusual_models(model, variant):
+    x = jax.random.normal(KEY, (2, 6))
+    args = (x, np.array([3, 2])) if isinstance(model, Sized) else (x,)
+    variables = model.init(KEY, *args)
+    axes = lora_jax.kernel_axes(model, variables, *args)
+    config = LoraConfig([Rule("|".join(axes), 1, variant=variant)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    assert lora_jax.summary(frozen, adapters, config=config, axes=axes).total > 0
+    adapters = random_like(adapters)
+    for _ in range(2):
+        y = lora_jax.lora_apply(model, {"params": frozen}, adapters, *args)
+        merged = lora_jax.lora_merge(frozen, adapters)
+        assert relative_error(y, model.apply({"params": merged}, *args)) < 1e-5
+
+
+def test_parameters_in_a_dict_are_substituted_or_refused():
+    model, x = Dictionary(), jnp.ones((2, 6))
+    variables = model.init(KEY, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    with pytest.raises(ValueError, match=r"'p/w0'.*not as a parameter of a module.*substitute"):
+        lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("p/.*", 2)]), axes=axes)
+    config = LoraConfig([Rule("p/.*", 2, substitute=True)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    adapters = random_like(adapters)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    assert jnp.array_equal(y, model.apply({"params": lora_jax.lora_merge(frozen, adapters)}, x))
+
+
+def test_kernels_of_unknown_layers_are_reported_as_frozen():
+    model, x = nn.Sequential([nn.RNN(nn.OptimizedLSTMCell(6)), nn.Dense(3)]), jnp.ones((2, 4, 6))
+    variables = model.init(KEY, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = LoraConfig([Rule("|".join(axes), 2)])
+    split = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    assert len(lora_jax.summary(*split, axes=axes).frozen_kernels) == 8
+
+
+def test_errors_of_the_model_are_the_models_own():
+    model = nn.Sequential([nn.Dense(6), lambda x: x + jnp.ones(5)])
+    params = {"layers_0": {"kernel": jnp.ones((6, 6)), "bias": jnp.ones(6)}}
+    with pytest.raises((TypeError, ValueError), match=r"[Ii]ncompatible shapes"):
+        lora_jax.kernel_axes(model, {"params": params}, jnp.ones((2, 6)))

@@ -520,18 +520,98 @@ def test_misspelt_kernel():
         lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("weight", 2)]), axes=axes)
 
 
-def test_map_of_another_collection_is_no_map_of_parameters():
+@pytest.mark.parametrize("scanned", [False, True])
+def test_map_of_another_collection_is_no_map_of_parameters(scanned):
+    """As the scans of T5X have it, for the names of their axes."""
+
     class MapsStatistics(nn.Module):
         @nn.compact
-        def __call__(self, x):
-            return nn.map_variables(nn.Dense, "batch_stats", lambda tree: tree)(5)(x)
+        def __call__(self, x, _=None):
+            y = nn.map_variables(nn.Dense, "batch_stats", lambda tree: tree)(6, name="d")(x)
+            return y if not scanned else (y, None)
 
-    model = MapsStatistics()
-    variables = random_variables(model, X)
-    axes = lora_jax.kernel_axes(model, variables, X)
+    model, args = MapsStatistics(), (X,)
+    if scanned:
+        model = nn.scan(MapsStatistics, {"params": 1}, split_rngs={"params": True}, length=2)()
+        args = (X, None)
+    variables = random_variables(model, *args)
+    axes = lora_jax.kernel_axes(model, variables, *args)
+    assert set(axes) == {"d/kernel"}
     config = LoraConfig([Rule(".*kernel", 2)])
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
-    lora_jax.lora_apply(model, {"params": frozen}, adapters, X)
+    adapters = random_like(adapters)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, *args)
+    merged = {"params": lora_jax.lora_merge(frozen, adapters)}
+    y, expected = (jax.tree.leaves(out)[0] for out in (y, model.apply(merged, *args)))
+    assert relative_error(y, expected) < 1e-5
+
+
+def standardized(base, name="kernel"):
+    """A subclass that normalizes its kernel on the way to the product, as many are written."""
+
+    class Standardized(base):
+        def param(self, param_name, *args, **kwargs):
+            value = super().param(param_name, *args, **kwargs)
+            return value / (jnp.std(value) + 1e-5) if param_name == name else value
+
+    return Standardized
+
+
+def tanh_of_kernel(x, kernel, bias, **kwargs):
+    return x, jnp.tanh(kernel), bias
+
+
+class ScaledEmbed(nn.Embed):
+    def setup(self):
+        super().setup()
+        self.embedding = self.embedding * 3.0
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (standardized(nn.Dense)(5), "overrides param"),
+        (standardized(nn.Conv)(5, (3,)), "overrides param"),
+        (standardized(nn.ConvTranspose)(5, (3,)), "overrides param"),
+        (standardized(nn.Einsum)((6, 5), "...d,dk->...k"), "overrides param"),
+        (standardized(nn.Embed, "embedding")(11, 5), "overrides param"),
+        (ScaledEmbed(11, 5), "overrides setup"),
+        (nn.Dense(5, promote_dtype=tanh_of_kernel), "promote_dtype does more"),
+    ],
+)
+def test_layer_that_computes_with_another_kernel(model, reason):
+    """It is refused, and right where its kernel is substituted."""
+    x = jnp.arange(5) if isinstance(model, nn.Embed) else X[None]
+    name = "embedding" if isinstance(model, nn.Embed) else "kernel"
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = LoraConfig([Rule(name, 2)])
+    with pytest.raises(ValueError, match=rf"'{name}'.*{reason}.*substitute=True"):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    kernel = variables["params"][name]
+    inputs = tuple(range(kernel.ndim - 1))
+    for substitute in (True, False):
+        config = LoraConfig([Rule(name, 2, substitute=substitute, input_axes=inputs)])
+        frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
+        adapters = random_like(adapters)
+        if substitute:
+            y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+            merged = lora_jax.lora_merge(frozen, adapters)
+            assert jnp.array_equal(y, model.apply({"params": merged}, x))
+        else:
+            with pytest.raises(ValueError, match=rf"'{name}'.*{reason}.*substitute=True"):
+                lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+
+
+def casts(*arrays, dtype=None, **kwargs):
+    return [None if a is None else a.astype(dtype or jnp.float32) for a in arrays]
+
+
+def test_own_promotion_of_dtypes_is_no_other_kernel():
+    model = nn.Dense(5, promote_dtype=casts)
+    variables = random_variables(model, X)
+    axes = lora_jax.kernel_axes(model, variables, X)
+    assert not axes.refused
 
 
 def test_linear_promotes_as_einsum_does():
@@ -539,5 +619,7 @@ def test_linear_promotes_as_einsum_does():
     both = lora_jax.AdaptedKernel("w", kernel)
     by_linear = both.linear(jnp.matmul, X, inputs=(0,))
     assert by_linear.dtype == both.einsum("nd,dk->nk", X).dtype == jnp.float32
-    with pytest.raises(ValueError, match="leaves 2 axes of the kernel"):
-        lora_jax.AdaptedKernel("w", jnp.ones((2, 3, 4))).linear(jnp.matmul, X, inputs=(0,))
+    adapter = lora_jax.Adapter(jnp.ones((2, 1)), jnp.ones((1, 12)))
+    kernel = lora_jax.AdaptedKernel("w", jnp.ones((2, 3, 4)), adapter)
+    with pytest.raises(ValueError, match=r"'w' cannot be adapted.*leaves 2 axes of the kernel"):
+        kernel.linear(jnp.matmul, X, inputs=(0,))

@@ -106,7 +106,7 @@ def test_report_as_text():
         "Rule('.*query/kernel'): 10 of 12 matched leaves adapted",
         "  not block_0/query/kernel: has a trainable pattern",
         "  not block_1/query/kernel: has Rule('.*block_1/query/kernel')",
-        "kernels left frozen: out/kernel",
+        "left frozen, of two or more axes: out/kernel",
         "block_1/query/kernel has 1 all-zero columns: DoRA keeps them at zero until U V gives them "
         "a direction",
         "optimizer state: 2.1 KiB",
