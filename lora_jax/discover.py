@@ -124,13 +124,15 @@ def kernel_axes(
     )
 
 
-def _arrays(out: Any) -> Iterator[jax.Array]:
+def _arrays(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
     """The arrays in a result, also in objects of classes that jax does not know."""
     for leaf in jax.tree.leaves(out):
         if isinstance(leaf, jax.Array):
             yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            yield from _arrays(vars(leaf))
+        elif isinstance(leaf, type | nn.Module) or id(leaf) in inside:
+            continue
+        elif hasattr(leaf, "__dict__"):
+            yield from _arrays(vars(leaf), (*inside, id(leaf)))
 
 
 def _is_array(leaf: Any) -> bool:
