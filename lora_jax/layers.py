@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from lora_jax.equation import Equation
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.registry import body, enter
+from lora_jax.tree import unbox
 
 Kernels = tuple[AdaptedKernel, ...]
 Call = Callable[..., Any]
@@ -235,11 +236,12 @@ def _check(layer: Any, kernel: AdaptedKernel) -> None:
     """Refuses a layer that computes with something else than the kernel that is stored."""
     if getattr(layer, "mask", None) is not None:
         kernel.refuse("its layer has a mask, and a masked U V is no product of two factors")
-    cls = type(layer)
-    own_setup = isinstance(layer, nn.Embed) and body(cls.setup) is not body(nn.Embed.setup)
-    if cls.param is not nn.Module.param or own_setup:
-        name = "setup" if own_setup else "param"
-        kernel.refuse(f"{cls.__name__} overrides {name}, and may compute with another kernel")
+    name = type(layer).__name__
+    if type(layer).param is not nn.Module.param:
+        kernel.refuse(f"{name} overrides param, and may compute with another kernel")
+    own_setup = isinstance(layer, nn.Embed) and body(type(layer).setup) is not body(nn.Embed.setup)
+    if own_setup and layer.embedding is not unbox(layer.get_variable("params", "embedding")):
+        kernel.refuse(f"{name} overrides setup, and computes with another kernel")
     if layer.promote_dtype is not nn.dtypes.promote_dtype:
         W = jax.ShapeDtypeStruct(kernel.value.shape, kernel.dtype)
         operands = [W] if isinstance(layer, nn.Embed) else [W, W, W]

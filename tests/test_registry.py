@@ -603,6 +603,29 @@ def test_layer_that_computes_with_another_kernel(model, reason):
                 lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
 
 
+class OffsetEmbed(nn.Embed):
+    """A larger table than Flax's own, as OPT has it for its positions."""
+
+    def setup(self):
+        shape = (self.num_embeddings + 2, self.features)
+        self.embedding = self.param("embedding", self.embedding_init, shape, self.param_dtype)
+
+    def __call__(self, positions):
+        return super().__call__(positions + 2)
+
+
+def test_own_setup_that_keeps_the_kernel():
+    model, x = OffsetEmbed(5, 4), jnp.arange(5)
+    variables = random_variables(model, x)
+    axes = lora_jax.kernel_axes(model, variables, x)
+    config = LoraConfig([Rule("embedding", 2, variant="dora")])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    adapters = random_like(adapters)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    merged = lora_jax.lora_merge(frozen, adapters)
+    assert relative_error(y, model.apply({"params": merged}, x)) < 1e-5
+
+
 def casts(*arrays, dtype=None, **kwargs):
     return [None if a is None else a.astype(dtype or jnp.float32) for a in arrays]
 
