@@ -110,11 +110,15 @@ def _einsum(
     layer: Any, kernels: Kernels, call: Call, inputs: chex.Array, einsum_str: str | None = None
 ) -> chex.Array:
     """``nn.Einsum``."""
-    del call
     (kernel,) = kernels
     _check(layer, kernel)
     equation = nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
     x, W, bias = _promoted(layer, kernel, inputs)
+    try:
+        eq = Equation.parse(equation, x.shape, W.shape)
+    except ValueError as error:
+        kernel.refuse(str(error))
+        return call(inputs, einsum_str)
 
     def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
         return jnp.einsum(
@@ -129,7 +133,6 @@ def _einsum(
     if bias is None:
         return y
     # The bias has the axes of the kernel that are left in the result, in the result's order.
-    eq = Equation.parse(equation, x.shape, W.shape)
     return y + jnp.expand_dims(bias, [i for i, c in enumerate(eq.y) if c not in eq.W])
 
 

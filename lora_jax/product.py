@@ -176,9 +176,8 @@ def adapted_linear(
 
 def scaled(ratio: chex.Array, y: chex.Array) -> chex.Array:
     """``ratio * y``. The ratio is close to 1, where 16 bits cannot tell it from 1: not cast."""
-    return (ratio.astype(float32_or_more(y.dtype)) * y.astype(float32_or_more(y.dtype))).astype(
-        y.dtype
-    )
+    dtype = float32_or_more(y.dtype)
+    return (ratio.astype(dtype) * y.astype(dtype)).astype(y.dtype)
 
 
 def dora_ratio(W: chex.Array, factors: Factors) -> chex.Array:

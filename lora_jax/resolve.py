@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import Rule
+
+_UNREAD = (
+    "on which the result of the call of kernel_axes does not depend: it would not be trained. Call "
+    "kernel_axes with arguments that use it, or make the pattern narrower."
+)
 
 
 def resolve_axes(
@@ -156,11 +161,14 @@ def _unread(path: str, rule: Rule, model: ModelAxes) -> str | None:
     """That nobody reads the parameter."""
     if path in model.read or (path in model.layers and not rule.substitute):
         return None
-    return (
-        f"Rule({rule.pattern!r}) matches LEAVES, on which the result of the call of kernel_axes "
-        f"does not depend: it would not be trained. Call kernel_axes with arguments that use it, "
-        f"or make the pattern narrower."
-    )
+    return f"Rule({rule.pattern!r}) matches LEAVES, {_UNREAD}"
+
+
+def check_read(whole: Iterable[str], axes: object) -> None:
+    """Errors where a leaf that is to be trained whole is read by nobody."""
+    for path in sorted(whole):
+        if isinstance(axes, ModelAxes) and path not in axes.read:
+            raise ValueError(f"A trainable pattern matches {path!r}, {_UNREAD}")
 
 
 def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:

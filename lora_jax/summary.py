@@ -17,7 +17,7 @@ from flax.traverse_util import empty_node
 from lora_jax.adapter import Adapter, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign
-from lora_jax.tree import flatten, path_of, unbox
+from lora_jax.tree import check_base, flatten, path_of, unbox
 from lora_jax.variants import column_norm
 
 
@@ -226,10 +226,7 @@ def summary(
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
     base = _leaves(frozen, "frozen")
-    if any(isinstance(leaf, Adapter) for leaf in base.values()):
-        raise TypeError(
-            "The base has adapters in it. It comes first, then the adapters: were they swapped?"
-        )
+    check_base(base)
     nodes = dict(sorted(_leaves(adapters, "adapters").items()))
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")

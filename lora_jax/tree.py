@@ -15,7 +15,7 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from lora_jax.adapter import Adapter, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign, nearest
-from lora_jax.resolve import resolve_axes
+from lora_jax.resolve import check_read, resolve_axes
 from lora_jax.variants import VARIANTS
 
 Key = tuple[str, ...]
@@ -91,13 +91,8 @@ def lora_init(
     leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
     rules, resolved = resolve_axes(leaves, rules, axes)
     tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
-    unread = [p for p in sorted(whole) if isinstance(axes, ModelAxes) and p not in axes.read]
-    if unread:
-        raise ValueError(
-            f"A trainable pattern matches {unread[0]!r}, on which the result of the call of "
-            f"kernel_axes does not depend: it would not be trained. Call kernel_axes with "
-            f"arguments that use it, or make the pattern narrower."
-        )
+    check_read(whole, axes)
+
     frozen: dict[Key, Any] = dict(flat)
     adapters: dict[Key, Any] = {}
     for path, key_ in paths.items():
@@ -176,10 +171,7 @@ def join(
     """
     flat = flatten(frozen, "frozen")
     base = [path_of(key) for key, leaf in flat.items() if leaf is not empty_node]
-    if any(isinstance(leaf, Adapter) for leaf in flat.values()):
-        raise TypeError(
-            "The base has adapters in it. It comes first, then the adapters: were they swapped?"
-        )
+    check_base(flat)
     for key, node in flatten(adapters, "adapters").items():
         path = path_of(key)
         if key not in flat and key[:-1] in flat:
@@ -205,6 +197,14 @@ def join(
                 )
             flat[key] = _lower_precision(path, node)
     return unflatten(flat, frozen)
+
+
+def check_base(flat: Mapping[Any, Any]) -> None:
+    """Errors where the base has adapters in it."""
+    if any(isinstance(leaf, Adapter) for leaf in flat.values()):
+        raise TypeError(
+            "The base has adapters in it. It comes first, then the adapters: were they swapped?"
+        )
 
 
 def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:

@@ -401,10 +401,11 @@ def test_masked_convolution_is_refused():
         lora_jax.lora_apply(model, {"params": frozen}, adapters, X[None])
 
 
-def test_equation_that_is_no_matrix_product():
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_equation_that_is_no_matrix_product(use_bias):
     """The model still runs, other layers can be adapted, and the error names this one."""
     model = nn.Sequential(
-        [nn.Einsum((6,), "td,d->td", use_bias=False, kernel_init=NORMAL), nn.Dense(3)]
+        [nn.Einsum((6,), "td,d->td", use_bias=use_bias, kernel_init=NORMAL), nn.Dense(3)]
     )
     variables = random_variables(model, X)
     axes = lora_jax.kernel_axes(model, variables, X)

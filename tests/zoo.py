@@ -64,11 +64,12 @@ class Stack(nn.Module):
     """Blocks one after another, each behind a lifted transform."""
 
     transform: Any
+    block: Any = Block
 
     @nn.compact
     def __call__(self, x):
         for i in range(3):
-            x, _ = self.transform(Block)(name=f"block_{i}")(x)
+            x, _ = self.transform(self.block)(name=f"block_{i}")(x)
         return x
 
 
@@ -214,6 +215,28 @@ class Tied(nn.Module):
         return self.embed.attend(nn.tanh(self.dense(self.embed(tokens))))
 
 
+class EveryLayer(nn.Module):
+    """One of each kind, to be put behind a transform."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Einsum((WIDTH, 2, 3), "btd,dhk->bthk", name="einsum")(x)
+        y = nn.DenseGeneral(WIDTH, axis=(-2, -1), name="general")(jnp.tanh(y))
+        y = nn.Conv(4, (3,), name="conv")(jnp.tanh(y))
+        y = nn.ConvTranspose(WIDTH, (2,), name="transpose")(jnp.tanh(y))
+        y = nn.ConvLocal(WIDTH, (2,), name="local")(jnp.tanh(y))
+        embed = nn.Embed(5, WIDTH, name="embed")
+        return x + embed.attend(jnp.tanh(y)) @ embed(jnp.arange(5)), None
+
+
+class VmapEveryLayer(nn.Module):
+    """A model for each of the leading axis of x, its parameters stacked on the last axis."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.vmap(EveryLayer, {"params": -1}, {"params": True})(name="many")(x)[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model, the shape of its input, and which axes of its kernels are what.
@@ -314,11 +337,6 @@ CASES = {
     "attention in bfloat16": Case(
         nn.MultiHeadDotProductAttention(2, dtype=BF16), (2, 5, WIDTH), axes=ATTENTION, exact=False
     ),
-    "attention, scan, axis 1": Case(
-        Repeat(Attention, 1),
-        (2, 5, WIDTH),
-        axes={"out/kernel": ((0, 2), (3,), (1,)), "kernel": ((0,), (2, 3), (1,))},
-    ),
     "attention, scan, axis -1, remat": Case(
         Repeat(nn.remat(Attention, prevent_cse=False), -1),
         (2, 5, WIDTH),
@@ -360,11 +378,6 @@ CASES = {
     "Conv in bfloat16": conv((2, 6, 5, 3), nn.Conv(4, (3, 3), dtype=BF16), exact=False),
     "Conv, remat and jit": conv(
         (2, 6, 5, 3), nn.remat(nn.Conv)(4, (3, 3)), nn.jit(nn.Conv)(3, (3, 3))
-    ),
-    "Conv, vmap": Case(
-        nn.vmap(nn.Conv, {"params": -1}, {"params": True})(4, (3, 3)),
-        (3, 2, 6, 5, 3),
-        axes={"": ((0, 1, 2), (3,), (4,))},
     ),
     "ConvTranspose": conv(
         (2, 4, 5, 3),
@@ -409,5 +422,35 @@ CASES = {
     ),
     "Einsum, preferred float32": Case(
         Einsum((WIDTH, 5), "...d,dk->...k", options=PREFERRED), (2, 3, WIDTH), exact=False
+    ),
+    "every layer, scan, axis 1, remat": Case(
+        Repeat(nn.remat(EveryLayer, prevent_cse=False), 1),
+        (2, 5, WIDTH),
+        axes={
+            "einsum/kernel": ((0,), (2, 3), (1,)),
+            "local/kernel": ((2,), (3,), (0, 1)),
+            "embedding": ((0,), (2,), (1,)),
+            "kernel": ((0, 2), (3,), (1,)),
+        },
+    ),
+    "every layer, vmap, axis -1": Case(
+        VmapEveryLayer(),
+        (3, 2, 5, WIDTH),
+        axes={
+            "einsum/kernel": ((0,), (1, 2), (3,)),
+            "local/kernel": ((1,), (2,), (0, 3)),
+            "embedding": ((0,), (1,), (2,)),
+            "kernel": ((0, 1), (2,), (3,)),
+        },
+    ),
+    "every layer, jit": Case(
+        Stack(nn.jit, EveryLayer),
+        (2, 5, WIDTH),
+        axes={
+            "einsum/kernel": ((0,), (1, 2), ()),
+            "local/kernel": ((1,), (2,), (0,)),
+            "embedding": ((0,), (1,), ()),
+            "kernel": ((0, 1), (2,), ()),
+        },
     ),
 }

@@ -216,6 +216,31 @@ def test_hugging_face_model(name, variant):
     check_close(1e-4)(jax.jit(apply)(trained), jax.jit(plain)(merged))
     check_learns(apply, adapters, MODELS[name].stopped)
 
+    # The same by `model.module.apply`, with the arguments that the model's own call gives it.
+    module_args, module_kwargs = arguments_of_module(model, *args)
+    by_module = lora_jax.kernel_axes(model.module, variables, *module_args, **module_kwargs)
+    assert dict(by_module) == dict(axes)
+    assert by_module.tied == axes.tied
+    out = lora_jax.lora_apply(
+        model.module, {"params": frozen, **rest}, trained, *module_args, **module_kwargs
+    )
+    close([x for x in jax.tree.leaves(out) if x.dtype == jnp.float32], apply(trained))
+
+
+def arguments_of_module(model, *args):
+    """What `model(*args)` passes to `model.module.apply` besides the variables."""
+    recorded, own_apply = [], nn.Module.apply
+
+    def apply(self, variables, *args, **kwargs):
+        if self is model.module:
+            recorded.append((args, kwargs))
+        return own_apply(self, variables, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "apply", apply):
+        model(*args)
+    (call,) = recorded
+    return call
+
 
 def check_close(tolerance):
     def close(got, expected):
