@@ -1,0 +1,299 @@
+"""Ways to train in JAX: this library's, what one writes by hand, and other libraries'.
+
+Each is a function of a case. What it trains and what is frozen are two trees, and both are
+arguments of the step, which is otherwise the same for all.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import lora_jax
+from benchmarks import cases, models
+from benchmarks.cases import Case
+from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, Step
+
+Loss = Callable[[Any, Any, Any], jax.Array]  # of what is trained, what is frozen, a batch
+
+
+def make_step(case: Case, loss: Loss, trained: Any, frozen: Any, merge: Any = None) -> Step:
+    """Compiles a step of AdamW.
+
+    Args:
+      case: for its batch.
+      loss: function of what is trained, what is frozen, and of tokens with labels.
+      trained: tree that is differentiated, updated and donated.
+      frozen: tree that is an argument only.
+      merge: function of what is frozen and what is trained.
+    """
+    tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    batch = tuple(map(jnp.asarray, cases.batch(case)))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(trained, frozen, batch)
+        updates, opt_state = tx.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, value
+
+    # Copies, for the caller's arrays must outlive the donation.
+    state = [jax.tree.map(jnp.copy, trained), tx.init(trained)]
+    times = [time.perf_counter()]
+    traced = train_step.trace(*state, frozen, batch)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    compiled = lowered.compile()
+    times.append(time.perf_counter())
+    forward_fn, merge_fn = jax.jit(loss), jax.jit(merge) if merge else None
+
+    def run() -> float:
+        state[0], state[1], value = jax.block_until_ready(compiled(*state, frozen, batch))
+        return float(value)
+
+    def forward() -> float:
+        return float(forward_fn(state[0], frozen, batch))
+
+    def merge_now() -> None:
+        jax.block_until_ready(merge_fn(frozen, state[0]))
+
+    leaves = jax.tree.leaves(trained)
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    facts = {
+        **dict(zip(("trace_seconds", "lower_seconds", "compile_seconds"), seconds, strict=True)),
+        "trained": sum(leaf.size for leaf in leaves),
+        "trained_dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
+        **costs(compiled, lowered),
+    }
+    return Step(run, forward, facts, merge_now if merge else None)
+
+
+def costs(compiled: Any, lowered: Any) -> dict[str, float]:
+    """What XLA says about a program: bytes that it holds, arithmetic, bytes that it moves."""
+    memory = compiled.memory_analysis()
+    # The optimized program calls libraries for its products, and counts none of their arithmetic.
+    before, after = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}
+    return {
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "flops": after.get("flops"),
+        "bytes_accessed": after.get("bytes accessed"),
+        "traced_flops": before.get("flops"),
+    }
+
+
+def model_loss(model: nn.Module) -> Loss:
+    """The loss as a function of a tree of parameters, that are trained, or frozen, or both."""
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        ids, labels = batch
+        return models.loss(model.apply({"params": params}, ids), labels)
+
+    return loss
+
+
+def start(case: Case, dtype: Any = jnp.float32) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """``U`` and ``V`` for the path of each kernel."""
+    return {
+        path: (jnp.asarray(u, dtype), jnp.asarray(v, dtype))
+        for path, (u, v) in cases.factors(case).items()
+    }
+
+
+def floor(case: Case) -> Step:
+    """The gradient of a vector that is added to the embeddings: what every way has to do."""
+    plain = model_loss(models.make(case))
+
+    def loss(shift: Any, params: Any, batch: Any) -> jax.Array:
+        def intercept(
+            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            y = next_fun(*args, **kwargs)
+            here = context.module.name == "embed" and context.method_name == "__call__"
+            return y + shift.astype(y.dtype) if here else y
+
+        with nn.intercept_methods(intercept):
+            return plain(params, batch)
+
+    return make_step(case, loss, jnp.zeros(case.width), models.params(case))
+
+
+def full(case: Case) -> Step:
+    """All parameters are trained."""
+    plain = model_loss(models.make(case))
+    return make_step(case, lambda params, _, batch: plain(params, batch), models.params(case), {})
+
+
+def library(case: Case, variant: str, **options: Any) -> Step:
+    """This library."""
+    model = models.make(case)
+    rule = lora_jax.Rule(
+        r"layers_\d+/\w+/kernel",
+        rank=case.rank,
+        alpha=case.scale * case.rank,
+        variant=variant,
+        **options,
+    )
+    frozen, adapters = lora_jax.lora_init(
+        jax.random.key(0), models.params(case), lora_jax.LoraConfig([rule])
+    )
+    flat = flatten_dict(adapters, sep="/")
+    for path, (u, v) in start(case).items():
+        flat[f"{path}/kernel"] = flat[f"{path}/kernel"].replace(U=u, V=v)
+
+    def loss(adapters: Any, frozen: Any, batch: Any) -> jax.Array:
+        ids, labels = batch
+        return models.loss(lora_jax.lora_apply(model, {"params": frozen}, adapters, ids), labels)
+
+    return make_step(case, loss, unflatten_dict(flat, sep="/"), frozen, lora_jax.lora_merge)
+
+
+def lora_plain(case: Case) -> Step:
+    """LoRA in twenty lines: an interceptor, and the gradient as it comes."""
+    plain, scale = model_loss(models.make(case)), case.scale
+
+    def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
+        def intercept(
+            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            y = next_fun(*args, **kwargs)
+            path = "/".join(context.module.path)
+            if path not in adapters or context.method_name != "__call__":
+                return y
+            (x,), (u, v) = args, adapters[path]
+            return y + scale * (x @ u.astype(x.dtype)) @ v.astype(x.dtype)
+
+        with nn.intercept_methods(intercept):
+            return plain(params, batch)
+
+    return make_step(case, loss, start(case), models.params(case))
+
+
+def merge(case: Case) -> Step:
+    """LoRA as ``W + s U V`` in the place of ``W``, and the gradient as it comes."""
+    plain, scale = model_loss(models.make(case)), case.scale
+
+    def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
+        flat = flatten_dict(params, sep="/")
+        for path, (u, v) in adapters.items():
+            w = flat[f"{path}/kernel"]
+            flat[f"{path}/kernel"] = w + (scale * u @ v).astype(w.dtype)
+        return plain(unflatten_dict(flat, sep="/"), batch)
+
+    return make_step(case, loss, start(case), models.params(case))
+
+
+def qwix(case: Case) -> Step:
+    """Qwix, as in https://qwix.readthedocs.io/en/latest/lora.html for Linen, not quantized.
+
+    Its page ends with the adapted model. The gradient is taken for the leaves that it added only,
+    as Tunix does with qwix's NNX models.
+    """
+    import qwix
+
+    provider = qwix.LoraProvider(
+        module_path=r"layers_\d+/.*", rank=case.rank, alpha=case.scale * case.rank
+    )
+    model = qwix.apply_lora_to_model(models.make(case), provider)
+    plain = model_loss(model)
+    names = ("kernel_lora_a", "kernel_lora_b")
+
+    def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
+        flat = flatten_dict(params, sep="/") | flatten_dict(adapters, sep="/")
+        return plain(unflatten_dict(flat, sep="/"), batch)
+
+    ids, _ = cases.batch(case)
+    made = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), ids)["params"], sep="/")
+    adapters = {
+        f"{path}/{name}": value.astype(made[f"{path}/{name}"].dtype)
+        for path, pair in start(case).items()
+        for name, value in zip(names, pair, strict=True)
+    }
+    check_paths(adapters, {path for path in made if path.endswith(names)})
+    return make_step(case, loss, unflatten_dict(adapters, sep="/"), models.params(case))
+
+
+def gemma_peft(case: Case) -> Step:
+    """`gemma.peft`, as in the README of its folder and in `gm.nn.LoRA`, of which it is a part.
+
+    It knows no scale, so ``V`` has it. Its dtype is the base's, as in `gm.nn.LoRA`.
+    """
+    from gemma import peft
+
+    plain, dtype = model_loss(models.make(case)), jnp.dtype(case.dtype)
+
+    def replace(module: nn.Module) -> nn.Module:
+        if isinstance(module, nn.Dense) and module.name != "head":
+            return peft.LoRADense(rank=case.rank, dtype=dtype, wrapped=module)
+        return module
+
+    def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
+        with peft.ModuleInterceptor(replace):
+            return plain(peft.merge_params(params, adapters), batch)
+
+    adapters = {}
+    for path, (u, v) in start(case).items():
+        adapters[f"{path}/lora/a"] = u.astype(dtype)
+        adapters[f"{path}/lora/b"] = (case.scale * v).astype(dtype)
+    return make_step(case, loss, unflatten_dict(adapters, sep="/"), models.params(case))
+
+
+def nnx_lora(case: Case) -> Step:
+    """`nnx.LoRALinear` in a model of NNX, in the functional form: split and merge.
+
+    It knows no scale, so ``V`` has it.
+    """
+    from flax import nnx
+
+    from benchmarks import models_nnx
+
+    graph, abstract, rest = nnx.split(
+        nnx.eval_shape(lambda: models_nnx.make(case)), nnx.LoRAParam, ...
+    )
+    base = flatten_dict(models.params(case), sep="/")
+    factors = {}
+    for path, (u, v) in start(case).items():
+        factors[f"{path}/lora/lora_a"] = u
+        factors[f"{path}/lora/lora_b"] = case.scale * v
+
+    def fill(state: Any, values: dict[str, Any]) -> Any:
+        flat = dict(nnx.to_flat_state(state))
+        check_paths(values, {models_nnx.linen_path(path) for path in flat})
+        return nnx.from_flat_state(
+            {path: leaf.replace(values[models_nnx.linen_path(path)]) for path, leaf in flat.items()}
+        )
+
+    def loss(adapters: Any, frozen: Any, batch: Any) -> jax.Array:
+        ids, labels = batch
+        return models.loss(nnx.merge(graph, adapters, frozen)(ids), labels)
+
+    return make_step(case, loss, fill(abstract, factors), fill(rest, base))
+
+
+def check_paths(got: Any, expected: Any) -> None:
+    """Stops a contender that adapts other kernels than the others do."""
+    if set(got) != set(expected):
+        raise ValueError(f"other paths: {sorted(set(got) ^ set(expected))}")
+
+
+CONTENDERS: dict[str, Callable[[Case], Step]] = {
+    "floor": floor,
+    "full": full,
+    "lora": functools.partial(library, variant="lora"),
+    "dora": functools.partial(library, variant="dora"),
+    "dora-detached": functools.partial(library, variant="dora", detach_norm=True),
+    "lora-plain": lora_plain,
+    "merge": merge,
+    "qwix": qwix,
+    "gemma-peft": gemma_peft,
+    "nnx-lora": nnx_lora,
+}

@@ -1,0 +1,299 @@
+r"""How long a step of training takes, for this library and for others.
+
+Every contender is a process of its own, and only one computes at a time. They take turns, round by
+round in a shuffled order, so that whatever slows the machine down slows all of them. First of all
+they must agree on the losses: else nothing is measured.
+
+    python -m benchmarks.train_step --cases minilm base decoder
+    python -m benchmarks.train_step --cases minilm --ranks 4 8 16 32 64 128 256 \
+        --contenders floor full lora dora lora-plain
+    python -m benchmarks.train_step --cases minilm --tokens 64 256 1024 4096 8192
+    python -m benchmarks.train_step --cases minilm decoder --dtypes bfloat16
+"""
+
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import stats
+from benchmarks.cases import CASES, Case
+from benchmarks.step import FAMILIES, TRAJECTORIES
+
+# Pairs whose ratio is reported besides that to the floor.
+PAIRS = (
+    ("full", "lora"),
+    ("full", "dora"),
+    ("lora-plain", "lora"),
+    ("merge", "lora"),
+    ("qwix", "lora"),
+    ("gemma-peft", "lora"),
+    ("nnx-lora", "lora"),
+    ("peft-lora", "lora"),
+    ("dora", "lora"),
+    ("peft-dora", "dora"),
+    ("peft-dora", "dora-detached"),
+    ("torch-full", "full"),
+)
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
+LOGS = Path("runs/benchmarks")
+JOBS = ("step", "forward", "merge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measures steps of training."""
+
+    cases: tuple[str, ...] = ("minilm",)
+    """Cases of benchmarks/cases.py."""
+    contenders: tuple[str, ...] = tuple(FAMILIES)
+    """Who takes part; the floor always does."""
+    rounds: int = 15
+    """Rounds."""
+    steps: int = 3
+    """Steps in a round, of which the median counts."""
+    jobs: tuple[str, ...] = JOBS
+    """What is measured: step, forward, merge."""
+    ranks: tuple[int, ...] = ()
+    """Measure each case with each of these ranks instead."""
+    tokens: tuple[int, ...] = ()
+    """Measure each case with each of these numbers of tokens in a batch instead."""
+    dtypes: tuple[str, ...] = ()
+    """Measure each case in each of these dtypes instead."""
+    layers: tuple[int, ...] = ()
+    """Measure each case with each of these numbers of layers instead."""
+    together: int | None = None
+    """Contenders in memory at a time, the floor among them; by default what the case says."""
+    seed: int = 0
+    """Of the order."""
+    out: Path = Path("benchmarks/results/train_step.json")
+    """Where results go; other cases that are there already stay."""
+
+
+def with_tokens(case: Case, tokens: int) -> Case:
+    """The case with a batch of so many tokens: fewer sequences, and then shorter ones."""
+    length = min(case.length, tokens)
+    return dataclasses.replace(
+        case, name=f"{case.name} tokens={tokens}", batch=max(tokens // length, 1), length=length
+    )
+
+
+def expand(options: Options) -> Iterator[Case]:
+    """The cases, each with what is swept."""
+    for name in options.cases:
+        cases = [CASES[name]]
+        for field, values in (
+            ("rank", options.ranks),
+            ("dtype", options.dtypes),
+            ("layers", options.layers),
+        ):
+            if values:
+                cases = [
+                    dataclasses.replace(case, name=f"{case.name} {field}={value}", **{field: value})
+                    for case in cases
+                    for value in values
+                ]
+        if options.tokens:
+            cases = [with_tokens(case, tokens) for case in cases for tokens in options.tokens]
+        yield from cases
+
+
+class Worker:
+    """A contender's process, seen from here."""
+
+    def __init__(self, contender: str, case: Case, log: Path) -> None:
+        self.contender, self.log = contender, log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", contender, case.dumps()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env={"JAX_PLATFORMS": "cpu", **os.environ},
+            )
+        self.first = self.answer()
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Sends a command and waits for its answer."""
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer; a process that died has one too."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self.process.wait()
+        return {"error": f"died with exit status {code}; see {self.log}"}
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def check_losses(losses: dict[str, list[float]], dtype: str) -> None:
+    """All of a family must agree on the first loss, and all of a group on all losses.
+
+    Raises:
+      RuntimeError: they do not, so that they do not compute the same.
+    """
+    tolerance = TOLERANCES[dtype]
+    groups = [([n for n in losses if FAMILIES[n] == f], 1) for f in ("lora", "dora")]
+    groups.append(([n for n in losses if FAMILIES[n] in ("floor", "full")], 1))
+    if dtype == "float32":  # else rounding differs, and some round their adapters
+        groups += [([n for n in group if n in losses], None) for group in TRAJECTORIES]
+    for names, count in groups:
+        for name in names[1:]:
+            for a, b in zip(losses[names[0]][:count], losses[name][:count], strict=True):
+                if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
+                    raise RuntimeError(
+                        f"{name} does not compute what {names[0]} does: its first losses are "
+                        f"{losses[name]}, not {losses[names[0]]}."
+                    )
+
+
+def measure(workers: dict[str, Worker], options: Options) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every job of every contender, a number for each round."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
+    order, rng = list(workers), random.Random(options.seed)
+    for i in range(options.rounds):
+        for job in options.jobs:
+            rng.shuffle(order)
+            for name in order:
+                answer = workers[name].ask(f"{job} {options.steps}")
+                if "error" in answer:
+                    raise RuntimeError(f"{name}, {job}: {answer['error']}")
+                if "missing" in answer:
+                    continue
+                if i == 0 and job != "step":  # that compiled
+                    answer = workers[name].ask(f"{job} {options.steps}")
+                median = statistics.median(answer["seconds"])
+                seconds[name].setdefault(job, []).append(median)
+                time.sleep(0.02)  # threads of the last one may still wait for more work
+        print(".", end="", flush=True)
+    print(flush=True)
+    return seconds
+
+
+def run_group(case: Case, names: list[str], options: Options) -> dict[str, Any]:
+    """Measures contenders that are in memory together; the first one is the floor."""
+    workers, results = {}, {}
+    try:
+        for name in names:
+            print(f"  {name}: ", end="", flush=True)
+            log = LOGS / f"{case.name}-{name}.log".replace(" ", "-")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            worker = Worker(name, case, log)
+            if "error" in worker.first:
+                results[name] = {"error": worker.first["error"]}
+                worker.stop()
+                print(worker.first["error"], flush=True)
+                continue
+            workers[name] = worker
+            built = worker.first["facts"]["build_seconds"]
+            print(f"loss {worker.first['losses'][0]:.6f}, built in {built:.1f} s", flush=True)
+        check_losses({n: w.first["losses"] for n, w in workers.items()}, case.dtype)
+        seconds = measure(workers, options)
+        for name, worker in workers.items():
+            jobs = {
+                job: {**stats.quartiles(values), "seconds": values}
+                for job, values in seconds[name].items()
+            }
+            last = worker.ask("facts")
+            results[name] = {
+                **jobs,
+                "losses": worker.first["losses"],
+                "memory": {key: last[key] for key in ("peak_rss", "run_rss") if key in last},
+                "facts": last["facts"],
+            }
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    for name in workers:
+        for job in seconds[name]:
+            if job in seconds.get("floor", {}):
+                results[name][job]["to_floor"] = stats.ratio(
+                    seconds[name][job], seconds["floor"][job]
+                )
+    return results
+
+
+def run(case: Case, options: Options) -> dict[str, Any]:
+    """Measures a case."""
+    together = options.together or case.together
+    others = [name for name in options.contenders if name != "floor"]
+    size = max(together - 1, 1)
+    results: dict[str, Any] = {}
+    before = stats.environment()
+    for i in range(0, max(len(others), 1), size):
+        group = run_group(case, ["floor", *others[i : i + size]], options)
+        # One floor stands for all in the results, but each group is compared to its own.
+        results = {**group, **results}
+    # One more check, over groups.
+    check_losses({n: r["losses"] for n, r in results.items() if "losses" in r}, case.dtype)
+    pairs = {}
+    for over, under in PAIRS:
+        a, b = (results.get(name, {}).get("step") for name in (over, under))
+        if a and b and together >= len(results):
+            pairs[f"{over}/{under}"] = stats.ratio(a["seconds"], b["seconds"])
+        elif a and b:  # not in the same rounds: compared by way of the floor
+            ratio = a["to_floor"]["median"] / b["to_floor"]["median"]
+            pairs[f"{over}/{under}"] = {"median": ratio}
+    return {
+        "case": dataclasses.asdict(case),
+        "environment": before,
+        "load_after": os.getloadavg(),
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "together": together,
+        "contenders": {name: results[name] for name in ["floor", *others]},
+        "pairs": pairs,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """What one wants to see at once."""
+    lines = []
+    for name, one in result["contenders"].items():
+        if "error" in one:
+            lines.append(f"  {name:14} {one['error']}")
+            continue
+        cells = [f"  {name:14}"]
+        for job in JOBS:
+            if job in one:
+                cells.append(f"{job} {1e3 * one[job]['median']:9.2f} ms")
+                if job == "step" and "to_floor" in one[job]:
+                    low, middle, high = (one[job]["to_floor"][k] for k in ("low", "median", "high"))
+                    cells.append(f"= {middle:5.3f} floors ({low:5.3f} to {high:5.3f})")
+        lines.append("  ".join(cells))
+    lines += [f"  {name} = {pair['median']:.3f}" for name, pair in result["pairs"].items()]
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    """Measures all cases, and writes each as soon as it is done."""
+    for case in expand(options):
+        print(f"{case.name}: {case}", flush=True)
+        result = run(case, options)
+        print(table(result), flush=True)
+        results = stats.read(options.out)
+        results[case.name] = result
+        stats.write(options.out, results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
