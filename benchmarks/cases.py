@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -108,15 +109,12 @@ def normal(case: Case, name: str, shape: tuple[int, ...], std: float) -> np.ndar
     return out
 
 
-def weights(case: Case) -> dict[str, np.ndarray]:
-    """The base, in float32."""
-    out = {}
+def weights(case: Case) -> Iterator[tuple[str, np.ndarray]]:
+    """The base in float32, one parameter after the other, for it may be large."""
     for path, shape in shapes(case).items():
         std = shape[0] ** -0.5 if path.endswith("kernel") else 0.02
-        out[path] = normal(case, path, shape, std)
-        if path.endswith("scale"):
-            out[path] += 1
-    return out
+        value = normal(case, path, shape, std)
+        yield path, value + 1 if path.endswith("scale") else value
 
 
 def factors(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:

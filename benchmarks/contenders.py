@@ -1,9 +1,10 @@
 """Ways to train in JAX: this library's, what one writes by hand, and other libraries'.
 
-Each is a function of a case. What it trains and what is frozen are two trees, and both are
-arguments of the step, which is otherwise the same for all.
+Each is a loss of two trees: what is trained, and what is frozen. Both are arguments of the step,
+which is otherwise the same for all.
 """
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -24,16 +25,27 @@ from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, Step
 Loss = Callable[[Any, Any, Any], jax.Array]  # of what is trained, what is frozen, a batch
 
 
-def make_step(case: Case, loss: Loss, trained: Any, frozen: Any, merge: Any = None) -> Step:
-    """Compiles a step of AdamW.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a contender trains.
 
-    Args:
-      case: for its batch.
+    Attributes:
       loss: function of what is trained, what is frozen, and of tokens with labels.
       trained: tree that is differentiated, updated and donated.
       frozen: tree that is an argument only.
-      merge: function of what is frozen and what is trained.
+      merge: function of what is frozen and what is trained, to plain parameters.
     """
+
+    loss: Loss
+    trained: Any
+    frozen: Any
+    merge: Callable[[Any, Any], Any] | None = None
+
+
+def make_step(contender: str, case: Case) -> Step:
+    """Compiles a step of AdamW."""
+    problem = PROBLEMS[contender](case)
+    loss, frozen = problem.loss, problem.frozen
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     batch = tuple(map(jnp.asarray, cases.batch(case)))
 
@@ -43,8 +55,7 @@ def make_step(case: Case, loss: Loss, trained: Any, frozen: Any, merge: Any = No
         updates, opt_state = tx.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, value
 
-    # Copies, for the caller's arrays must outlive the donation.
-    state = [jax.tree.map(jnp.copy, trained), tx.init(trained)]
+    state = [problem.trained, tx.init(problem.trained)]
     times = [time.perf_counter()]
     traced = train_step.trace(*state, frozen, batch)
     times.append(time.perf_counter())
@@ -52,7 +63,7 @@ def make_step(case: Case, loss: Loss, trained: Any, frozen: Any, merge: Any = No
     times.append(time.perf_counter())
     compiled = lowered.compile()
     times.append(time.perf_counter())
-    forward_fn, merge_fn = jax.jit(loss), jax.jit(merge) if merge else None
+    forward_fn, merge_fn = jax.jit(loss), jax.jit(problem.merge) if problem.merge else None
 
     def run() -> float:
         state[0], state[1], value = jax.block_until_ready(compiled(*state, frozen, batch))
@@ -64,7 +75,7 @@ def make_step(case: Case, loss: Loss, trained: Any, frozen: Any, merge: Any = No
     def merge_now() -> None:
         jax.block_until_ready(merge_fn(frozen, state[0]))
 
-    leaves = jax.tree.leaves(trained)
+    leaves = jax.tree.leaves(state[0])
     seconds = [after - before for before, after in itertools.pairwise(times)]
     facts = {
         **dict(zip(("trace_seconds", "lower_seconds", "compile_seconds"), seconds, strict=True)),
@@ -72,13 +83,12 @@ def make_step(case: Case, loss: Loss, trained: Any, frozen: Any, merge: Any = No
         "trained_dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
         **costs(compiled, lowered),
     }
-    return Step(run, forward, facts, merge_now if merge else None)
+    return Step(run, forward, facts, merge_now if merge_fn else None)
 
 
 def costs(compiled: Any, lowered: Any) -> dict[str, float]:
     """What XLA says about a program: bytes that it holds, arithmetic, bytes that it moves."""
     memory = compiled.memory_analysis()
-    # The optimized program calls libraries for its products, and counts none of their arithmetic.
     before, after = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}
     return {
         "temp_bytes": memory.temp_size_in_bytes,
@@ -104,14 +114,14 @@ def model_loss(model: nn.Module) -> Loss:
 def start(case: Case, dtype: Any = jnp.float32) -> dict[str, tuple[jax.Array, jax.Array]]:
     """``U`` and ``V`` for the path of each kernel."""
     return {
-        path: (jnp.asarray(u, dtype), jnp.asarray(v, dtype))
+        path: (jnp.array(u, dtype), jnp.array(v, dtype))
         for path, (u, v) in cases.factors(case).items()
     }
 
 
-def floor(case: Case) -> Step:
+def floor(case: Case, remat: bool = False) -> Problem:
     """The gradient of a vector that is added to the embeddings: what every way has to do."""
-    plain = model_loss(models.make(case))
+    plain = model_loss(models.make(case, remat))
 
     def loss(shift: Any, params: Any, batch: Any) -> jax.Array:
         def intercept(
@@ -124,18 +134,18 @@ def floor(case: Case) -> Step:
         with nn.intercept_methods(intercept):
             return plain(params, batch)
 
-    return make_step(case, loss, jnp.zeros(case.width), models.params(case))
+    return Problem(loss, jnp.zeros(case.width), models.params(case))
 
 
-def full(case: Case) -> Step:
+def full(case: Case, remat: bool = False) -> Problem:
     """All parameters are trained."""
-    plain = model_loss(models.make(case))
-    return make_step(case, lambda params, _, batch: plain(params, batch), models.params(case), {})
+    plain = model_loss(models.make(case, remat))
+    return Problem(lambda params, _, batch: plain(params, batch), models.params(case), {})
 
 
-def library(case: Case, variant: str, **options: Any) -> Step:
+def library(case: Case, remat: bool = False, *, variant: str, **options: Any) -> Problem:
     """This library."""
-    model = models.make(case)
+    model = models.make(case, remat)
     rule = lora_jax.Rule(
         r"layers_\d+/\w+/kernel",
         rank=case.rank,
@@ -154,12 +164,12 @@ def library(case: Case, variant: str, **options: Any) -> Step:
         ids, labels = batch
         return models.loss(lora_jax.lora_apply(model, {"params": frozen}, adapters, ids), labels)
 
-    return make_step(case, loss, unflatten_dict(flat, sep="/"), frozen, lora_jax.lora_merge)
+    return Problem(loss, unflatten_dict(flat, sep="/"), frozen, lora_jax.lora_merge)
 
 
-def lora_plain(case: Case) -> Step:
+def lora_plain(case: Case, remat: bool = False) -> Problem:
     """LoRA in twenty lines: an interceptor, and the gradient as it comes."""
-    plain, scale = model_loss(models.make(case)), case.scale
+    plain, scale = model_loss(models.make(case, remat)), case.scale
 
     def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
         def intercept(
@@ -175,12 +185,12 @@ def lora_plain(case: Case) -> Step:
         with nn.intercept_methods(intercept):
             return plain(params, batch)
 
-    return make_step(case, loss, start(case), models.params(case))
+    return Problem(loss, start(case), models.params(case))
 
 
-def merge(case: Case) -> Step:
+def merge(case: Case, remat: bool = False) -> Problem:
     """LoRA as ``W + s U V`` in the place of ``W``, and the gradient as it comes."""
-    plain, scale = model_loss(models.make(case)), case.scale
+    plain, scale = model_loss(models.make(case, remat)), case.scale
 
     def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
         flat = flatten_dict(params, sep="/")
@@ -189,10 +199,10 @@ def merge(case: Case) -> Step:
             flat[f"{path}/kernel"] = w + (scale * u @ v).astype(w.dtype)
         return plain(unflatten_dict(flat, sep="/"), batch)
 
-    return make_step(case, loss, start(case), models.params(case))
+    return Problem(loss, start(case), models.params(case))
 
 
-def qwix(case: Case) -> Step:
+def qwix(case: Case, remat: bool = False) -> Problem:
     """Qwix, as in https://qwix.readthedocs.io/en/latest/lora.html for Linen, not quantized.
 
     Its page ends with the adapted model. The gradient is taken for the leaves that it added only,
@@ -203,7 +213,7 @@ def qwix(case: Case) -> Step:
     provider = qwix.LoraProvider(
         module_path=r"layers_\d+/.*", rank=case.rank, alpha=case.scale * case.rank
     )
-    model = qwix.apply_lora_to_model(models.make(case), provider)
+    model = qwix.apply_lora_to_model(models.make(case, remat), provider)
     plain = model_loss(model)
     names = ("kernel_lora_a", "kernel_lora_b")
 
@@ -219,17 +229,17 @@ def qwix(case: Case) -> Step:
         for name, value in zip(names, pair, strict=True)
     }
     check_paths(adapters, {path for path in made if path.endswith(names)})
-    return make_step(case, loss, unflatten_dict(adapters, sep="/"), models.params(case))
+    return Problem(loss, unflatten_dict(adapters, sep="/"), models.params(case))
 
 
-def gemma_peft(case: Case) -> Step:
+def gemma_peft(case: Case, remat: bool = False) -> Problem:
     """`gemma.peft`, as in the README of its folder and in `gm.nn.LoRA`, of which it is a part.
 
     It knows no scale, so ``V`` has it. Its dtype is the base's, as in `gm.nn.LoRA`.
     """
     from gemma import peft
 
-    plain, dtype = model_loss(models.make(case)), jnp.dtype(case.dtype)
+    plain, dtype = model_loss(models.make(case, remat)), jnp.dtype(case.dtype)
 
     def replace(module: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dense) and module.name != "head":
@@ -244,10 +254,10 @@ def gemma_peft(case: Case) -> Step:
     for path, (u, v) in start(case).items():
         adapters[f"{path}/lora/a"] = u.astype(dtype)
         adapters[f"{path}/lora/b"] = (case.scale * v).astype(dtype)
-    return make_step(case, loss, unflatten_dict(adapters, sep="/"), models.params(case))
+    return Problem(loss, unflatten_dict(adapters, sep="/"), models.params(case))
 
 
-def nnx_lora(case: Case) -> Step:
+def nnx_lora(case: Case) -> Problem:
     """`nnx.LoRALinear` in a model of NNX, in the functional form: split and merge.
 
     It knows no scale, so ``V`` has it.
@@ -276,7 +286,7 @@ def nnx_lora(case: Case) -> Step:
         ids, labels = batch
         return models.loss(nnx.merge(graph, adapters, frozen)(ids), labels)
 
-    return make_step(case, loss, fill(abstract, factors), fill(rest, base))
+    return Problem(loss, fill(abstract, factors), fill(rest, base))
 
 
 def check_paths(got: Any, expected: Any) -> None:
@@ -285,7 +295,7 @@ def check_paths(got: Any, expected: Any) -> None:
         raise ValueError(f"other paths: {sorted(set(got) ^ set(expected))}")
 
 
-CONTENDERS: dict[str, Callable[[Case], Step]] = {
+PROBLEMS: dict[str, Callable[..., Problem]] = {
     "floor": floor,
     "full": full,
     "lora": functools.partial(library, variant="lora"),
@@ -296,4 +306,7 @@ CONTENDERS: dict[str, Callable[[Case], Step]] = {
     "qwix": qwix,
     "gemma-peft": gemma_peft,
     "nnx-lora": nnx_lora,
+}
+CONTENDERS: dict[str, Callable[[Case], Step]] = {
+    name: functools.partial(make_step, name) for name in PROBLEMS
 }

@@ -98,7 +98,7 @@ def make(case: Case) -> Model:
         model = Model(case)
     dtype = getattr(torch, case.dtype)
     state = {}
-    for path, value in cases.weights(case).items():
+    for path, value in cases.weights(case):
         array = np.ascontiguousarray(value.T) if path.endswith("kernel") else value
         state[torch_name(path)] = torch.from_numpy(array).to(dtype)
     model.load_state_dict(state, assign=True)

@@ -152,7 +152,8 @@ def make(case: Case, remat: bool = False) -> nn.Module:
 def params(case: Case) -> dict[str, Any]:
     """The weights of a case, for `make(case)`."""
     dtype = jnp.dtype(case.dtype)
-    flat = {path: jnp.asarray(value.astype(dtype)) for path, value in cases.weights(case).items()}
+    # Copies, for what numpy made cannot be donated.
+    flat = {path: jnp.array(value.astype(dtype, copy=False)) for path, value in cases.weights(case)}
     return unflatten_dict(flat, sep="/")
 
 

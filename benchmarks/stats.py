@@ -12,20 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = [
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "chex",
-    "numpy",
-    "lora_jax",
-    "qwix",
-    "gemma",
-    "torch",
-    "peft",
-    "transformers",
-]
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "chex", "numpy", "lora_jax"),
+    *("qwix", "gemma", "torch", "peft", "transformers"),
+)
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,280 @@
+"""Writes `docs/benchmarks.md` and its figure from what was measured.
+
+    python -m benchmarks.report
+
+What stands between the marks of the page is replaced, and the rest of it stays.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import stats
+
+BEGIN = "<!-- begin: written by `python -m benchmarks.report` -->"
+END = "<!-- end: written by `python -m benchmarks.report` -->"
+TITLES = {
+    "floor": "floor",
+    "full": "full fine-tuning",
+    "lora": "**lora_jax, LoRA**",
+    "dora": "**lora_jax, DoRA**",
+    "dora-detached": "**lora_jax, DoRA, `detach_norm`**",
+    "lora-plain": "LoRA by hand, `y + s x U V`",
+    "merge": "LoRA by hand, `W + s U V`",
+    "qwix": "qwix",
+    "gemma-peft": "gemma.peft",
+    "nnx-lora": "Flax NNX, `LoRALinear`",
+    "torch-full": "PyTorch, full fine-tuning",
+    "peft-lora": "PyTorch, PEFT, LoRA",
+    "peft-dora": "PyTorch, PEFT, DoRA",
+}
+OURS, OTHERS, TORCH = "#1f77b4", "#9aa5b1", "#d9a066"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Writes the page and the figure."""
+
+    results: Path = Path("benchmarks/results")
+    """Folder of results."""
+    page: Path = Path("docs/benchmarks.md")
+    """The page."""
+    figure: Path = Path("docs/benchmarks.png")
+    """The figure."""
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def milliseconds(job: dict[str, Any] | None) -> str:
+    """The median, to three digits."""
+    return digits(1e3 * job["median"]) if job else ""
+
+
+def digits(value: float, count: int = 3) -> str:
+    """A number with so many significant digits, and never as a power of ten."""
+    return f"{float(f'{value:.{count}g}'):,.10g}"
+
+
+def interval(ratio: dict[str, float] | None) -> str:
+    """A ratio with its quartiles, if they were measured."""
+    if not ratio:
+        return ""
+    if "low" not in ratio:
+        return f"{ratio['median']:.2f}"
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def mebibytes(count: float | None) -> str:
+    """Bytes as MiB."""
+    return "" if count is None else f"{count / 2**20:,.0f}"
+
+
+def shape(case: dict[str, Any]) -> str:
+    """A case in words."""
+    return (
+        f"{case['model']}, {case['layers']} layers, {case['width']} wide, feed-forward "
+        f"{case['ff']}, {case['heads']} heads, {case['batch']} x {case['length']} tokens, "
+        f"rank {case['rank']}, {case['dtype']}"
+    )
+
+
+def place(environment: dict[str, Any]) -> str:
+    """The machine and the versions in words."""
+    versions = ", ".join(f"{k} {v}" for k, v in environment["packages"].items())
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, "
+        f"{environment['memory_bytes'] / 2**30:.0f} GiB; {environment['date'][:10]}; "
+        f"Python {environment['python']}, {versions}."
+    )
+
+
+def places(results: dict[str, Any]) -> str:
+    """All machines and versions, each once."""
+    return "\n\n".join(dict.fromkeys(place(result["environment"]) for result in results.values()))
+
+
+def case_table(result: dict[str, Any]) -> str:
+    """All contenders of a case."""
+    header = (
+        "",
+        "step, ms",
+        "of the floor (quartiles)",
+        "forward, ms",
+        "merge, ms",
+        "memory of a step, MiB",
+        "temporary (XLA), MiB",
+        "trace + lower, s",
+        "compile, s",
+        "trained",
+    )
+    rows = []
+    for name, one in result["contenders"].items():
+        title = TITLES.get(name, name)
+        if "error" in one:
+            rows.append([title, one["error"].split(":")[0], *[""] * (len(header) - 2)])
+            continue
+        facts, step = one["facts"], one.get("step")
+        trace = "trace_seconds" in facts and facts["trace_seconds"] + facts["lower_seconds"]
+        rows.append(
+            [
+                title,
+                milliseconds(step),
+                interval(step.get("to_floor") if step else None),
+                milliseconds(one.get("forward")),
+                milliseconds(one.get("merge")),
+                mebibytes(one["memory"].get("run_rss", one["memory"]["peak_rss"])),
+                mebibytes(facts.get("temp_bytes")),
+                f"{trace:.2f}" if trace else "",
+                f"{facts['compile_seconds']:.1f}" if "compile_seconds" in facts else "",
+                f"{facts['trained']:,}",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def train_step(results: dict[str, Any]) -> str:
+    """Every case that is not swept, and then a table for each sweep."""
+    parts, sweeps = [], {}
+    for name, result in results.items():
+        base, _, swept = name.partition(" ")
+        if swept:
+            sweeps.setdefault((base, swept.split("=")[0]), {})[swept] = result
+            continue
+        parts.append(f"### {name}\n\n{shape(result['case'])}.")
+        parts.append(
+            f"{result['rounds']} rounds of {result['steps']} steps, "
+            f"{result['together']} contenders at most in memory at a time."
+        )
+        parts.append(case_table(result))
+        if result["pairs"]:
+            rows = [[f"`{key}`", interval(value)] for key, value in result["pairs"].items()]
+            parts.append(markdown(("time of a step", "ratio (quartiles)"), rows))
+    for (base, field), swept in sweeps.items():
+        parts.append(f"### {base}, by {field}")
+        parts.append(
+            "The time of a step as a multiple of the floor's, which is in the first line in ms."
+        )
+        names = list(dict.fromkeys(n for result in swept.values() for n in result["contenders"]))
+        rows = [["floor, ms"] + [milliseconds(floor_of(result)) for result in swept.values()]]
+        for name in names:
+            if name != "floor":
+                steps = [
+                    result["contenders"].get(name, {}).get("step") for result in swept.values()
+                ]
+                ratios = [interval(step and step.get("to_floor")) for step in steps]
+                rows.append([TITLES.get(name, name), *ratios])
+        parts.append(markdown(("", *swept), rows))
+    return "\n\n".join(parts)
+
+
+def floor_of(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The floor's step."""
+    return result["contenders"].get("floor", {}).get("step")
+
+
+def overheads(results: dict[str, Any]) -> str:
+    """What is paid once: imports, traces, compilations."""
+    parts = []
+    for name, result in results.items():
+        parts.append(f"### {name}\n\n{result['what']}")
+        base = result["base"]
+        rows = [
+            [
+                f"`{key}`",
+                milliseconds(one),
+                interval(one.get("to_base")) if key != base else "1",
+            ]
+            for key, one in result["times"].items()
+        ]
+        parts.append(markdown(("", "ms", f"of `{base}` (quartiles)"), rows))
+    return "\n\n".join(parts)
+
+
+def bars(results: dict[str, Any]) -> bytes:
+    """The figure: the time of a step as a multiple of the floor's, a panel for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {name: result for name, result in results.items() if " " not in name}
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.6 * rows), layout="constrained", squeeze=False
+    )
+    for axes, (name, result) in zip(grid.flat, panels.items(), strict=False):
+        ratios = {
+            key: one["step"]["to_floor"]
+            for key, one in result["contenders"].items()
+            if key != "floor" and "to_floor" in one.get("step", {})
+        }
+        order = sorted(ratios, key=lambda key: -ratios[key]["median"])
+        middle = [ratios[key]["median"] for key in order]
+        # The ratio of the medians may lie outside of the quartiles of the ratios.
+        low = [max(ratios[key]["median"] - ratios[key]["low"], 0) for key in order]
+        high = [max(ratios[key]["high"] - ratios[key]["median"], 0) for key in order]
+        colors = [color(key) for key in order]
+        axes.barh(
+            order, middle, xerr=(low, high), color=colors, height=0.7, error_kw={"linewidth": 1}
+        )
+        for y, (value, up) in enumerate(zip(middle, high, strict=True)):
+            axes.text(value + up, y, f" {value:.2f}", va="center", fontsize=8)
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlim(0, 1.15 * max((m + h for m, h in zip(middle, high, strict=True)), default=1))
+        axes.set_title(name, loc="left")
+        axes.set_xlabel("time of a step / floor")
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def color(contender: str) -> str:
+    """Ours, others', PyTorch's."""
+    if contender in ("lora", "dora", "dora-detached"):
+        return OURS
+    return TORCH if contender.startswith(("torch", "peft")) else OTHERS
+
+
+def replaced(page: str, content: str) -> str:
+    """The page with new content between its marks; without marks, at its end."""
+    block = f"{BEGIN}\n\n{content}\n\n{END}"
+    if BEGIN in page and END in page:
+        before, _, rest = page.partition(BEGIN)
+        return before + block + rest.partition(END)[2]
+    return f"{page.rstrip()}\n\n{block}\n".lstrip()
+
+
+def main(options: Options) -> None:
+    """Writes both."""
+    parts = []
+    steps: dict[str, Any] = {}
+    for path in sorted(options.results.glob("train_step*.json")):
+        steps |= stats.read(path)
+    if steps:
+        if any(" " not in name for name in steps):
+            stats.write_bytes(options.figure, bars(steps))
+            parts.append(f"![Time of a step as a multiple of the floor's]({options.figure.name})")
+        parts.append(f"## A step of training\n\n{places(steps)}\n\n{train_step(steps)}")
+    once = stats.read(options.results / "overheads.json")
+    if once:
+        parts.append(f"## What is paid once\n\n{places(once)}\n\n{overheads(once)}")
+    page = options.page.read_text() if options.page.exists() else "# Benchmarks\n"
+    stats.write_bytes(options.page, replaced(page, "\n\n".join(parts)).encode())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

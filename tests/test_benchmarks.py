@@ -1,0 +1,158 @@
+"""The benchmarks measure what they say; how long it takes is not tested."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from benchmarks import cases, models, report, stats, train_step, worker
+from benchmarks.cases import CASES
+from benchmarks.step import FAMILIES, TRAJECTORIES, build
+
+ENVIRONMENT = {
+    "cpu": "a CPU",
+    "cores": 2,
+    "memory_bytes": 2**34,
+    "python": "3.11",
+    "packages": {"jax": "0.10.2"},
+    "date": "2026-01-02T03:04:05",
+}
+
+
+def test_quartiles():
+    assert stats.quartiles([3.0, 1.0, 2.0, 5.0, 4.0]) == {"low": 2, "median": 3, "high": 4}
+    assert stats.quartiles([2.0]) == {"low": 2, "median": 2, "high": 2}
+
+
+def test_ratio_is_of_medians_and_its_interval_of_pairs():
+    got = stats.ratio([2.0, 4.0, 30.0], [1.0, 2.0, 10.0])
+    assert got == {"low": 2, "median": 2, "high": 2.5}
+    with pytest.raises(ValueError, match="zip"):
+        stats.ratio([1.0], [1.0, 2.0])
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    stats.write(path, {"a": [1.23456789, 1], "b": {"c": "text"}})
+    assert stats.read(path) == {"a": [1.23457, 1], "b": {"c": "text"}}
+    with pytest.raises(TypeError):
+        stats.write(path, {"a": object()})
+    assert stats.read(path)["b"] == {"c": "text"}
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    assert stats.read(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_are_those_of_the_models(name):
+    case = CASES[name]
+    ids, _ = cases.batch(case)
+    made = jax.eval_shape(models.make(case).init, jax.random.key(0), ids)["params"]
+    assert {k: v.shape for k, v in flatten_dict(made, sep="/").items()} == cases.shapes(case)
+    assert all(cases.shapes(case)[f"{k}/kernel"] == v for k, v in cases.kernels(case).items())
+
+
+def test_sweeps_make_cases():
+    options = train_step.Options(cases=("minilm",), ranks=(4, 8), tokens=(64, 4096))
+    got = {case.name: case for case in train_step.expand(options)}
+    assert list(got) == [f"minilm rank={r} tokens={t}" for r in (4, 8) for t in (64, 4096)]
+    assert [(case.rank, case.tokens) for case in got.values()] == [
+        (4, 64),
+        (4, 4096),
+        (8, 64),
+        (8, 4096),
+    ]
+    assert next(train_step.expand(train_step.Options(dtypes=("bfloat16",)))).dtype == "bfloat16"
+
+
+def test_contenders_that_compute_something_else_are_found():
+    right = {"floor": [1.0, 0.9], "full": [1.0, 0.5], "lora": [1.2, 1.1], "merge": [1.2, 1.1]}
+    train_step.check_losses(right, "float32")
+    with pytest.raises(RuntimeError, match="full does not compute what floor does"):
+        train_step.check_losses({**right, "full": [1.001, 0.5]}, "float32")
+    with pytest.raises(RuntimeError, match="merge does not compute what lora does"):
+        train_step.check_losses({**right, "merge": [1.2, 1.101]}, "float32")
+    with pytest.raises(RuntimeError, match="merge"):
+        train_step.check_losses({**right, "merge": [float("nan")] * 2}, "float32")
+    assert {name for group in TRAJECTORIES for name in group} <= set(FAMILIES)
+
+
+def talk(contender, case, text):
+    """What a worker answers."""
+    answers = []
+    worker.main(contender, case, io.StringIO(text), answers.append)
+    return json.loads(json.dumps(answers))
+
+
+def test_two_contenders_agree_and_obey():
+    case = dataclasses.replace(CASES["tiny-decoder"], layers=1, width=8, ff=8, vocab=16, length=4)
+    commands = "step 2\nforward 1\nmerge 1\nfacts\nquit\nstep 1\n"
+    lora, plain = (talk(name, case, commands) for name in ("lora", "lora-plain"))
+    assert [len(answers) for answers in (lora, plain)] == [5, 5]
+    train_step.check_losses({"lora": lora[0]["losses"], "merge": plain[0]["losses"]}, "float32")
+    np.testing.assert_allclose(lora[2]["value"], plain[2]["value"], rtol=1e-4)
+    assert lora[2]["value"] < lora[1]["value"] < lora[0]["losses"][0]
+    assert len(lora[1]["seconds"]) == 2
+    assert plain[3] == {"missing": "merge"}
+    assert lora[4]["facts"]["trained"] == cases.trained(case, "lora")
+    assert lora[4]["facts"]["temp_bytes"] > 0
+
+
+def test_errors_are_answers(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "qwix", None)
+    (answer,) = talk("qwix", CASES["tiny"], "")
+    assert answer["error"].startswith("not installed: ")
+    monkeypatch.setattr(worker, "trained", lambda *_: -1)
+    case = dataclasses.replace(CASES["tiny"], layers=1)
+    (answer,) = talk("lora-plain", case, "")
+    assert answer["error"] == "ValueError: trains 1536 numbers, not -1"
+    with pytest.raises(KeyError):
+        build("nobody", case)
+
+
+def result(name):
+    """A result as `train_step` writes it."""
+    step = {"low": 0.9, "median": 1.0, "high": 1.1, "seconds": [1.0]}
+    one = {
+        "step": {**step, "to_floor": {"low": 1.2, "median": 1.25, "high": 1.3}},
+        "losses": [1.0],
+        "memory": {"peak_rss": 2**30},
+        "facts": {"trained": 1234, "temp_bytes": 2**20},
+    }
+    return {
+        "case": dataclasses.asdict(dataclasses.replace(CASES["tiny"], name=name)),
+        "environment": ENVIRONMENT,
+        "rounds": 2,
+        "steps": 3,
+        "together": 4,
+        "contenders": {"floor": one, "lora": one, "qwix": {"error": "not installed: qwix"}},
+        "pairs": {"full/lora": {"median": 1.5}},
+    }
+
+
+def test_report(tmp_path):
+    options = report.Options(tmp_path / "results", tmp_path / "page.md", tmp_path / "page.png")
+    stats.write(
+        options.results / "train_step.json",
+        {name: result(name) for name in ("tiny", "tiny rank=4", "tiny rank=8")},
+    )
+    times = {"full": {"median": 0.5}, "lora": {"median": 1, "to_base": {"median": 2.0}}}
+    once = {"what": "Traces.", "base": "full", "times": times, "environment": ENVIRONMENT}
+    stats.write(options.results / "overheads.json", {"Tracing": once})
+    options.page.write_text(f"# Mine\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
+    report.main(options)
+    page = options.page.read_text()
+    assert page.startswith("# Mine\n")
+    assert page.endswith(f"{report.END}\n\nThe end.\n")
+    assert "old" not in page
+    assert "| **lora_jax, LoRA** | 1,000 | 1.25 (1.20 to 1.30) |" in page
+    assert "| qwix | not installed |" in page
+    assert "| `full/lora` | 1.50 |" in page
+    assert "|  | rank=4 | rank=8 |" in page
+    assert "| `lora` | 1,000 | 2.00 |" in page
+    assert options.figure.stat().st_size > 1000
+    report.main(options)
+    assert options.page.read_text() == page
