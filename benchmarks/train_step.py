@@ -119,7 +119,8 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env={"JAX_PLATFORMS": "cpu", **os.environ},
+                # Without the second, transformers imports JAX, in whose memory PEFT has no part.
+                env={"JAX_PLATFORMS": "cpu", "USE_FLAX": "0", **os.environ},
             )
         self.first = self.answer()
 

@@ -108,7 +108,7 @@ def test_errors_are_answers(monkeypatch):
     monkeypatch.setattr(worker, "trained", lambda *_: -1)
     case = dataclasses.replace(CASES["tiny"], layers=1)
     (answer,) = talk("lora-plain", case, "")
-    assert answer["error"] == "ValueError: trains 1536 numbers, not -1"
+    assert answer["error"] == f"ValueError: trains {cases.trained(case, 'lora')} numbers, not -1"
     with pytest.raises(KeyError):
         build("nobody", case)
 
