@@ -36,6 +36,7 @@ class Adapter:
       axes: how the kernel is a matrix.
       substitute: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
+      product: how the layer computes its product: ``"auto"``, ``"factored"`` or ``"merged"``.
     """
 
     U: Any
@@ -50,6 +51,7 @@ class Adapter:
     axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
     substitute: bool = flax.struct.field(pytree_node=False, default=False)
     untied: bool = flax.struct.field(pytree_node=False, default=False)
+    product: str = flax.struct.field(pytree_node=False, default="auto")
 
     @property
     def scale(self) -> float:
@@ -142,4 +144,5 @@ def init_adapter(
         axes=axes,
         substitute=rule.substitute,
         untied=untied,
+        product=rule.product,
     )

@@ -55,6 +55,10 @@ class Rule:
         ``"substitute"``: as ``substitute=True``, for these parameters only, so that all uses see
         ``W'``. ``"untie"``: the layer's own use is adapted and the others keep the base; such an
         adapter cannot be merged.
+      product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"merged"``,
+        ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there; or
+        ``"auto"``: merged where that is exact and faster. Outputs and gradients are the same to
+        rounding; see :mod:`lora_jax.product`.
 
     Raises:
       TypeError: a field of the wrong type.
@@ -85,6 +89,7 @@ class Rule:
     parts: tuple[int, ...] | None = None
     substitute: bool = False
     tied: str | None = None
+    product: str = "auto"
 
     def __post_init__(self) -> None:
         _check_regex(self.pattern, "Rule")
@@ -144,6 +149,15 @@ class Rule:
         if self.tied not in (None, "substitute", "untie"):
             raise ValueError(
                 f"{where}: tied must be 'substitute', 'untie' or None, got {self.tied!r}."
+            )
+        if self.product not in ("auto", "factored", "merged"):
+            raise ValueError(
+                f"{where}: product must be 'auto', 'factored' or 'merged', got {self.product!r}."
+            )
+        if self.product == "merged" and self.dropout:
+            raise ValueError(
+                f"{where}: product='merged' has no dropout, as the factors have no input of their "
+                f"own."
             )
         if self.substitute and self.tied == "untie":
             raise ValueError(

@@ -9,6 +9,7 @@ import string
 from collections.abc import Sequence
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from lora_jax.axes import KernelAxes
@@ -20,7 +21,7 @@ class Equation:
 
     The letters of ``W`` are of three kinds: those only in ``x`` besides are contracted, those only
     in ``y`` are features of the output, those in both stack. So the einsum is a (stacked) matrix
-    product of rows of ``x``, ``(*stack, n, d)``, with ``W`` as a matrix, ``(*stack, d, k)``.
+    product of ``x`` as ``(*stack, *free, d)`` with ``W`` as a matrix, ``(*stack, d, k)``.
 
     Attributes:
       x: letters of the input.
@@ -32,8 +33,10 @@ class Equation:
       >>> eq = Equation.parse("...td,dhk->...htk", (2, 7, 6), (6, 3, 4))
       >>> eq.axes
       KernelAxes(inputs=(0,), outputs=(1, 2), stacks=(), fused=1, parts=(0,))
-      >>> eq.rows(jnp.zeros((2, 7, 6))).shape, eq.result(jnp.zeros((14, 12))).shape
-      ((14, 6), (2, 3, 7, 4))
+      >>> eq.operand(jnp.zeros((2, 7, 6))).shape, eq.result(jnp.zeros((2, 7, 12))).shape
+      ((2, 7, 6), (2, 3, 7, 4))
+      >>> eq.rows
+      14
     """
 
     x: str
@@ -101,21 +104,39 @@ class Equation:
         """The kernel as a matrix, contracted with its outputs: ``x W^T``."""
         return dataclasses.replace(self.axes, inputs=self.axes.outputs, outputs=self.axes.inputs)
 
-    def rows(self, x: chex.Array) -> chex.Array:
-        """The input as rows of a matrix, ``(*stack, n, d)``."""
+    @property
+    def rows(self) -> int:
+        """Number of rows of one matrix product: the product of the free sizes."""
+        return math.prod(self._shape(self._free))
+
+    def product(
+        self, x: chex.Array, W: chex.Array, precision: jax.lax.PrecisionLike = None
+    ) -> chex.Array:
+        """The einsum: bit for bit what Flax computes, by ``dot_general`` or ``jnp.einsum``."""
+        of_dot = self._stack + "".join(c for c in self.x if c in self._free) + self._out
+        if of_dot != self.y or set(self.x) - set(self.W + self.y):
+            return jnp.einsum(f"{self.x},{self.W}->{self.y}", x, W, precision=precision)
+        x_in, W_in, x_stack, W_stack = (
+            [side.index(c) for c in letters]
+            for letters in (self._in, self._stack)
+            for side in (self.x, self.W)
+        )
+        dims = ((x_in, W_in), (x_stack, W_stack))
+        return jax.lax.dot_general(x, W, dims, precision=precision)
+
+    def operand(self, x: chex.Array) -> chex.Array:
+        """The input as ``(*stack, *free, d)``."""
         summed = tuple(i for i, c in enumerate(self.x) if c not in self.W and c not in self.y)
         letters = "".join(c for i, c in enumerate(self.x) if i not in summed)
         x = jnp.sum(x, axis=summed) if summed else x
         order = self._stack + self._free + self._in
-        x = jnp.transpose(x, [letters.index(c) for c in order])
-        return jnp.reshape(x, (*self._shape(self._stack), *map(self._size, (self._free, self._in))))
+        x = _transposed(x, [letters.index(c) for c in order])
+        return _reshaped(x, (*self._shape(self._stack + self._free), self._size(self._in)))
 
-    def result(self, rows: chex.Array) -> chex.Array:
-        """The result from its rows, ``(*stack, n, k)``."""
+    def result(self, y: chex.Array) -> chex.Array:
+        """The result from ``(*stack, *free, k)``."""
         order = self._stack + self._free + self._out
-        return jnp.transpose(
-            jnp.reshape(rows, self._shape(order)), [order.index(c) for c in self.y]
-        )
+        return _transposed(_reshaped(y, self._shape(order)), [order.index(c) for c in self.y])
 
     def on_x(self, a: chex.Array) -> chex.Array:
         """One number for each contracted feature, ``(*stack, d)``, to multiply ``x`` with."""
@@ -152,3 +173,11 @@ class Equation:
 
     def _size(self, letters: str) -> int:
         return math.prod(self._shape(letters))
+
+
+def _transposed(array: chex.Array, order: Sequence[int]) -> chex.Array:
+    return array if list(order) == list(range(array.ndim)) else jnp.transpose(array, order)
+
+
+def _reshaped(array: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    return array if array.shape == shape else jnp.reshape(array, shape)

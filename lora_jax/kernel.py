@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -76,7 +77,7 @@ class AdaptedKernel:
           x: the input.
           W: the kernel in the dtype to compute in; by default the stored one, promoted as
             ``jnp.einsum`` would.
-          base: the layer's own product of ``x`` and ``W``; by default ``jnp.einsum``.
+          base: the layer's own product of ``x`` and ``W``, where it does more than the einsum.
           transposed: this product is with the transposed matrix, as where an embedding gives the
             logits: the letters that are contracted here are the *outputs* of the kernel.
           precision: of the products.
@@ -95,18 +96,14 @@ class AdaptedKernel:
             x, W = x.astype(dtype), self.value.astype(dtype)
         W = self._cut(W)
 
-        def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
-            return jnp.einsum(equation, x, W, precision=precision)
-
-        base = base or einsum
         try:
             eq = Equation.parse(equation, x.shape, W.shape)
         except ValueError as error:
             self.refuse(str(error))
-            return base(x, W)
+            return (base or functools.partial(jnp.einsum, equation, precision=precision))(x, W)
         factors = self._factors(eq.transposed_axes if transposed else eq.axes, W)
         if factors is None:
-            return base(x, W)
+            return eq.product(x, W, precision) if base is None else base(x, W)
         return adapted_einsum(
             eq,
             x,
@@ -115,7 +112,6 @@ class AdaptedKernel:
             base=base,
             transposed=transposed,
             precision=precision,
-            stored_W=self.value,
             dropped_x=self._dropped(x),
         )
 
@@ -178,7 +174,6 @@ class AdaptedKernel:
             axes,
             base=base,
             groups=groups,
-            stored_W=self.value,
             dropped_x=self._dropped(x),
         )
 

@@ -34,11 +34,12 @@ def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs:
     def with_adapter(own_dot: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
         def dot_general(x: chex.Array, W: chex.Array, dims: Any, **kwargs: Any) -> chex.Array:
             # An injected dot_general quantizes, as a rule: it is for the base, not the factors.
+            plain = own_dot is jax.lax.dot_general and kwargs.keys() <= {"precision"}
             return kernel.einsum(
                 _equation(x.ndim, W.ndim, dims),
                 x,
                 W,
-                base=lambda x, W: own_dot(x, W, dims, **kwargs),
+                base=None if plain else lambda x, W: own_dot(x, W, dims, **kwargs),
                 precision=kwargs.get("precision"),
             )
 
@@ -120,16 +121,15 @@ def _einsum(
         kernel.refuse(str(error))
         return call(inputs, einsum_str)
 
+    preferred = getattr(layer, "preferred_element_type", None)
+
     def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
         return jnp.einsum(
-            equation,
-            x,
-            W,
-            precision=layer.precision,
-            preferred_element_type=getattr(layer, "preferred_element_type", None),
+            equation, x, W, precision=layer.precision, preferred_element_type=preferred
         )
 
-    y = kernel.einsum(equation, x, W, base=einsum, precision=layer.precision)
+    base = None if preferred is None else einsum
+    y = kernel.einsum(equation, x, W, base=base, precision=layer.precision)
     if bias is None:
         return y
     # The bias has the axes of the kernel that are left in the result, in the result's order.

@@ -29,6 +29,7 @@ from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter
 from lora_jax.kernel import AdaptedKernel
+from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
 from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
@@ -103,6 +104,7 @@ def lora_apply(
     def place(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
         if adapter.substitute:
             return {key: merged_kernel(kernel, adapter)}
+        adapter = normalized(unbox(kernel), adapter)
         arrays = {
             name: adapter.axes.place(array, 1 if name == "m" else 2)
             for name in ("U", "V", "m")

@@ -1,22 +1,33 @@
-"""The adapted product and its gradient.
+"""The adapted product and its gradient, and which way of computing it is taken.
 
-:mod:`lora_jax.variants` says what ``x W'`` is; this module computes it without forming ``W'``:
+:mod:`lora_jax.variants` says what ``x W'`` is. With ``a = m / ||W + s U V||_c`` for DoRA and
+``a = 1`` for LoRA there are two ways to compute it:
 
-    LoRA    y = x W + s (x U) V
-    DoRA    y = (m / n) (x W + s (x U) V),   n = ||W + s U V||_c
+    factored    y = a (x W + s (x U) V)
+    merged      y = x K,   K = a (W + s U V)
 
-and DoRA's norm without forming ``W + s U V``:
+and in both the gradient has the skinny products only, never ``x^T g``:
 
-    n^2 = ||W||_c^2 + 2 s sum_r (U^T W) * V + s^2 sum_r (U^T U V) * V.
+    dU = s x^T (g (a V)^T)    dV = s a (x U)^T g    dx = g K^T    da = sum_n g y / a
 
-The product is an einsum, or any other that is linear in the kernel, such as a convolution.
+**factored** reads and writes the activations once more, ``n (d + k)`` numbers, which costs more
+than its arithmetic. **merged** reads and writes the kernel instead, ``d k`` numbers, so it is
+better with many rows ``n``. But ``K`` is rounded: in 16 bits an update below half a unit in the
+last place of ``W`` would vanish, and so it would on an accelerator that multiplies float32 numbers
+in less. So ``"auto"`` merges where the product is computed in float32 or more and ``n >= d``.
+``benchmarks/`` has the numbers.
+
+DoRA's norm depends on parameters only, so it is computed once for a call of the model, outside of
+its layers and of what rematerialises them (:func:`normalized`), and never with ``U V`` formed:
+
+    ||W + s U V||_c^2 = ||W||_c^2 + 2 s sum_r (U^T W) * V + s^2 sum_r (U^T U V) * V.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -37,41 +48,37 @@ class Factors(NamedTuple):
     Attributes:
       U: ``(*stack, d, r)``.
       V: ``(*stack, r, k)``.
-      m: ``(*stack, k)``, or ``None`` for LoRA.
+      a: ``(*stack, k)``, or ``None`` for LoRA.
       s: the scale.
-      detach_norm: whether DoRA's norm is a constant in the gradient.
-      adapted: which of the ``k`` outputs have a magnitude, ``(k,)``; ``None`` for all.
+      way: ``"auto"``, ``"factored"`` or ``"merged"``.
     """
 
     U: chex.Array
     V: chex.Array
-    m: chex.Array | None
+    a: chex.Array | None
     s: float
-    detach_norm: bool = False
-    adapted: np.ndarray | None = None
+    way: str = "auto"
 
 
 def factors_of(adapter: Adapter) -> Factors:
-    """The factors of one layer. Those of fused kernels side by side, ``r`` for each part.
+    """The factors of one layer, of an adapter that is :func:`normalized`.
 
-    With parts ``a`` and ``c`` of three fused kernels it is
-    ``U = [U_a | U_c]`` and ``V = [[V_a, 0, 0], [0, 0, V_c]]``.
+    Those of fused kernels side by side, ``r`` for each part.
+
+    With parts ``b`` and ``c`` of three fused kernels it is
+    ``U = [U_b | U_c]`` and ``V = [[V_b, 0, 0], [0, 0, V_c]]``.
     """
-    axes, U, V, m = adapter.axes, adapter.U, adapter.V, adapter.m
-    if axes.fused == 1:
-        return Factors(U, V, m, adapter.scale, adapter.detach_norm)
-    place = np.eye(axes.fused, dtype=np.float32)[list(axes.parts)]
-    U = jnp.moveaxis(U, -3, -2)
-    U = jnp.reshape(U, (*U.shape[:-2], -1))
-    V = jnp.einsum("...prk,pf->...prfk", V, place)
-    V = jnp.reshape(V, (*V.shape[:-4], V.shape[-4] * V.shape[-3], -1))
-    if m is not None:
-        width = m.shape[-1]
-        m = jnp.einsum("...pk,pf->...fk", m, place)
-        m = jnp.reshape(m, (*m.shape[:-2], -1))
-        adapted = np.repeat(place.any(0), width)
-        return Factors(U, V, m, adapter.scale, adapter.detach_norm, adapted)
-    return Factors(U, V, m, adapter.scale)
+    axes, U, V, a = adapter.axes, adapter.U, adapter.V, adapter.m
+    if axes.fused > 1:
+        place = np.eye(axes.fused, dtype=np.float32)[list(axes.parts)]
+        U = jnp.moveaxis(U, -3, -2)
+        U = jnp.reshape(U, (*U.shape[:-2], -1))
+        V = jnp.einsum("...prk,pf->...prfk", V, place)
+        V = jnp.reshape(V, (*V.shape[:-4], V.shape[-4] * V.shape[-3], -1))
+        if a is not None:
+            a = jnp.einsum("...pk,pf->...fk", a, place) + (1 - place.sum(0))[:, None]
+            a = jnp.reshape(a, (*a.shape[:-2], -1))
+    return Factors(U, V, a, adapter.scale, adapter.product)
 
 
 def adapted_einsum(
@@ -80,10 +87,9 @@ def adapted_einsum(
     W: chex.Array,
     factors: Factors,
     *,
-    base: Product,
+    base: Product | None = None,
     transposed: bool = False,
     precision: jax.lax.PrecisionLike = None,
-    stored_W: chex.Array | None = None,
     dropped_x: chex.Array | None = None,
 ) -> chex.Array:
     """The einsum of ``x`` with ``W'`` for one layer, in the layer's own dtype.
@@ -93,29 +99,35 @@ def adapted_einsum(
       x: the input.
       W: the kernel in the compute dtype.
       factors: of the adapter.
-      base: the layer's own product of ``x`` and ``W``.
+      base: the layer's own product of ``x`` and ``W``, if it is more than the einsum.
       transposed: the product is with the transposed matrix, ``x W'^T``, as where an embedding
-        gives the logits: then ``y = (a x) W^T + s ((a x) V^T) U^T`` with ``a = m / n``.
-      precision: of the products with the factors.
-      stored_W: the kernel as it is stored, for the norm; ``W`` by default.
+        gives the logits: then ``y = (a x) W^T + s ((a x) V^T) U^T``.
+      precision: of the products.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
-    U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
+    reasons = {
+        "the layer has a product of its own": base is not None,
+        "the product is with the transposed kernel": transposed,
+        "the adapter has dropout": dropped_x is not None,
+    }
+    d = factors.U.shape[-2]
+    U, V, a = factors.U.astype(W.dtype), factors.V.astype(W.dtype), factors.a
+    if merges(factors.way, x.dtype, equation.rows, d, precision, reasons):
+        if a is not None:  # The gradient of ``a`` divides by it. No output feels that it is not 0.
+            a = jnp.where(a == 0, 1e-20, a).astype(W.dtype)
+        # Not all backends multiply float32 numbers as such unless they are told to.
+        precision = jax.lax.Precision.HIGHEST if precision is None else precision
+        return _merged(x, W, U, V, a, factors.s, equation, precision)
     dropped_x = x if dropped_x is None else dropped_x
-    axes = equation.transposed_axes if transposed else equation.axes
-    ratio = None
-    if factors.m is not None:
-        ratio = dora_ratio(axes.as_matrix(W if stored_W is None else stored_W), factors)
     if transposed:
         U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
-        if ratio is not None:
-            x, dropped_x = (scaled(equation.on_x(ratio), a) for a in (x, dropped_x))
-    # As rows of one matrix: with two axes to contract in its gradient, XLA would copy x.
-    xU = factors.s * jnp.matmul(equation.rows(dropped_x), U, precision=precision)
-    delta = equation.result(jnp.matmul(xU, V, precision=precision))
-    y = base(x, W)
-    y = y + delta.astype(y.dtype)
-    return y if ratio is None or transposed else scaled(equation.on_y(ratio), y)
+        if a is not None:
+            x, dropped_x = (scaled(equation.on_x(a), array) for array in (x, dropped_x))
+    y = equation.product(x, W, precision) if base is None else base(x, W)
+    rows = _rows(equation.operand(dropped_x), len(equation.axes.stacks))
+    delta = _dot(_skinny(rows, U, factors.s, precision), V, -2, precision)
+    y = y + equation.result(delta).astype(y.dtype)
+    return y if a is None or transposed else scaled(equation.on_y(a), y)
 
 
 def adapted_linear(
@@ -127,7 +139,6 @@ def adapted_linear(
     *,
     base: Product,
     groups: int = 1,
-    stored_W: chex.Array | None = None,
     dropped_x: chex.Array | None = None,
 ) -> chex.Array:
     """``linear(x, W')`` for any product that is linear in the kernel, such as a convolution.
@@ -142,9 +153,9 @@ def adapted_linear(
       axes: how ``W`` is a matrix. The result's last axes are the stacks and the outputs.
       base: the layer's own product of ``x`` and ``W``.
       groups: number of groups that the outputs are in, each with inputs of its own.
-      stored_W: the kernel as it is stored, for the norm; ``W`` by default.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
+    merges(factors.way, x.dtype, 0, 1, None, {"the layer is no product of two matrices": True})
     (out,) = axes.outputs
     U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
     rank = U.shape[-1]
@@ -167,27 +178,186 @@ def adapted_linear(
         stacks = "abcdefgh"[: len(axes.stacks)]
         delta = jnp.einsum(f"...{stacks}r,{stacks}rk->...{stacks}k", xU, V)
     else:
-        delta = jnp.matmul(jnp.reshape(xU, (math.prod(xU.shape[:-1]), rank)), V)
+        delta = _dot(_rows(xU, 0), V, -2, None)
     y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
-    if factors.m is None:
-        return y
-    return scaled(dora_ratio(axes.as_matrix(W if stored_W is None else stored_W), factors), y)
+    return y if factors.a is None else scaled(factors.a, y)
 
 
-def scaled(ratio: chex.Array, y: chex.Array) -> chex.Array:
-    """``ratio * y``. The ratio is close to 1, where 16 bits cannot tell it from 1: not cast."""
+def scaled(a: chex.Array, y: chex.Array) -> chex.Array:
+    """``a * y``. The ratio is close to 1, where 16 bits cannot tell it from 1: not cast."""
     dtype = float32_or_more(y.dtype)
-    return (ratio.astype(dtype) * y.astype(dtype)).astype(y.dtype)
+    return (a.astype(dtype) * y.astype(dtype)).astype(y.dtype)
 
 
-def dora_ratio(W: chex.Array, factors: Factors) -> chex.Array:
-    """``m / ||W + s U V||_c`` in float32, ``(*stack, k)``, from the kernel as it is stored."""
-    W = W.astype(float32_or_more(W.dtype))
-    norm = factored_norm(W, factors.U, factors.V, factors.s)
-    if factors.detach_norm:
+# --- which way ---
+
+
+def merges(
+    way: str,
+    dtype: Any,
+    rows: int,
+    d: int,
+    precision: jax.lax.PrecisionLike = None,
+    reasons: dict[str, bool] | None = None,
+) -> bool:
+    """Whether ``W + s U V`` is formed: only where that rounds nothing that the product keeps.
+
+    Args:
+      way: ``"auto"``, or what the rule says.
+      dtype: that the layer computes in.
+      rows: number of rows ``n`` of its input.
+      d: number of its input features.
+      precision: of its products.
+      reasons: why the layer cannot merge, and whether that is so.
+
+    Raises:
+      ValueError: the rule says ``"merged"`` where that is not possible.
+    """
+    if way == "factored":
+        return False
+    wrong = [reason for reason, is_so in (reasons or {}).items() if is_so]
+    if jnp.dtype(dtype).itemsize < 4:
+        wrong.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
+    if way == "merged":
+        if wrong:
+            raise ValueError(f"Rule(product='merged') is not possible, as {wrong[0]}.")
+        return True
+    exact = _on_cpu() or _is_highest(precision)
+    return exact and not wrong and rows >= d
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _is_highest(precision: jax.lax.PrecisionLike) -> bool:
+    return precision is not None and jax.lax.Precision(precision) == jax.lax.Precision.HIGHEST
+
+
+# --- factored ---
+
+
+def _rows(x: chex.Array, stacks: int) -> chex.Array:
+    """``(*stack, *free, d)`` as ``(*stack, n, d)``, where that is good.
+
+    On CPUs XLA copies ``x`` in the gradient of ``U`` if there are two axes to contract; on TPUs
+    the reshape is a copy, and in a mesh that shards two of the axes it gathers.
+    """
+    if x.ndim <= stacks + 2 or not _on_cpu():
+        return x
+    return jnp.reshape(x, (*x.shape[:stacks], -1, x.shape[-1]))
+
+
+def _skinny(x: chex.Array, U: chex.Array, s: float, precision: jax.lax.PrecisionLike) -> chex.Array:
+    """``s x U``, such that the gradient of ``U`` is computed as ``(g^T x)^T``, not as ``x^T g``.
+
+    XLA would make the one of the other, and on CPUs the second is four times slower: it reads a
+    large matrix by its columns. Hence the barrier.
+    """
+    if not _on_cpu():
+        return _dot(x, s * U, -2, precision)
+    Ut = jax.lax.optimization_barrier(s * U.swapaxes(-1, -2))
+    return _dot(x, Ut, -1, precision)
+
+
+def _dot(x: chex.Array, W: chex.Array, axis: int, precision: jax.lax.PrecisionLike) -> chex.Array:
+    """Contracts the last axis of ``x`` with an axis of ``W``, which has all stacks in front."""
+    stacks = tuple(range(W.ndim - 2))
+    dims = (((x.ndim - 1,), (W.ndim + axis,)), (stacks, stacks))
+    return jax.lax.dot_general(x, W, dims, precision=precision)
+
+
+# --- merged ---
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _merged(
+    x: chex.Array,
+    W: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    a: chex.Array | None,
+    s: float,
+    equation: Equation,
+    precision: jax.lax.PrecisionLike,
+) -> chex.Array:
+    """``x K`` with ``K = a (W + s U V)``."""
+    return equation.product(x, _kernel(W, U, V, a, s, equation), precision)
+
+
+def _kernel(
+    W: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    a: chex.Array | None,
+    s: float,
+    equation: Equation,
+) -> chex.Array:
+    K = equation.axes.as_matrix(W) + product(s * U, V)
+    return equation.axes.as_kernel(_times(a, K), W.shape)
+
+
+def _times(a: chex.Array | None, K: chex.Array) -> chex.Array:
+    return K if a is None else a[..., None, :] * K
+
+
+def _merged_jvp(
+    s: float,
+    equation: Equation,
+    precision: jax.lax.PrecisionLike,
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+) -> tuple[chex.Array, chex.Array]:
+    """The derivative; JAX transposes it to the gradient at the top of this file."""
+    x, W, U, V, a = primals
+    dx, dW, dU, dV, da = (_known(t) for t in tangents)
+    y = _merged(x, W, U, V, a, s, equation, precision)
+    rows = _rows(equation.operand(x), len(equation.axes.stacks))
+    terms, low_rank = [], []
+    if dx is not None:
+        K = _kernel(W, U, V, a, s, equation)
+        terms.append(equation.product(dx, K, precision))
+    if dW is not None:
+        dK = _times(a, equation.axes.as_matrix(dW))
+        dK = equation.axes.as_kernel(dK, W.shape)
+        terms.append(equation.product(x, dK, precision))
+    if dU is not None:
+        low_rank.append(_dot(_skinny(rows, dU, s, precision), _times(a, V), -2, precision))
+    if dV is not None:
+        low_rank.append(_dot(_skinny(rows, U, s, precision), _times(a, dV), -2, precision))
+    if low_rank:
+        terms.append(equation.result(functools.reduce(jnp.add, low_rank)))
+    if da is not None:
+        terms.append(y * equation.on_y(da / a))
+    return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+
+_merged.defjvp(_merged_jvp, symbolic_zeros=True)
+
+
+def _known(tangent: Any) -> Any:
+    """The tangent, or ``None`` where it is zero."""
+    zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return None if zero or tangent is None else tangent
+
+
+# --- DoRA's norm ---
+
+
+def normalized(kernel: chex.Array, adapter: Adapter) -> Adapter:
+    """The adapter as its layer has it: with ``a = m / ||W + s U V||_c`` in the place of ``m``.
+
+    Args:
+      kernel: as it is stored.
+      adapter: its adapter.
+    """
+    if adapter.m is None:
+        return adapter
+    W = adapter.axes.as_matrix(kernel)
+    norm = factored_norm(W.astype(float32_or_more(W.dtype)), adapter.U, adapter.V, adapter.scale)
+    if adapter.detach_norm:
         norm = jax.lax.stop_gradient(norm)
-    ratio = magnitude_ratio(factors.m, norm)
-    return ratio if factors.adapted is None else jnp.where(factors.adapted, ratio, 1)
+    return adapter.replace(m=magnitude_ratio(adapter.m, norm))  # type: ignore[attr-defined, no-any-return]
 
 
 def factored_norm(W: chex.Array, U: chex.Array, V: chex.Array, s: float) -> chex.Array:

@@ -30,8 +30,15 @@ def test_is_the_matrix_product_that_it_says(equation, x_shape, W_shape):
     x, W = (jnp.asarray(rng.standard_normal(shape), "float32") for shape in (x_shape, W_shape))
     eq = Equation.parse(equation, x_shape, W_shape)
     expected = jnp.einsum(equation, x, W)
-    got = eq.result(eq.rows(x) @ eq.axes.as_matrix(W))
-    assert relative_error(got, expected) < 1e-5
+    assert relative_error(eq.product(x, W), expected) < 1e-5
+
+    def as_matrices(W):
+        stack, free = len(eq.axes.stacks), len(eq.operand(x).shape) - len(eq.axes.stacks) - 1
+        W = eq.axes.as_matrix(W)
+        W = W.reshape(*W.shape[:stack], *(1,) * max(free - 1, 0), *W.shape[stack:])
+        return eq.result(eq.operand(x) @ W)
+
+    assert relative_error(as_matrices(W), expected) < 1e-5
     *stack, d, k = eq.axes.as_matrix(W).shape
     a = jnp.asarray(rng.standard_normal((*stack, k)), "float32")
     scaled = eq.axes.from_matrix(eq.axes.as_matrix(W) * a[..., None, :], W)
@@ -41,7 +48,7 @@ def test_is_the_matrix_product_that_it_says(equation, x_shape, W_shape):
     assert (
         relative_error(
             jnp.einsum(equation, x * eq.on_x(b), W),
-            eq.result(eq.rows(x) @ eq.axes.as_matrix(scaled)),
+            as_matrices(scaled),
         )
         < 1e-5
     )
@@ -69,4 +76,4 @@ def test_no_matrix_product(equation, x_shape, W_shape, match):
 def test_many_axes_do_not_run_out_of_letters():
     letters = string.ascii_lowercase[:9]
     eq = Equation.parse(f"...{letters[-1]},{letters[-1]}Z->...Z", (1,) * 20, (1, 2))
-    assert eq.result(jnp.zeros((1, 2))).ndim == 20
+    assert eq.result(jnp.zeros((1,) * 19 + (2,))).ndim == 20

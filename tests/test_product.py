@@ -1,5 +1,7 @@
 """The fast forms against the papers' formulas."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,15 @@ from helpers import relative_error
 
 from lora_jax.adapter import Adapter
 from lora_jax.equation import Equation
-from lora_jax.product import adapted_einsum, adapted_linear, factored_norm, factors_of
+from lora_jax.product import (
+    Factors,
+    adapted_einsum,
+    adapted_linear,
+    factored_norm,
+    factors_of,
+    merges,
+    normalized,
+)
 from lora_jax.variants import column_norm, dora_kernel, lora_kernel, safe_sqrt
 
 
@@ -74,28 +84,31 @@ def test_safe_sqrt():
 
 @pytest.mark.parametrize("detach_norm", [False, True])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("form", ["einsum", "transposed einsum", "linear"])
+@pytest.mark.parametrize("form", ["factored", "merged", "transposed", "linear"])
 def test_adapted_product(variant, detach_norm, form):
     a = arrays()
-    if form == "transposed einsum":
+    if form == "transposed":
         a["x"] = a["x"][:, :5]
 
     def ours(x, W, U, V, m):
         m = m if variant == "dora" else None
-        adapter = Adapter(U, V, m, variant=variant, rank=3, alpha=2.0, detach_norm=detach_norm)
-        factors = factors_of(adapter)
+        way = form if form in ("factored", "merged") else "auto"
+        adapter = Adapter(
+            U, V, m, variant=variant, rank=3, alpha=2.0, detach_norm=detach_norm, product=way
+        )
+        factors = factors_of(normalized(W, adapter))
         if form == "linear":
             return adapted_linear(jnp.matmul, x, W, factors, adapter.axes, base=jnp.matmul)
-        if form == "einsum":
+        if form != "transposed":
             equation = Equation.parse("nd,dk->nk", x.shape, W.shape)
-            return adapted_einsum(equation, x, W, factors, base=jnp.matmul)
+            return adapted_einsum(equation, x, W, factors)
         equation = Equation.parse("nk,dk->nd", x.shape, W.shape)
         return adapted_einsum(equation, x, W, factors, base=lambda x, W: x @ W.T, transposed=True)
 
     def reference(x, W, U, V, m):
         formula = dora_kernel if variant == "dora" else lora_kernel
         W = formula(W, U, V, m, 2.0 / 3.0, detach_norm)
-        return x @ (W.T if form == "transposed einsum" else W)
+        return x @ (W.T if form == "transposed" else W)
 
     args = tuple(a.values())
     assert relative_error(ours(*args), reference(*args)) < 1e-5
@@ -103,3 +116,115 @@ def test_adapted_product(variant, detach_norm, form):
     expected = jax.jacobian(reference, every)(*args)
     for got, want in zip(jax.jacobian(ours, every)(*args), expected, strict=True):
         assert relative_error(got, want) < 1e-5
+
+
+def layer(way, variant="dora", s=2.0):
+    """``x W'`` of arrays, computed in one way, and by the formula."""
+
+    def ours(x, W, U, V, m):
+        m = m if variant == "dora" else None
+        r = U.shape[-1]
+        adapter = Adapter(U, V, m, variant=variant, rank=r, alpha=s * r, product=way)
+        equation = Equation.parse("...d,dk->...k", x.shape, W.shape)
+        return adapted_einsum(equation, x, W, factors_of(normalized(W, adapter)))
+
+    def reference(x, W, U, V, m):
+        formula = dora_kernel if variant == "dora" else lora_kernel
+        return x @ formula(W, U, V, m, s, False)
+
+    return ours, reference
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("way", ["factored", "merged"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, args: jax.jvp(f, args, args),
+        lambda f, args: jax.vmap(f, (0, None, None, None, None))(*args),
+        lambda f, args: jax.vmap(f, (None, None, 0, 0, 0))(
+            *args[:2], *(jnp.stack([a, 2 * a]) for a in args[2:])
+        ),
+        lambda f, args: jax.grad(lambda *args: jnp.sum(jax.checkpoint(f)(*args) ** 2), (0, 2))(
+            *args
+        ),
+        lambda f, args: jax.hessian(lambda U, V: jnp.sum(f(*args[:2], U, V, args[4]) ** 3), (0, 1))(
+            *args[2:4]
+        ),
+        lambda f, args: jax.grad(
+            lambda U: jnp.sum(
+                jax.lax.scan(lambda x, U: (f(x, args[1], U, *args[3:]), None), args[0], U)[0] ** 2
+            )
+        )(jnp.stack([args[2], -args[2]])),
+    ],
+    ids=["jvp", "vmap of inputs", "vmap of adapters", "remat", "hessian", "scan"],
+)
+def test_transforms_of_both_ways(transform, way, variant):
+    a = arrays(d=5, k=5, n=6)
+    a["x"] = a["x"].reshape(2, 3, 5)
+    ours, reference = layer(way, variant)
+    got, expected = (
+        jax.tree.leaves(jax.jit(lambda *args, f=f: transform(f, args))(*a.values()))
+        for f in (ours, reference)
+    )
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) < 1e-4
+
+
+def test_magnitudes_of_zero_learn_in_both_ways():
+    """The merged form recovers ``da`` by dividing the output by ``a``."""
+    a = arrays()
+    a["m"] = a["m"].at[::2].set(0)
+    for way in ("factored", "merged"):
+        ours, reference = layer(way)
+        got, expected = (
+            jax.grad(lambda m, f=f: jnp.sum(f(*list(a.values())[:4], m) ** 2 + f(*a.values())))(
+                a["m"]
+            )
+            for f in (ours, reference)
+        )
+        assert relative_error(got, expected) < 1e-5, way
+        assert relative_error(ours(*a.values()), reference(*a.values())) < 1e-5
+
+
+def test_which_way():
+    highest, high = jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGH
+    assert jax.default_backend() == "cpu"
+    assert merges("auto", jnp.float32, rows=64, d=64)
+    assert not merges("auto", jnp.float32, rows=63, d=64)
+    assert not merges("auto", jnp.bfloat16, rows=64, d=64)
+    assert not merges("auto", jnp.float32, 64, 64, None, {"of dropout": True})
+    assert not merges("factored", jnp.float32, 64, 64)
+    assert merges("merged", jnp.float32, 1, 64)
+    with pytest.raises(ValueError, match=r"not possible, as in bfloat16 a small update of W would"):
+        merges("merged", jnp.bfloat16, 64, 64)
+    with pytest.raises(
+        ValueError, match=r"Rule\(product='merged'\) is not possible, as of dropout"
+    ):
+        merges("merged", jnp.float32, 64, 64, None, {"of dropout": True})
+    with mock.patch("jax.default_backend", return_value="tpu"):  # multiplies float32 in bfloat16
+        assert not merges("auto", jnp.float32, 64, 64)
+        assert not merges("auto", jnp.float32, 64, 64, high)
+        assert merges("auto", jnp.float32, 64, 64, highest)
+        assert merges("auto", jnp.float32, 64, 64, "highest")
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_accelerators_compute_the_same(variant):
+    """Where the default backend is none of CPUs, inputs keep their axes."""
+    a = arrays(n=6)
+    a["x"] = a["x"].reshape(2, 3, 7)
+    ours, reference = layer("auto", variant)
+    with mock.patch("jax.default_backend", return_value="tpu"):
+        got = jax.grad(lambda *args: jnp.sum(ours(*args) ** 2), (0, 2, 3))(*a.values())
+    expected = jax.grad(lambda *args: jnp.sum(reference(*args) ** 2), (0, 2, 3))(*a.values())
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def test_updates_that_the_kernel_cannot_hold_are_seen_in_sixteen_bits():
+    """In bfloat16 1 + 2^-9 is 1, so that a merged kernel of ones would not be trained at all."""
+    x, W = jnp.array([[1.0, -1.0]], "bfloat16"), jnp.ones((2, 1), "bfloat16")
+    factors = Factors(jnp.array([[2.0**-9], [0.0]]), jnp.ones((1, 1)), None, 1.0)
+    equation = Equation.parse("nd,dk->nk", x.shape, W.shape)
+    assert jnp.array_equal(adapted_einsum(equation, x, W, factors), [[2.0**-9]])
