@@ -198,6 +198,27 @@ def overheads(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def tpu(results: dict[str, Any]) -> str:
+    """What the TPU's compiler counts, and that in floors."""
+    parts = []
+    for name, result in results.items():
+        contenders = result["contenders"]
+        floor = contenders["floor"]
+        rows = []
+        for key, one in contenders.items():
+            if "error" in one:
+                rows.append([TITLES.get(key, key), one["error"].split(":")[0], *[""] * 5])
+                continue
+            cells = [TITLES.get(key, key)]
+            for count, unit in (("flops", 1e12), ("bytes_accessed", 2**30), ("temp_bytes", 2**30)):
+                cells += [f"{one[count] / unit:.2f}", f"{one[count] / floor[count]:.3f}"]
+            rows.append(cells)
+        parts.append(f"### {name}\n\n{shape(result['case'])}.")
+        header = ("", "TFLOP", "floors", "GiB accessed", "floors", "GiB temporary", "floors")
+        parts.append(markdown(header, rows))
+    return "\n\n".join(parts)
+
+
 def bars(results: dict[str, Any]) -> bytes:
     """The figure: the time of a step as a multiple of the floor's, a panel for each case."""
     import matplotlib
@@ -272,6 +293,9 @@ def main(options: Options) -> None:
     once = stats.read(options.results / "overheads.json")
     if once:
         parts.append(f"## What is paid once\n\n{places(once)}\n\n{overheads(once)}")
+    counted = stats.read(options.results / "tpu.json")
+    if counted:
+        parts.append(f"## A step on a TPU, as its compiler counts it\n\n{tpu(counted)}")
     page = options.page.read_text() if options.page.exists() else "# Benchmarks\n"
     stats.write_bytes(options.page, replaced(page, "\n\n".join(parts)).encode())
 

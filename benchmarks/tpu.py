@@ -1,0 +1,117 @@
+r"""What a training step costs on a TPU, as the TPU's own compiler counts it: nothing is run.
+
+`libtpu` compiles on any machine, without a TPU. What it says of a program is exact and free of
+noise: arithmetic, bytes that are accessed, memory. They are no measured times.
+
+    python -m benchmarks.tpu
+    python -m benchmarks.tpu --topologies v5p:2x2x1 v6e:2x2 --contenders floor full lora dora
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import cases, stats
+from benchmarks.cases import Case
+from benchmarks.contenders import PROBLEMS, costs
+from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY
+
+CASE = Case("tpu", "decoder", 2048, 8192, 16, 3, 4, 1024, 16, "bfloat16", vocab=32_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Counts what steps cost."""
+
+    topologies: tuple[str, ...] = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+    """What is compiled for; a step runs on one chip."""
+    contenders: tuple[str, ...] = (
+        *("floor", "full", "lora", "dora", "dora-detached"),
+        *("lora-plain", "merge", "qwix", "gemma-peft"),
+    )
+    """What is compiled."""
+    layers: int = CASE.layers
+    """Layers of the decoder."""
+    remat: bool = True
+    """Whether layers are rematerialised."""
+    out: Path = Path("benchmarks/results/tpu.json")
+    """Where results go; others that are there already stay."""
+
+
+@contextlib.contextmanager
+def as_on_a_tpu() -> Iterator[None]:
+    """The library chooses as it would where the TPU is the default backend."""
+    with mock.patch("lora_jax.product._on_cpu", return_value=False):
+        yield
+
+
+def count(contender: str, case: Case, topology: str, remat: bool) -> dict[str, float]:
+    """Costs of a compiled step of AdamW on one chip."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    chip = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    problem = PROBLEMS[contender](case, remat)
+    tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
+        value, grads = jax.value_and_grad(problem.loss)(trained, frozen, batch)
+        updates, opt_state = tx.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, value
+
+    def abstract(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), tree
+        )
+
+    args = problem.trained, jax.eval_shape(tx.init, problem.trained), problem.frozen
+    batch = tuple(map(jnp.asarray, cases.batch(case)))
+    begin = time.perf_counter()
+    with as_on_a_tpu():
+        lowered = train_step.lower(*map(abstract, (*args, batch)))
+    compiled = lowered.compile()
+    found = {k: v for k, v in costs(compiled, lowered).items() if k != "traced_flops"}
+    return {**found, "compile_seconds": time.perf_counter() - begin}
+
+
+def main(options: Options) -> None:
+    """Counts, and writes each result as soon as it is there."""
+    case = dataclasses.replace(CASE, layers=options.layers)
+    for topology in options.topologies:
+        print(topology, flush=True)
+        for contender in options.contenders:
+            try:
+                one = count(contender, case, topology, options.remat)
+            except ImportError as error:
+                one = {"error": f"not installed: {error}"}
+            results = stats.read(options.out)
+            name = f"{topology}{'' if options.remat else ' without remat'}"
+            entry = results.setdefault(name, {"contenders": {}})
+            entry |= {"case": dataclasses.asdict(case), "environment": stats.environment()}
+            entry["contenders"][contender] = one
+            stats.write(options.out, results)
+            cells = one.get("error") or (
+                f"{one['flops'] / 1e12:.3f} TFLOP, {one['bytes_accessed'] / 2**30:.2f} GiB "
+                f"accessed, {one['temp_bytes'] / 2**30:.3f} GiB temporary"
+            )
+            print(f"  {contender:14} {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
