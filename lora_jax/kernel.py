@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -212,10 +211,9 @@ class AdaptedKernel:
         if self._use is not None:
             self._use()
         own = self._adapter.axes
-        for layer in own.of_layers(axes.ndim):
-            plain = dataclasses.replace(layer, fused=1, parts=())
-            if plain == axes:
-                return factors_of(self._sliced(layer, W))
+        layer = own.in_layer(axes)
+        if layer is not None:
+            return factors_of(self._sliced(layer, W))
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
             f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
