@@ -223,7 +223,9 @@ class AdaptedKernel:
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
         """The adapter in the layer, where transforms have sliced it like the kernel."""
         assert self._adapter is not None
-        adapter = self._adapter.replace(axes=axes)  # type: ignore[attr-defined]
+        adapter = self._adapter
+        if axes != adapter.axes:
+            adapter = adapter.replace(axes=axes)  # type: ignore[attr-defined]
         arrays = {}
         for name, shape in adapter.shapes(W.shape).items():
             arrays[name] = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
@@ -235,7 +237,9 @@ class AdaptedKernel:
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
-        return adapter.replace(**arrays)  # type: ignore[no-any-return]
+        if all(array is getattr(adapter, name) for name, array in arrays.items()):
+            return adapter
+        return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
 
     def _dropped(self, x: chex.Array) -> chex.Array | None:
         if self._rng is None or self._adapter is None:
