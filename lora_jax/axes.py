@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -144,6 +145,10 @@ class KernelAxes:
                 stacks=tuple(kept.index(axis) for axis in self.stacks if axis in kept),
             )
 
+    def in_layer(self, layer: KernelAxes) -> KernelAxes | None:
+        """What remains in a layer that contracts these axes; ``None`` where it does not fit."""
+        return _in_layer(self, layer)
+
     def _whole_matrix(self, kernel: chex.Array) -> chex.Array:
         """``(*stacks, d, k)`` with all fused outputs in ``k``."""
         order = (*self.stacks, *self.inputs, *self.outputs)
@@ -155,6 +160,14 @@ class KernelAxes:
         """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""
         *lead, width = matrix.shape
         return jnp.moveaxis(jnp.reshape(matrix, (*lead, self.fused, width // self.fused)), -2, -3)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_layer(whole: KernelAxes, layer: KernelAxes) -> KernelAxes | None:
+    for axes in whole.of_layers(layer.ndim):
+        if dataclasses.replace(axes, fused=1, parts=()) == layer:
+            return axes
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,8 +45,11 @@ class Equation:
     sizes: tuple[int, ...]
 
     @classmethod
-    def parse(cls, equation: str, x_shape: Sequence[int], W_shape: Sequence[int]) -> Equation:
+    @functools.lru_cache(maxsize=1024)
+    def parse(cls, equation: str, x_shape: tuple[int, ...], W_shape: tuple[int, ...]) -> Equation:
         """Reads an einsum's equation; ``...`` may stand in ``x`` and ``y``.
+
+        Layers alike share one equation, with all that it has worked out about itself.
 
         Raises:
           ValueError: an equation that is no product of an input with a kernel.
@@ -65,8 +68,7 @@ class Equation:
             x, y = (side.replace("...", "".join(unused[:missing])) for side in (x, y))
         if (len(x), len(W)) != (len(x_shape), len(W_shape)):
             raise ValueError(
-                f"The equation {equation!r} does not fit an input {tuple(x_shape)} and a kernel "
-                f"{tuple(W_shape)}"
+                f"The equation {equation!r} does not fit an input {x_shape} and a kernel {W_shape}"
             )
         summed = [c for c in W if c not in x and c not in y]
         repeated = any(len(set(side)) < len(side) for side in (x, W, y))
@@ -79,8 +81,8 @@ class Equation:
         unequal = [c for c, n in zip(W, W_shape, strict=True) if size.get(c, n) != n]
         if unequal:
             raise ValueError(
-                f"The equation {equation!r} does not fit an input {tuple(x_shape)} and a kernel "
-                f"{tuple(W_shape)}: they have other sizes for {unequal[0]!r}"
+                f"The equation {equation!r} does not fit an input {x_shape} and a kernel "
+                f"{W_shape}: they have other sizes for {unequal[0]!r}"
             )
         if not set(W) & set(x) - set(y) or not set(W) & set(y) - set(x):
             raise ValueError(
@@ -99,7 +101,7 @@ class Equation:
             stacks=tuple(i for i, c in enumerate(self.W) if c in x and c in y),
         )
 
-    @property
+    @functools.cached_property
     def transposed_axes(self) -> KernelAxes:
         """The kernel as a matrix, contracted with its outputs: ``x W^T``."""
         return dataclasses.replace(self.axes, inputs=self.axes.outputs, outputs=self.axes.inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -207,10 +206,9 @@ class AdaptedKernel:
         if self._use is not None:
             self._use()
         own = self._adapter.axes
-        for layer in own.of_layers(axes.ndim):
-            plain = dataclasses.replace(layer, fused=1, parts=())
-            if plain == axes:
-                return factors_of(self._sliced(layer, W))
+        layer = own.in_layer(axes)
+        if layer is not None:
+            return factors_of(self._sliced(layer, W))
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
             f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
@@ -220,7 +218,9 @@ class AdaptedKernel:
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
         """The adapter in the layer, where transforms have sliced it like the kernel."""
         assert self._adapter is not None
-        adapter = self._adapter.replace(axes=axes)  # type: ignore[attr-defined]
+        adapter = self._adapter
+        if axes != adapter.axes:
+            adapter = adapter.replace(axes=axes)  # type: ignore[attr-defined]
         arrays = {}
         for name, shape in adapter.shapes(W.shape).items():
             arrays[name] = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
@@ -232,7 +232,9 @@ class AdaptedKernel:
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
-        return adapter.replace(**arrays)  # type: ignore[no-any-return]
+        if all(array is getattr(adapter, name) for name, array in arrays.items()):
+            return adapter
+        return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
 
     def _dropped(self, x: chex.Array) -> chex.Array | None:
         if self._rng is None or self._adapter is None:
