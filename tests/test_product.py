@@ -14,9 +14,9 @@ from lora_jax.product import (
     Factors,
     adapted_einsum,
     adapted_linear,
+    chosen,
     factored_norm,
     factors_of,
-    merges,
     normalized,
 )
 from lora_jax.variants import column_norm, dora_kernel, lora_kernel, safe_sqrt
@@ -188,25 +188,24 @@ def test_magnitudes_of_zero_learn_in_both_ways():
 
 
 def test_which_way():
-    highest, high = jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGH
+    def auto(dtype=jnp.float32, rows=64, *more):
+        return chosen("auto", dtype, rows, 64, *more)
+
+    dropout = {"of dropout": True, "of something else": False}
     assert jax.default_backend() == "cpu"
-    assert merges("auto", jnp.float32, rows=64, d=64)
-    assert not merges("auto", jnp.float32, rows=63, d=64)
-    assert not merges("auto", jnp.bfloat16, rows=64, d=64)
-    assert not merges("auto", jnp.float32, 64, 64, None, {"of dropout": True})
-    assert not merges("factored", jnp.float32, 64, 64)
-    assert merges("merged", jnp.float32, 1, 64)
+    assert auto() == "merged"
+    assert auto(jnp.float32, 63) == auto(jnp.bfloat16) == "factored"
+    assert auto(jnp.float32, 64, None, dropout) == "factored"
+    assert chosen("factored", jnp.float32, 64, 64) == "factored"
+    assert chosen("merged", jnp.float32, 1, 64) == "merged"
     with pytest.raises(ValueError, match=r"not possible, as in bfloat16 a small update of W would"):
-        merges("merged", jnp.bfloat16, 64, 64)
-    with pytest.raises(
-        ValueError, match=r"Rule\(product='merged'\) is not possible, as of dropout"
-    ):
-        merges("merged", jnp.float32, 64, 64, None, {"of dropout": True})
-    with mock.patch("jax.default_backend", return_value="tpu"):  # multiplies float32 in bfloat16
-        assert not merges("auto", jnp.float32, 64, 64)
-        assert not merges("auto", jnp.float32, 64, 64, high)
-        assert merges("auto", jnp.float32, 64, 64, highest)
-        assert merges("auto", jnp.float32, 64, 64, "highest")
+        chosen("merged", jnp.bfloat16, 64, 64)
+    with pytest.raises(ValueError, match=r"product='merged'\) is not possible, as of dropout"):
+        chosen("merged", jnp.float32, 64, 64, None, dropout)
+    with mock.patch("jax.default_backend", return_value="tpu"):  # float32 in bfloat16
+        assert auto() == auto(jnp.float32, 64, jax.lax.Precision.HIGH) == "factored"
+        assert auto(jnp.float32, 64, jax.lax.Precision.HIGHEST) == "merged"
+        assert auto(jnp.float32, 64, "highest") == "merged"
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
