@@ -314,7 +314,7 @@ def _merged_product(
 ) -> chex.Array:
     U, V = U.astype(W.dtype), V.astype(W.dtype)
     if a is not None:  # Its gradient divides by it. No output feels that it is not 0.
-        a = jnp.where(a == 0, 1e-20, a).astype(W.dtype)
+        a = (a + jnp.where(a == 0, 1e-20, 0)).astype(W.dtype)
     # Not all backends multiply float32 numbers as such unless they are told to.
     precision = jax.lax.Precision.HIGHEST if precision is None else precision
     return _merged(x, W, U, V, a, s, equation, precision, on_cpu)
