@@ -259,7 +259,7 @@ def _factored_product(
     """``a (y + s (x U) V)``."""
     U, V = U.astype(x.dtype), V.astype(x.dtype)
     x = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
-    delta = _dot(_skinny(x, U, s, precision, on_cpu), V, -2, precision)
+    delta = s * _dot(_skinny(x, U, precision, on_cpu), V, -2, precision)
     y = y + equation.result(delta).astype(y.dtype)
     return y if a is None else scaled(equation.on_y(a), y)
 
@@ -276,16 +276,16 @@ def _rows(x: chex.Array, stacks: int, on_cpu: bool) -> chex.Array:
 
 
 def _skinny(
-    x: chex.Array, U: chex.Array, s: float, precision: jax.lax.PrecisionLike, on_cpu: bool
+    x: chex.Array, U: chex.Array, precision: jax.lax.PrecisionLike, on_cpu: bool
 ) -> chex.Array:
-    """``s x U``, such that on CPUs the gradient of ``U`` is ``(g^T x)^T`` and not ``x^T g``.
+    """``x U``, such that on CPUs the gradient of ``U`` is ``(g^T x)^T`` and not ``x^T g``.
 
     XLA would make the one of the other, and there the second is four times slower: it reads a
     large matrix by its columns. Hence the barrier.
     """
     if not on_cpu:
-        return _dot(x, s * U, -2, precision)
-    Ut = jax.lax.optimization_barrier(s * U.swapaxes(-1, -2))
+        return _dot(x, U, -2, precision)
+    Ut = jax.lax.optimization_barrier(U.swapaxes(-1, -2))
     return _dot(x, Ut, -1, precision)
 
 
@@ -374,11 +374,11 @@ def _merged_jvp(
         dK = equation.axes.as_kernel(dK, W.shape)
         terms.append(equation.product(x, dK, precision))
     if dU is not None:
-        xdU = _skinny(rows, dU, s, precision, on_cpu)
-        low_rank.append(_dot(xdU, _times(a, V), -2, precision))
+        xdU = _skinny(rows, dU, precision, on_cpu)
+        low_rank.append(_dot(xdU, _times(a, s * V), -2, precision))
     if dV is not None:
-        xU = _skinny(rows, U, s, precision, on_cpu)
-        low_rank.append(_dot(xU, _times(a, dV), -2, precision))
+        xU = _skinny(rows, U, precision, on_cpu)
+        low_rank.append(_dot(xU, _times(a, s * dV), -2, precision))
     if low_rank:
         terms.append(equation.result(functools.reduce(jnp.add, low_rank)))
     if da is not None:
