@@ -37,6 +37,8 @@ class Row:
       substituted: whether ``W'`` stands in place of the parameter itself.
       zero_columns: DoRA only: number of all-zero columns of the kernel, which have no direction;
         ``None`` for others, and for abstract arrays.
+      product: how the layer computes its product: what the rule says; ``"auto"`` is decided for
+        each call, by :func:`lora_jax.product.chosen`; ``None`` for a leaf trained whole.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Row:
     nbytes: int
     substituted: bool = False
     zero_columns: int | None = None
+    product: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,9 @@ class Summary:
             lines.append(f"left frozen, of two or more axes: {_paths(self.frozen_kernels)}")
         if self.tied:
             lines.append(f"tied, so read outside of their layer too: {_paths(self.tied)}")
+        forced = [row for row in self.rows if row.product not in (None, "auto")]
+        for product, rows in _grouped(forced, key=lambda row: row.product).items():
+            lines.append(f"{product} product: {_paths(row.path for row in rows)}")
         for row in self.rows:
             if row.zero_columns:
                 lines.append(
@@ -295,6 +301,7 @@ def _row(path: str, node: Any, kernel: Any) -> Row:
             nbytes,
             node.substitute,
             _zero_columns(node, kernel),
+            node.product,
         )
     shape = tuple(unbox(node.value if isinstance(node, Whole) else node).shape)
     return Row(path, shape, "whole", None, None, trained, trained, nbytes)
