@@ -120,7 +120,7 @@ class KernelAxes:
         self, array: chex.Array, matrix_ndim: int, shape: tuple[int, ...]
     ) -> chex.Array | None:
         """The inverse of :meth:`place`, if the result has this shape; else ``None``."""
-        if array.shape == shape:
+        if not self.stacks and array.shape == shape:
             return array
         if array.ndim < self.ndim:
             return None

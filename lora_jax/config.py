@@ -58,7 +58,8 @@ class Rule:
       product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"merged"``,
         ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there;
         or ``"auto"``: merged where that is exact and faster, else factored. Outputs and gradients
-        are the same to rounding; see :mod:`lora_jax.product`.
+        are the same to rounding; see :mod:`lora_jax.product`. (Second derivatives in a magnitude of
+        zero need ``"factored"``.)
 
     Raises:
       TypeError: a field of the wrong type.

@@ -12,10 +12,10 @@ and in both the gradient has the skinny products only, never ``x^T g``:
 
 **factored** reads and writes the activations once more, ``n (d + k)`` numbers, which costs more
 than its arithmetic. **merged** reads and writes the kernel instead, ``d k`` numbers, so it is
-better with many rows ``n``. But ``K`` is rounded: in 16 bits an update below half a unit in the
-last place of ``W`` would vanish, and so it would on an accelerator that multiplies float32 numbers
-in less. So ``"auto"`` merges where the product is computed in float32 or more and ``n >= d``.
-``docs/benchmarks.md`` has the numbers.
+better with many rows ``n``. (Without rematerialisation ``K`` is kept for the gradient.) But ``K``
+is rounded: in 16 bits an update below half a unit in the last place of ``W`` would vanish, and so
+it would on an accelerator that multiplies float32 numbers in less. So ``"auto"`` merges where the
+product is computed in float32 or more and ``n >= d``. ``docs/benchmarks.md`` has the numbers.
 
 DoRA's norm depends on parameters only, so it is computed once for a call of the model, outside of
 its layers and of what rematerialises them (:func:`normalized`), and never with ``U V`` formed:
@@ -71,14 +71,16 @@ def factors_of(adapter: Adapter) -> Factors:
     """
     axes, U, V, a = adapter.axes, adapter.U, adapter.V, adapter.m
     if axes.fused > 1:
-        place = np.eye(axes.fused, dtype=np.float32)[list(axes.parts)]
+        *lead, count, r, k = V.shape
+        parts = np.array(axes.parts)
         U = jnp.moveaxis(U, -3, -2)
-        U = jnp.reshape(U, (*U.shape[:-2], -1))
-        V = jnp.einsum("...prk,pf->...prfk", V, place)
-        V = jnp.reshape(V, (*V.shape[:-4], V.shape[-4] * V.shape[-3], -1))
+        U = jnp.reshape(U, (*U.shape[:-2], count * r))
+        blocks = jnp.zeros((count, *lead, r, axes.fused, k), V.dtype)
+        blocks = blocks.at[np.arange(count), ..., parts, :].set(jnp.moveaxis(V, -3, 0))
+        V = jnp.reshape(jnp.moveaxis(blocks, 0, -4), (*lead, count * r, axes.fused * k))
         if a is not None:
-            a = jnp.einsum("...pk,pf->...fk", a, place) + (1 - place.sum(0))[:, None]
-            a = jnp.reshape(a, (*a.shape[:-2], -1))
+            ones = jnp.ones((*lead, axes.fused, k), a.dtype)
+            a = jnp.reshape(ones.at[..., parts, :].set(a), (*lead, axes.fused * k))
     return Factors(U, V, a, adapter.scale, adapter.product)
 
 
@@ -113,7 +115,8 @@ def adapted_einsum(
     }
     U, V, a = factors.U, factors.V, factors.a
     static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": _on_cpu()}
-    way = chosen(factors.way, x.dtype, equation.rows, U.shape[-2], precision, reasons)
+    dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
+    way = chosen(factors.way, dtype, equation.rows, U.shape[-2], precision, reasons)
     if way == "merged":
         return _merged_product(x, W, U, V, a, **static)
     dropped_x = x if dropped_x is None else dropped_x
@@ -225,16 +228,18 @@ def chosen(
                 f"with product='factored' or 'auto'."
             )
         return way
-    exact = _on_cpu() or _is_highest(precision)
-    return "merged" if exact and not wrong and rows >= d else "factored"
+    exact = _on_cpu() or precision in _EXACT
+    # A symbolic number of rows, of jax.export, is no int and cannot be compared.
+    many = isinstance(rows, int) and rows >= d
+    return "merged" if exact and not wrong and many else "factored"
 
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _is_highest(precision: jax.lax.PrecisionLike) -> bool:
-    return precision is not None and jax.lax.Precision(precision) == jax.lax.Precision.HIGHEST
+# Of all that may be said of precision: the names of float32 as it is.
+_EXACT = (jax.lax.Precision.HIGHEST, "highest", "float32")
 
 
 # --- factored ---
@@ -316,7 +321,8 @@ def _merged_product(
 ) -> chex.Array:
     U, V = U.astype(W.dtype), V.astype(W.dtype)
     if a is not None:  # Its gradient divides by it. No output feels that it is not 0.
-        a = (a + jnp.where(a == 0, 1e-20, 0)).astype(W.dtype)
+        tiny = jnp.where(jnp.abs(a) < 1e-20, 1e-20 - a, 0)
+        a = (a + jax.lax.stop_gradient(tiny)).astype(W.dtype)
     # Not all backends multiply float32 numbers as such unless they are told to.
     precision = jax.lax.Precision.HIGHEST if precision is None else precision
     return _merged(x, W, U, V, a, s, equation, precision, on_cpu)
@@ -433,10 +439,11 @@ def _ratio(
     detach_norm: bool,
 ) -> chex.Array:
     W = axes.as_matrix(kernel)
-    norm = factored_norm(W.astype(float32_or_more(W.dtype)), U, V, s)
+    dtype = float32_or_more(W.dtype)
+    norm = factored_norm(W.astype(dtype), U.astype(dtype), V.astype(dtype), s)
     if detach_norm:
         norm = jax.lax.stop_gradient(norm)
-    return magnitude_ratio(m, norm)
+    return magnitude_ratio(m.astype(dtype), norm)
 
 
 def factored_norm(W: chex.Array, U: chex.Array, V: chex.Array, s: float) -> chex.Array:

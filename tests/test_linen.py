@@ -12,6 +12,7 @@ import pytest
 import zoo
 from flax.traverse_util import flatten_dict
 from helpers import random_like, random_variables, relative_error
+from jax import export
 
 import lora_jax
 
@@ -783,3 +784,37 @@ def test_strict_promotion(variant):
         y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
         merged = lora_jax.lora_merge(frozen, adapters)
         assert relative_error(y, model.apply({"params": merged}, x)) < 1e-2
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "equation", ["bed,edk->bek", "bed,dek->bek", "bed,dke->bek", "bed,ked->bek", "bed,kde->bek"]
+)
+def test_stacks_anywhere_in_a_kernel_of_equal_sizes(equation, variant):
+    """Where sizes do not tell which axis is which."""
+    model, x = nn.Einsum((4, 4, 4), equation, use_bias=False), random_like(jnp.zeros((3, 4, 4)))
+    params = random_variables(model, x)["params"]
+    axes = lora_jax.kernel_axes(model, {"params": params}, x)
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=2, variant=variant)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
+    adapters = random_like(adapters)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    merged = lora_jax.lora_merge(frozen, adapters)
+    assert relative_error(y, model.apply({"params": merged}, x)) < 1e-5
+
+
+def test_exported_with_a_symbolic_batch():
+    model, params = nn.Dense(4), {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=2, variant="dora")])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    adapters = random_like(adapters)
+
+    @jax.jit
+    def adapted(x):
+        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+
+    for name in ("b", "c"):
+        shape = export.symbolic_shape(f"{name}, 4")
+        exported = export.export(adapted)(jax.ShapeDtypeStruct(shape, "float32"))
+        x = random_like(jnp.zeros((7, 4)))
+        assert relative_error(exported.call(x), adapted(x)) < 1e-6

@@ -171,10 +171,11 @@ def test_transforms_of_both_ways(transform, way, variant):
         assert relative_error(one, other) < 1e-4
 
 
-def test_magnitudes_of_zero_learn_in_both_ways():
+@pytest.mark.parametrize("tiny", [0.0, 1e-37])
+def test_magnitudes_of_zero_learn_in_both_ways(tiny):
     """The merged form recovers ``da`` by dividing the output by ``a``."""
     a = arrays()
-    a["m"] = a["m"].at[::2].set(0)
+    a["m"] = a["m"].at[::2].set(tiny)
     *others, m = a.values()
     for way in ("factored", "merged"):
         ours, reference = layer(way)
@@ -205,6 +206,8 @@ def test_which_way():
         assert auto() == auto(jnp.float32, 64, jax.lax.Precision.HIGH) == "factored"
         assert auto(jnp.float32, 64, jax.lax.Precision.HIGHEST) == "merged"
         assert auto(jnp.float32, 64, "highest") == "merged"
+        for precision in (("high", "high"), "F32_F32_F32", [jax.lax.Precision.HIGHEST] * 2):
+            assert auto(jnp.float32, 64, precision) == "factored"
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -218,6 +221,14 @@ def test_accelerators_compute_the_same(variant):
     expected = jax.grad(lambda *args: jnp.sum(reference(*args) ** 2), (0, 2, 3))(*a.values())
     for one, other in zip(got, expected, strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+def test_kernel_of_16_bits_with_an_input_of_32_is_not_merged():
+    x, W = jnp.ones((64, 2)), jnp.ones((2, 1), "bfloat16")
+    factors = Factors(jnp.full((2, 1), 2.0**-10), jnp.ones((1, 1)), None, 1.0)
+    equation = Equation.parse("nd,dk->nk", x.shape, W.shape)
+    y = adapted_einsum(equation, x, W, factors, base=None)
+    assert jnp.array_equal(y, jnp.full((64, 1), 2 + 2.0**-9))
 
 
 def test_updates_that_the_kernel_cannot_hold_are_seen_in_sixteen_bits():
