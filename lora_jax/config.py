@@ -153,6 +153,11 @@ class Rule:
             )
         if self.product not in (ways := ("auto", "factored", "merged")):
             raise ValueError(f"{where}: product must be one of {ways}, got {self.product!r}.")
+        if self.substitute and self.product != "auto":
+            raise ValueError(
+                f"{where}: with substitute=True the layer computes with W' as it is, so that there "
+                f"is no product={self.product!r} to choose; leave it out."
+            )
         if self.product == "merged" and self.dropout:
             raise ValueError(
                 f"{where}: product='merged' has no dropout, as the factors have no input of their "

@@ -208,7 +208,7 @@ class AdaptedKernel:
         own = self._adapter.axes
         layer = own.in_layer(axes)
         if layer is not None:
-            return factors_of(self._sliced(layer, W))
+            return factors_of(self._sliced(layer, W), self._path)
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
             f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "

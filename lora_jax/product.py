@@ -52,6 +52,7 @@ class Factors(NamedTuple):
       a: ``(*stack, k)``, or ``None`` for LoRA.
       s: the scale.
       way: what the rule says of the product.
+      path: of the kernel, for messages.
     """
 
     U: chex.Array
@@ -59,10 +60,11 @@ class Factors(NamedTuple):
     a: chex.Array | None
     s: float
     way: str = "auto"
+    path: str = ""
 
 
-def factors_of(adapter: Adapter) -> Factors:
-    """The factors of one layer, of an adapter that is :func:`normalized`.
+def factors_of(adapter: Adapter, path: str = "") -> Factors:
+    """The factors of one layer, of an adapter that is :func:`normalized`, and the kernel's path.
 
     Those of fused kernels side by side, ``r`` for each part.
 
@@ -81,7 +83,7 @@ def factors_of(adapter: Adapter) -> Factors:
         if a is not None:
             ones = jnp.ones((*lead, axes.fused, k), a.dtype)
             a = jnp.reshape(ones.at[..., parts, :].set(a), (*lead, axes.fused * k))
-    return Factors(U, V, a, adapter.scale, adapter.product)
+    return Factors(U, V, a, adapter.scale, adapter.product, path)
 
 
 def adapted_einsum(
@@ -116,7 +118,7 @@ def adapted_einsum(
     U, V, a = factors.U, factors.V, factors.a
     static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": _on_cpu()}
     dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
-    way = chosen(factors.way, dtype, equation.rows, U.shape[-2], precision, reasons)
+    way = chosen(factors, dtype, equation.rows, precision, reasons)
     if way == "merged":
         return _merged_product(x, W, U, V, a, **static)
     dropped_x = x if dropped_x is None else dropped_x
@@ -154,7 +156,7 @@ def adapted_linear(
       groups: number of groups that the outputs are in, each with inputs of its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
-    chosen(factors.way, x.dtype, 0, 1, None, {"the layer is no product of two matrices": True})
+    chosen(factors, x.dtype, 0, None, {"the layer is no product of two matrices": True})
     (out,) = axes.outputs
     U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
     rank = U.shape[-1]
@@ -192,20 +194,18 @@ def scaled(a: chex.Array, y: chex.Array) -> chex.Array:
 
 
 def chosen(
-    way: str,
+    factors: Factors,
     dtype: Any,
     rows: int,
-    d: int,
     precision: jax.lax.PrecisionLike = None,
     reasons: Mapping[str, bool] = types.MappingProxyType({}),
 ) -> str:
     """How a product is computed: what the rule says, or else whichever is exact and faster.
 
     Args:
-      way: what the rule says, maybe ``"auto"``.
+      factors: of the adapter.
       dtype: that the layer computes in.
       rows: number of rows ``n`` of its input.
-      d: number of its input features.
       precision: of its products.
       reasons: why the layer can be factored only, and whether that is so.
 
@@ -213,24 +213,25 @@ def chosen(
       ValueError: the rule says what is not possible.
 
     Example:
-      >>> chosen("auto", jnp.bfloat16, rows=4096, d=512)
+      >>> factors = Factors(jnp.zeros((512, 8)), jnp.zeros((8, 512)), None, 1.0)
+      >>> chosen(factors, jnp.bfloat16, rows=4096)
       'factored'
     """
-    if way == "factored":
-        return way
+    if factors.way == "factored":
+        return factors.way
     wrong = [reason for reason, is_so in reasons.items() if is_so]
     if jnp.dtype(dtype).itemsize < 4:
         wrong.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
-    if way == "merged":
+    if factors.way == "merged":
         if wrong:
             raise ValueError(
-                f"Rule(product='merged') is not possible, as {wrong[0]}. Give the layer a rule "
-                f"with product='factored' or 'auto'."
+                f"The rule of {factors.path!r} says product='merged', which is not possible, as "
+                f"{wrong[0]}. Give it a rule with product='factored' or 'auto'."
             )
-        return way
+        return factors.way
     exact = _on_cpu() or precision in _EXACT
     # A symbolic number of rows, of jax.export, is no int and cannot be compared.
-    many = isinstance(rows, int) and rows >= d
+    many = isinstance(rows, int) and rows >= factors.U.shape[-2]
     return "merged" if exact and not wrong and many else "factored"
 
 

@@ -58,6 +58,7 @@ def test_config_is_hashable_and_immutable():
         ({"zero": "A"}, ValueError, "zero must be 'U' or 'V', got 'A'"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"product": "fast"}, ValueError, "product must be one of .* got 'fast'"),
+        ({"product": "merged", "substitute": True}, ValueError, "no product='merged' to choose"),
         ({"product": "merged", "dropout": 0.1}, ValueError, "product='merged' has no dropout"),
         ({"detach_norm": True}, ValueError, "detach_norm is for variant='dora'"),
         ({"fused": 3, "parts": (0, 0)}, ValueError, "each once, as fused is 3"),

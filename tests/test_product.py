@@ -188,26 +188,27 @@ def test_magnitudes_of_zero_learn_in_both_ways(tiny):
 
 
 def test_which_way():
-    def auto(dtype=jnp.float32, rows=64, *more):
-        return chosen("auto", dtype, rows, 64, *more)
+    def way(said, dtype=jnp.float32, rows=64, *more):
+        U, V = jnp.zeros((64, 2)), jnp.zeros((2, 64))
+        return chosen(Factors(U, V, None, 1.0, said, "a/kernel"), dtype, rows, *more)
 
     dropout = {"of dropout": True, "of something else": False}
     assert jax.default_backend() == "cpu"
-    assert auto() == "merged"
-    assert auto(jnp.float32, 63) == auto(jnp.bfloat16) == "factored"
-    assert auto(jnp.float32, 64, None, dropout) == "factored"
-    assert chosen("factored", jnp.float32, 64, 64) == "factored"
-    assert chosen("merged", jnp.float32, 1, 64) == "merged"
-    with pytest.raises(ValueError, match=r"not possible, as in bfloat16 a small update of W would"):
-        chosen("merged", jnp.bfloat16, 64, 64)
-    with pytest.raises(ValueError, match=r"product='merged'\) is not possible, as of dropout"):
-        chosen("merged", jnp.float32, 64, 64, None, dropout)
+    assert way("auto") == "merged"
+    assert way("auto", jnp.float32, 63) == way("auto", jnp.bfloat16) == "factored"
+    assert way("auto", jnp.float32, 64, None, dropout) == "factored"
+    assert way("factored") == "factored"
+    assert way("merged", jnp.float32, 1) == "merged"
+    with pytest.raises(ValueError, match=r"'a/kernel' says .* as in bfloat16 a small update of W"):
+        way("merged", jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"product='merged', which is not possible, as of dropout"):
+        way("merged", jnp.float32, 64, None, dropout)
     with mock.patch("jax.default_backend", return_value="tpu"):  # float32 in bfloat16
-        assert auto() == auto(jnp.float32, 64, jax.lax.Precision.HIGH) == "factored"
-        assert auto(jnp.float32, 64, jax.lax.Precision.HIGHEST) == "merged"
-        assert auto(jnp.float32, 64, "highest") == "merged"
+        assert way("auto") == way("auto", jnp.float32, 64, jax.lax.Precision.HIGH) == "factored"
+        assert way("auto", jnp.float32, 64, jax.lax.Precision.HIGHEST) == "merged"
+        assert way("auto", jnp.float32, 64, "highest") == "merged"
         for precision in (("high", "high"), "F32_F32_F32", [jax.lax.Precision.HIGHEST] * 2):
-            assert auto(jnp.float32, 64, precision) == "factored"
+            assert way("auto", jnp.float32, 64, precision) == "factored"
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
