@@ -18,16 +18,21 @@ EPSILON = 1e-6
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, causal: bool) -> jax.Array:
-    """Attention of ``(batch, length, width)``; a causal one has rotary positions."""
+    """Attention of ``(batch, length, width)``; a causal one has rotary positions.
+
+    Heads are in front of positions in both products: on CPUs that is much faster than the same
+    sums over ``(batch, length, heads, features)``.
+    """
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if causal:
         q, k = rotary(q), rotary(k)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k)
     if causal:
         seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
     shares = jax.nn.softmax(logits.astype(jnp.float32)).astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", shares, v)
+    out = jnp.einsum("bhqk,bhkd->bhqd", shares, v).swapaxes(1, 2)
     return out.reshape(*out.shape[:2], -1)
 
 

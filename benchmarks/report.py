@@ -23,14 +23,23 @@ TITLES = {
     "lora": "**lora_jax, LoRA**",
     "dora": "**lora_jax, DoRA**",
     "dora-detached": "**lora_jax, DoRA, `detach_norm`**",
+    "lora-outer": '**lora_jax, LoRA, `product="outer"`**',
+    "dora-outer": '**lora_jax, DoRA, `product="outer"`**',
     "lora-plain": "LoRA by hand, `y + s x U V`",
     "merge": "LoRA by hand, `W + s U V`",
     "qwix": "qwix",
+    "qwix-float32": "qwix, adapters in float32",
     "gemma-peft": "gemma.peft",
     "nnx-lora": "Flax NNX, `LoRALinear`",
     "torch-full": "PyTorch, full fine-tuning",
     "peft-lora": "PyTorch, PEFT, LoRA",
     "peft-dora": "PyTorch, PEFT, DoRA",
+}
+TPU_COUNTS = {
+    "TFLOP": ("flops", 1e12),
+    "GiB accessed": ("bytes_accessed", 2**30),
+    "GiB temporary": ("temp_bytes", 2**30),
+    "Mcycles, estimated": ("estimated_cycles", 1e6),
 }
 OURS, OTHERS, TORCH = "#1f77b4", "#9aa5b1", "#d9a066"
 
@@ -204,17 +213,18 @@ def tpu(results: dict[str, Any]) -> str:
     for name, result in results.items():
         contenders = result["contenders"]
         floor = contenders["floor"]
+        empty = [""] * (2 * len(TPU_COUNTS) - 1)
         rows = []
         for key, one in contenders.items():
             if "error" in one:
-                rows.append([TITLES.get(key, key), one["error"].split(":")[0], *[""] * 5])
+                rows.append([TITLES.get(key, key), one["error"].split(":")[0], *empty])
                 continue
             cells = [TITLES.get(key, key)]
-            for count, unit in (("flops", 1e12), ("bytes_accessed", 2**30), ("temp_bytes", 2**30)):
+            for count, unit in TPU_COUNTS.values():
                 cells += [f"{one[count] / unit:.2f}", f"{one[count] / floor[count]:.3f}"]
             rows.append(cells)
         parts.append(f"### {name}\n\n{shape(result['case'])}.")
-        header = ("", "TFLOP", "floors", "GiB accessed", "floors", "GiB temporary", "floors")
+        header = ("", *(title for unit in TPU_COUNTS for title in (unit, "floors")))
         parts.append(markdown(header, rows))
     return "\n\n".join(parts)
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,8 @@ class Options:
     topologies: tuple[str, ...] = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
     """What is compiled for; a step runs on one chip."""
     contenders: tuple[str, ...] = (
-        *("floor", "full", "lora", "dora", "dora-detached"),
-        *("lora-plain", "merge", "qwix", "gemma-peft"),
+        *("floor", "full", "lora", "lora-outer", "dora", "dora-outer", "dora-detached"),
+        *("lora-plain", "merge", "qwix", "qwix-float32", "gemma-peft"),
     )
     """What is compiled."""
     layers: int = CASE.layers
@@ -87,7 +88,17 @@ def count(contender: str, case: Case, topology: str, remat: bool) -> dict[str, f
         lowered = train_step.lower(*map(abstract, (*args, batch)))
     compiled = lowered.compile()
     found = {k: v for k, v in costs(compiled, lowered).items() if k != "traced_flops"}
+    found["estimated_cycles"] = estimated_cycles(compiled.as_text())
     return {**found, "compile_seconds": time.perf_counter() - begin}
+
+
+def estimated_cycles(hlo: str) -> int:
+    """The sum of what the compiler notes of the operations of the program, for its own decisions.
+
+    An estimate, and of operations one after the other.
+    """
+    entry = hlo[hlo.index("\nENTRY ") :]
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
 
 
 def main(options: Options) -> None:
@@ -108,7 +119,8 @@ def main(options: Options) -> None:
             stats.write(options.out, results)
             cells = one.get("error") or (
                 f"{one['flops'] / 1e12:.3f} TFLOP, {one['bytes_accessed'] / 2**30:.2f} GiB "
-                f"accessed, {one['temp_bytes'] / 2**30:.3f} GiB temporary"
+                f"accessed, {one['temp_bytes'] / 2**30:.3f} GiB temporary, "
+                f"{one['estimated_cycles'] / 1e6:.1f} Mcycles estimated"
             )
             print(f"  {contender:14} {cells}", flush=True)
 

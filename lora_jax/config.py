@@ -55,11 +55,12 @@ class Rule:
         ``"substitute"``: as ``substitute=True``, for these parameters only, so that all uses see
         ``W'``. ``"untie"``: the layer's own use is adapted and the others keep the base; such an
         adapter cannot be merged.
-      product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"merged"``,
+      product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"outer"``,
+        the same as ``x W + s sum_r (x U)_r V_r``, meant for TPUs and small ranks; ``"merged"``,
         ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there;
         or ``"auto"``: merged where that is exact and faster, else factored. Outputs and gradients
         are the same to rounding; see :mod:`lora_jax.product`. (Second derivatives in a magnitude of
-        zero need ``"factored"``.)
+        zero need ``"factored"`` or ``"outer"``.)
 
     Raises:
       TypeError: a field of the wrong type.
@@ -151,7 +152,7 @@ class Rule:
             raise ValueError(
                 f"{where}: tied must be 'substitute', 'untie' or None, got {self.tied!r}."
             )
-        if self.product not in (ways := ("auto", "factored", "merged")):
+        if self.product not in (ways := ("auto", "factored", "outer", "merged")):
             raise ValueError(f"{where}: product must be one of {ways}, got {self.product!r}.")
         if self.substitute and self.product != "auto":
             raise ValueError(

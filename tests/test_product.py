@@ -2,12 +2,14 @@
 
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import relative_error
 
+import lora_jax
 from lora_jax.adapter import Adapter
 from lora_jax.equation import Equation
 from lora_jax.product import (
@@ -84,7 +86,7 @@ def test_safe_sqrt():
 
 @pytest.mark.parametrize("detach_norm", [False, True])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("form", ["factored", "merged", "transposed", "linear"])
+@pytest.mark.parametrize("form", ["factored", "outer", "merged", "transposed", "linear"])
 def test_adapted_product(variant, detach_norm, form):
     a = arrays()
     if form == "transposed":
@@ -92,7 +94,7 @@ def test_adapted_product(variant, detach_norm, form):
 
     def ours(x, W, U, V, m):
         m = m if variant == "dora" else None
-        way = form if form in ("factored", "merged") else "auto"
+        way = form if form in ("factored", "outer", "merged") else "auto"
         adapter = Adapter(
             U, V, m, variant=variant, rank=3, alpha=2.0, detach_norm=detach_norm, product=way
         )
@@ -136,7 +138,7 @@ def layer(way, variant="dora", s=2.0):
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("way", ["factored", "merged"])
+@pytest.mark.parametrize("way", ["factored", "outer", "merged"])
 @pytest.mark.parametrize(
     "transform",
     [
@@ -159,7 +161,7 @@ def layer(way, variant="dora", s=2.0):
     ],
     ids=["jvp", "vmap of inputs", "vmap of adapters", "remat", "hessian", "scan"],
 )
-def test_transforms_of_both_ways(transform, way, variant):
+def test_transforms_of_every_way(transform, way, variant):
     a = arrays(d=5, k=5, n=6)
     a["x"] = a["x"].reshape(2, 3, 5)
     ours, reference = layer(way, variant)
@@ -172,12 +174,12 @@ def test_transforms_of_both_ways(transform, way, variant):
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-37])
-def test_magnitudes_of_zero_learn_in_both_ways(tiny):
+def test_magnitudes_of_zero_learn_in_every_way(tiny):
     """The merged form recovers ``da`` by dividing the output by ``a``."""
     a = arrays()
     a["m"] = a["m"].at[::2].set(tiny)
     *others, m = a.values()
-    for way in ("factored", "merged"):
+    for way in ("factored", "outer", "merged"):
         ours, reference = layer(way)
         got, expected = (
             jax.grad(lambda m, f=f: jnp.sum(jnp.exp(f(*others, m))))(m) for f in (ours, reference)
@@ -198,6 +200,7 @@ def test_which_way():
     assert way("auto", jnp.float32, 63) == way("auto", jnp.bfloat16) == "factored"
     assert way("auto", jnp.float32, 64, None, dropout) == "factored"
     assert way("factored") == "factored"
+    assert way("outer", jnp.bfloat16, 64, None, dropout) == "outer"
     assert way("merged", jnp.float32, 1) == "merged"
     with pytest.raises(ValueError, match=r"'a/kernel' says .* as in bfloat16 a small update of W"):
         way("merged", jnp.bfloat16)
@@ -222,6 +225,40 @@ def test_accelerators_compute_the_same(variant):
     expected = jax.grad(lambda *args: jnp.sum(reference(*args) ** 2), (0, 2, 3))(*a.values())
     for one, other in zip(got, expected, strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("equation", ["sbnd,sdk->sbnk", "d,dk->k"])
+def test_outer_products_of_stacks_and_of_vectors(equation):
+    letters = {"s": 2, "b": 3, "n": 4, "d": 5, "k": 6, "r": 2}
+    x_letters, W_letters = equation.split("->")[0].split(",")
+    stack = "s" if "s" in W_letters else ""
+    x, W, U, V = (
+        jax.random.normal(jax.random.key(i), [letters[c] for c in string])
+        for i, string in enumerate((x_letters, W_letters, f"{stack}dr", f"{stack}rk"))
+    )
+    eq = Equation.parse(equation, x.shape, W.shape)
+
+    def loss(way, *args):
+        return jnp.sum(adapted_einsum(eq, x, W, Factors(*args, None, 2.0, way)) ** 3)
+
+    for i in range(3):
+        expected, got = (
+            jax.grad(loss, i)(way, U, V) if i else loss(way, U, V) for way in ("factored", "outer")
+        )
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["outer", "merged"])
+def test_a_convolution_has_one_way_only(way):
+    model, x = nn.Conv(3, (2,)), jnp.ones((1, 4, 2))
+    rule = lora_jax.Rule("kernel", rank=1, alpha=1, product=way)
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = lora_jax.kernel_axes(model, {"params": params}, x)
+    frozen, adapters = lora_jax.lora_init(
+        jax.random.key(0), params, lora_jax.LoraConfig([rule]), axes=axes
+    )
+    with pytest.raises(ValueError, match=f"product='{way}', which is not possible, as the layer"):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
 
 
 def test_kernel_of_16_bits_with_an_input_of_32_is_not_merged():
