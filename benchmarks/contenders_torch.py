@@ -33,23 +33,39 @@ class Layer(nn.Module):
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Attention with its projections."""
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
-        )
-        if self.causal:
-            q, k = rotary(q), rotary(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.o(y.transpose(1, 2).flatten(-2))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(attention(q, k, v, heads=self.heads, causal=self.causal))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(batch, length, width)`` to the same."""
         if self.causal:
             x = x + self.attend(self.norm_1(x))
             y = self.norm_2(x)
-            return x + self.down(F.silu(self.gate(y)) * self.up(y))
+            return x + self.down(gated(self.gate(y), self.up(y)))
         x = self.norm_1(x + self.attend(x))
         return self.norm_2(x + self.down(F.gelu(self.up(x))))
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, causal: bool
+) -> torch.Tensor:
+    """Attention of ``(batch, length, width)``; a causal one has rotary positions."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if causal:
+        q, k = rotary(q), rotary(k)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return y.transpose(1, 2).flatten(-2)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) up``."""
+    return F.silu(gate) * up
+
+
+def sum_and_norm(x: torch.Tensor, y: torch.Tensor, causal: bool) -> torch.Tensor:
+    """A residual sum and its norm, with a scale of one."""
+    norm = F.rms_norm if causal else F.layer_norm
+    return norm(x + y, x.shape[-1:], eps=EPSILON)
 
 
 def rotary(x: torch.Tensor) -> torch.Tensor:

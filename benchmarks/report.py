@@ -207,6 +207,40 @@ def overheads(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def operations(results: dict[str, Any]) -> str:
+    """Operations one at a time, of the model in XLA and PyTorch and of adapters in XLA."""
+    parts = []
+    for name, result in results.items():
+        rows, sums = [], {"xla": 0.0, "torch": 0.0}
+        for title, one in result["model"].items():
+            sums["xla"] += one["count"] * one["median"]
+            theirs = one.get("torch")
+            cells = ["", ""]
+            if theirs:
+                sums["torch"] += one["count"] * theirs["median"]
+                cells = [milliseconds(theirs), f"{one['median'] / theirs['median']:.2f}"]
+            rows.append([title, str(one["count"]), milliseconds(one), *cells])
+        cells = ["", ""]
+        if sums["torch"]:
+            cells = [digits(1e3 * sums["torch"]), f"{sums['xla'] / sums['torch']:.2f}"]
+        rows.append(["**all of it**", "", digits(1e3 * sums["xla"]), *cells])
+        header = ("forward and gradient of the inputs", "times", "XLA, ms", "PyTorch, ms", "ratio")
+        parts += [f"### {name}\n\n{shape(result['case'])}.", markdown(header, rows)]
+        kinds: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for title, one in [*result["model"].items(), *result["adapters"].items()]:
+            kind, _, kernel = title.partition(", ")
+            if kernel:
+                kinds.setdefault(kind, []).append((kernel, one))
+        kernels = dict.fromkeys(kernel for ones in kinds.values() for kernel, _ in ones)
+        rows = []
+        for kind, ones in kinds.items():
+            total = sum(one["count"] * one["median"] for _, one in ones)
+            cells = [milliseconds(dict(ones)[kernel]) for kernel in kernels]
+            rows.append([kind, *cells, digits(1e3 * total)])
+        parts.append(markdown(("XLA, ms", *kernels, "all of it"), rows))
+    return "\n\n".join(parts)
+
+
 def tpu(results: dict[str, Any]) -> str:
     """What the TPU's compiler counts, and that in floors."""
     parts = []
@@ -303,6 +337,9 @@ def main(options: Options) -> None:
     once = stats.read(options.results / "overheads.json")
     if once:
         parts.append(f"## What is paid once\n\n{places(once)}\n\n{overheads(once)}")
+    alone = stats.read(options.results / "operations.json")
+    if alone:
+        parts.append(f"## Where the time of a step goes\n\n{places(alone)}\n\n{operations(alone)}")
     counted = stats.read(options.results / "tpu.json")
     if counted:
         parts.append(f"## A step on a TPU, as its compiler counts it\n\n{tpu(counted)}")

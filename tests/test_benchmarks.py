@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from benchmarks import cases, models, report, stats, train_step, worker
+from benchmarks import cases, models, operations, report, stats, train_step, worker
 from benchmarks.cases import CASES
 from benchmarks.step import FAMILIES, TRAJECTORIES, build
 
@@ -133,6 +133,18 @@ def result(name):
     }
 
 
+def test_operations(tmp_path):
+    out = tmp_path / "operations.json"
+    operations.main(operations.Options(("tiny", "tiny-decoder"), rounds=1, out=out))
+    results = stats.read(out)
+    assert set(results) == {"tiny", "tiny-decoder"}
+    for name, result in results.items():
+        layers = CASES[name].layers
+        assert result["model"]["attention"]["count"] == layers
+        assert result["model"]["product, 32 to 32"]["count"] == 4 * layers
+        assert result["adapters"]["DoRA but its norm, 32 to 32"]["median"] > 0
+
+
 def test_report(tmp_path):
     options = report.Options(tmp_path / "results", tmp_path / "page.md", tmp_path / "page.png")
     stats.write(
@@ -142,6 +154,17 @@ def test_report(tmp_path):
     times = {"full": {"median": 0.5}, "lora": {"median": 1, "to_base": {"median": 2.0}}}
     once = {"what": "Traces.", "base": "full", "times": times, "environment": ENVIRONMENT}
     stats.write(options.results / "overheads.json", {"Tracing": once})
+    alone = {
+        "case": dataclasses.asdict(CASES["tiny"]),
+        "environment": ENVIRONMENT,
+        "model": {"product, 2 to 3": {"count": 4, "median": 0.002, "torch": {"median": 0.001}}},
+        "adapters": {"LoRA, 2 to 3": {"count": 4, "median": 0.003}},
+    }
+    stats.write(options.results / "operations.json", {"tiny": alone})
+    counts = dict.fromkeys(("flops", "bytes_accessed", "temp_bytes", "estimated_cycles"), 2e12)
+    twice = {key: 2 * count for key, count in counts.items()}
+    counted = {"case": alone["case"], "contenders": {"floor": counts, "lora": twice}}
+    stats.write(options.results / "tpu.json", {"v5e:2x2": counted})
     options.page.write_text(f"# Mine\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
     report.main(options)
     page = options.page.read_text()
@@ -153,6 +176,9 @@ def test_report(tmp_path):
     assert "| `full/lora` | 1.50 |" in page
     assert "|  | rank=4 | rank=8 |" in page
     assert "| `lora` | 1,000 | 2.00 |" in page
+    assert "| **all of it** |  | 8 | 4 | 2.00 |" in page
+    assert "| LoRA | 3 | 12 |" in page
+    assert "| **lora_jax, LoRA** | 4.00 | 2.000 | 3725.29 | 2.000 |" in page
     assert options.figure.stat().st_size > 1000
     report.main(options)
     assert options.page.read_text() == page
