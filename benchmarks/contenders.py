@@ -232,15 +232,6 @@ def qwix(case: Case, remat: bool = False) -> Problem:
     return Problem(loss, unflatten_dict(adapters, sep="/"), models.params(case))
 
 
-def qwix_float32(case: Case, remat: bool = False) -> Problem:
-    """The same with adapters in float32, as other contenders have them whatever the base is in.
-
-    Qwix computes in the wider dtype of the two.
-    """
-    problem = qwix(case, remat)
-    return dataclasses.replace(problem, trained=jax.tree.map(jnp.float32, problem.trained))
-
-
 def gemma_peft(case: Case, remat: bool = False) -> Problem:
     """`gemma.peft`, as in the README of its folder and in `gm.nn.LoRA`, of which it is a part.
 
@@ -310,12 +301,9 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "lora": functools.partial(library, variant="lora"),
     "dora": functools.partial(library, variant="dora"),
     "dora-detached": functools.partial(library, variant="dora", detach_norm=True),
-    "lora-outer": functools.partial(library, variant="lora", product="outer"),
-    "dora-outer": functools.partial(library, variant="dora", product="outer"),
     "lora-plain": lora_plain,
     "merge": merge,
     "qwix": qwix,
-    "qwix-float32": qwix_float32,
     "gemma-peft": gemma_peft,
     "nnx-lora": nnx_lora,
 }

@@ -52,7 +52,7 @@ class Operation:
 
     Attributes:
       count: how often a step has it.
-      run: its forward and its gradient, in JAX.
+      run: the function, in JAX.
       inputs: shapes of what the gradient is taken for.
       frozen: shapes of what is only used.
       torch: the same in PyTorch, where there is such a thing.

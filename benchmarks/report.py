@@ -342,7 +342,9 @@ def main(options: Options) -> None:
         parts.append(f"## Where the time of a step goes\n\n{places(alone)}\n\n{operations(alone)}")
     counted = stats.read(options.results / "tpu.json")
     if counted:
-        parts.append(f"## A step on a TPU, as its compiler counts it\n\n{tpu(counted)}")
+        parts.append(
+            f"## A step on a TPU, as its compiler counts it\n\n{places(counted)}\n\n{tpu(counted)}"
+        )
     page = options.page.read_text() if options.page.exists() else "# Benchmarks\n"
     stats.write_bytes(options.page, replaced(page, "\n\n".join(parts)).encode())
 

@@ -14,7 +14,7 @@ from typing import Any
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "chex", "numpy", "lora_jax"),
-    *("qwix", "gemma", "torch", "peft", "transformers"),
+    *("libtpu", "qwix", "gemma", "torch", "peft", "transformers"),
 )
 
 

@@ -31,10 +31,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import cases, stats
 from benchmarks.cases import Case
-from benchmarks.contenders import PROBLEMS, costs
+from benchmarks.contenders import PROBLEMS, Problem, costs, library, qwix
 from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY
 
 CASE = Case("tpu", "decoder", 2048, 8192, 16, 3, 4, 1024, 16, "bfloat16", vocab=32_000)
+
+
+def qwix_float32(case: Case, remat: bool = False) -> Problem:
+    """Qwix with adapters in float32, as others have them whatever the base is in.
+
+    It computes in the wider dtype of the two.
+    """
+    problem = qwix(case, remat)
+    return dataclasses.replace(problem, trained=jax.tree.map(jnp.float32, problem.trained))
+
+
+# Besides those that are timed on CPUs.
+CONTENDERS = PROBLEMS | {
+    "lora-outer": functools.partial(library, variant="lora", product="outer"),
+    "dora-outer": functools.partial(library, variant="dora", product="outer"),
+    "qwix-float32": qwix_float32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +84,7 @@ def count(contender: str, case: Case, topology: str, remat: bool) -> dict[str, f
     """Costs of a compiled step of AdamW on one chip."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     chip = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
-    problem = PROBLEMS[contender](case, remat)
+    problem = CONTENDERS[contender](case, remat)
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from benchmarks import cases, models, operations, report, stats, train_step, worker
+from benchmarks import cases, models, operations, report, stats, tpu, train_step, worker
 from benchmarks.cases import CASES
 from benchmarks.step import FAMILIES, TRAJECTORIES, build
 
@@ -145,6 +145,11 @@ def test_operations(tmp_path):
         assert result["adapters"]["DoRA but its norm, 32 to 32"]["median"] > 0
 
 
+def test_estimated_cycles_of_the_program_and_not_of_what_is_fused_in_it():
+    line = 'fusion(), backend_config={"estimated_cycles":"%d"}\n'
+    assert tpu.estimated_cycles(f"{line % 1}\nENTRY main {{\n{line % 20}{line % 300}}}") == 320
+
+
 def test_report(tmp_path):
     options = report.Options(tmp_path / "results", tmp_path / "page.md", tmp_path / "page.png")
     stats.write(
@@ -163,7 +168,8 @@ def test_report(tmp_path):
     stats.write(options.results / "operations.json", {"tiny": alone})
     counts = dict.fromkeys(("flops", "bytes_accessed", "temp_bytes", "estimated_cycles"), 2e12)
     twice = {key: 2 * count for key, count in counts.items()}
-    counted = {"case": alone["case"], "contenders": {"floor": counts, "lora": twice}}
+    contenders = {"floor": counts, "lora": twice}
+    counted = {"case": alone["case"], "environment": ENVIRONMENT, "contenders": contenders}
     stats.write(options.results / "tpu.json", {"v5e:2x2": counted})
     options.page.write_text(f"# Mine\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
     report.main(options)
