@@ -11,18 +11,20 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 test test-oldest interop lint format notebook guard bench bench-tpu ci clean
+.PHONY: help demo demo-r8 test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
 	@echo "make demo-r8   the same on topics of Reuters news"
 	@echo "make test      the tests and doctests"
+	@echo "make test-slow the thorough tests that take long"
 	@echo "make test-oldest  the same with the oldest versions of jax and flax that are supported"
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, and mypy"
 	@echo "make notebook  run the notebooks"
 	@echo "make guard     count what a step costs, and compare with what it did"
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
+	@echo "make bench-sweeps  the same by rank, tokens and dtype, and for a large model (half an hour)"
 	@echo "make bench-tpu the same, by the TPU's compiler"
 	@echo "make ci        all of it but the benchmarks"
 
@@ -34,6 +36,9 @@ demo-r8: $(VENV)/.examples $(VENV)/.r8
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 test-oldest: $(OLDEST_VENV)/.oldest
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2
@@ -62,11 +67,19 @@ bench: $(BENCH_VENV)/.bench
 	JAX_PLATFORMS=cpu USE_FLAX=0 $(BENCH_VENV)/bin/python -m benchmarks.operations
 	$(BENCH_VENV)/bin/python -m benchmarks.report
 
+SWEEP = $(BENCH_VENV)/bin/python -m benchmarks.train_step --jobs step --steps 1
+bench-sweeps: $(BENCH_VENV)/.bench
+	$(SWEEP) --cases minilm --ranks 4 16 64 256 --rounds 6 --contenders floor lora dora lora-plain qwix
+	$(SWEEP) --cases minilm --tokens 64 512 8192 --rounds 6 --contenders floor full lora dora qwix peft-lora
+	$(SWEEP) --cases decoder --dtypes bfloat16 --rounds 4 --contenders floor full lora dora qwix
+	$(SWEEP) --cases large --rounds 4 --contenders floor full lora dora qwix peft-lora
+	$(BENCH_VENV)/bin/python -m benchmarks.report
+
 bench-tpu: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.tpu $(ARGS)
 	$(BENCH_VENV)/bin/python -m benchmarks.report
 
-ci: test lint guard
+ci: test test-slow lint guard
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) notebook
 	$(MAKE) test-oldest

@@ -133,6 +133,7 @@ def result(name):
     }
 
 
+@pytest.mark.slow
 def test_operations(tmp_path):
     out = tmp_path / "operations.json"
     operations.main(operations.Options(("tiny", "tiny-decoder"), rounds=1, out=out))

@@ -93,9 +93,17 @@ def setup(name, variant):
     )
 
 
+# What these test in one model, quicker cases test alone.
+SLOW = ("every layer, scan, axis 1, remat", "attention, scan, axis -1, remat")
+
+
 every_case = pytest.mark.parametrize(
     ("case", "variant"),
-    [(case, variant) for case in zoo.CASES for variant in ("lora", "dora")]
+    [
+        pytest.param(case, variant, marks=[pytest.mark.slow] if case in SLOW else ())
+        for case in zoo.CASES
+        for variant in ("lora", "dora")
+    ]
     + [
         (case, variant)
         for case in (
