@@ -149,6 +149,31 @@ def load_pretrained() -> tuple[Config, dict[str, Any]]:
     return config, from_bert(load(content), config)
 
 
+NAMES = [
+    ("{table}_embeddings/embedding", "embeddings.{table}_embeddings.weight", "embedding"),
+    ("norm/scale", "embeddings.LayerNorm.weight", "plain"),
+    ("norm/bias", "embeddings.LayerNorm.bias", "plain"),
+]
+"""The encoder's parameters and their names in BERT, for `lora_jax.peft`."""
+
+for _path, _name in {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}.items():
+    _flax, _torch = f"layer_{{i}}/{_path}", f"encoder.layer.{{i}}.{_name}"
+    NAMES += [
+        (f"{_flax}/kernel", f"{_torch}.weight"),
+        (f"{_flax}/scale", f"{_torch}.weight", "plain"),
+        (f"{_flax}/bias", f"{_torch}.bias", "plain"),
+    ]
+
+
 def from_bert(tensors: dict[str, np.ndarray], config: Config) -> dict[str, Any]:
     """Parameters of :class:`Encoder` from the tensors of a BERT checkpoint.
 

@@ -7,20 +7,27 @@ are all that is differentiated, optimized and saved, and the model's own code st
     frozen, adapters = lora_jax.lora_init(key, params, config, axes=axes)
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
     params = lora_jax.lora_merge(frozen, adapters)
+    lora_jax.save("reviews", adapters)
+    frozen, adapters = lora_jax.load("reviews", params)
 
-`kernel_axes` finds the `KernelAxes` of every kernel, together a `ModelAxes`; `register` takes a
-handler for a layer of yours, which computes with an `AdaptedKernel`.
+`lora_jax.peft` reads and writes PEFT's files. `kernel_axes` finds the `KernelAxes` of every kernel,
+together a `ModelAxes`; `register` takes a handler for a layer of yours, which computes with an
+`AdaptedKernel`.
 """
 
+from lora_jax import peft
 from lora_jax.adapter import Adapter, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, Rule
 from lora_jax.discover import kernel_axes
+from lora_jax.export import export
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
 from lora_jax.registry import register
+from lora_jax.rounding import Rounding, RoundingReport
+from lora_jax.store import load, save
 from lora_jax.summary import Summary, summary
-from lora_jax.tree import lora_init, lora_merge
+from lora_jax.tree import lora_init, lora_merge, rounding
 
 __version__ = "0.1.0"
 
@@ -30,13 +37,20 @@ __all__ = [
     "KernelAxes",
     "LoraConfig",
     "ModelAxes",
+    "Rounding",
+    "RoundingReport",
     "Rule",
     "Summary",
     "Whole",
+    "export",
     "kernel_axes",
+    "load",
     "lora_apply",
     "lora_init",
     "lora_merge",
+    "peft",
     "register",
+    "rounding",
+    "save",
     "summary",
 ]

@@ -59,7 +59,7 @@ class KernelAxes:
                 f"as outputs."
             )
         parts = self.parts or tuple(range(self.fused))
-        if len(set(parts)) < len(parts) or not set(parts) <= set(range(self.fused)):
+        if len(set(parts)) < len(parts) or not all(0 <= part < self.fused for part in parts):
             raise ValueError(
                 f"KernelAxes(fused={self.fused}, parts={self.parts}): parts must be some of 0 to "
                 f"{self.fused - 1}, each once."
@@ -183,6 +183,9 @@ class ModelAxes(Mapping[str, KernelAxes]):
       refused: why a parameter of a known layer cannot be adapted in the layer.
       read: parameters that the result depends on.
       tied: kernels that the model also reads outside of their layer.
+      shared: kernels that several methods of their layer compute with, such as ``nn.Embed`` and its
+        ``attend``.
+      unlike: why PEFT would compute otherwise with an adapter of a convolution.
     """
 
     kernels: Mapping[str, KernelAxes]
@@ -191,6 +194,8 @@ class ModelAxes(Mapping[str, KernelAxes]):
     refused: Mapping[str, str]
     read: frozenset[str]
     tied: frozenset[str]
+    shared: frozenset[str] = frozenset()
+    unlike: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, path: str) -> KernelAxes:
         """The axes of the kernel at a path."""

@@ -136,7 +136,7 @@ class Rule:
             object.__setattr__(self, name, ints)
         if self.parts is not None and not (
             self.parts
-            and set(self.parts) <= set(range(self.fused))
+            and all(0 <= part < self.fused for part in self.parts)
             and len(set(self.parts)) == len(self.parts)
         ):
             raise ValueError(

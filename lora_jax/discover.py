@@ -121,6 +121,8 @@ def kernel_axes(
         refused={**observer.refused, **unused},
         read=frozenset(read | observer.kernels.keys()),
         tied=frozenset(read & observer.kernels.keys() - observer.refused.keys()),
+        shared=frozenset(p for p, methods in observer.methods.items() if len(methods) > 1),
+        unlike=observer.unlike,
     )
 
 
@@ -193,6 +195,8 @@ class _Observer:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     handled: dict[str, str] = dataclasses.field(default_factory=dict)
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    methods: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    unlike: dict[str, str] = dataclasses.field(default_factory=dict)
     modules: set[Key] = dataclasses.field(default_factory=set)
 
     def intercept(
@@ -226,6 +230,9 @@ class _Observer:
             return next_fun(*args, **kwargs)
         for name, label in ours.items():
             self.layers[label.path] = _name(module)
+            self.methods.setdefault(label.path, set()).add(context.method_name)
+            if reason := _unlike_peft(module):
+                self.unlike[label.path] = reason
             self.handled[label.path] = f"the handler of {entry.layer} did not compute with it"
             value = unbox(module.get_variable("params", name))
             if is_mapped(module) and value is not self.given[label.path]:
@@ -265,6 +272,22 @@ class _OneKernel:
     def refuse(self, reason: str) -> None:
         """The handler cannot adapt the kernel."""
         self.observer.refused[self.label.path] = reason
+
+
+def _unlike_peft(module: nn.Module) -> str | None:
+    """Why PEFT would compute otherwise with an adapter of a convolution."""
+    if isinstance(module, nn.ConvTranspose):
+        return "PEFT has no transposed convolutions"
+    if not hasattr(module, "kernel_dilation"):
+        return None
+    dilation, padding = module.kernel_dilation, getattr(module, "padding", None)
+    if dilation not in (None, 1) and any(n != 1 for n in np.ravel(dilation)):
+        return "PEFT does not dilate its factors"
+    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
+        return f"PEFT does not pad its factors with {padding}"
+    if getattr(module, "feature_group_count", 1) != 1:
+        return "PEFT's factors have no groups"
+    return None
 
 
 def _name(module: nn.Module) -> str:

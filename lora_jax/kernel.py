@@ -55,6 +55,11 @@ class AdaptedKernel:
         """Dtype of the stored kernel."""
         return self.value.dtype
 
+    @property
+    def untied(self) -> bool:
+        """Whether only one use of the kernel is adapted, and the others keep the base."""
+        return self._adapter is not None and self._adapter.untied
+
     def einsum(
         self,
         equation: str,

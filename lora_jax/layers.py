@@ -159,6 +159,8 @@ def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex
     (embedding,) = kernels
     _check(layer, embedding)
     query, W = layer.promote_dtype(query, embedding.value, dtype=layer.dtype)
+    if embedding.untied:
+        return jnp.dot(query, W.T)
     return embedding.einsum(
         "...k,dk->...d", query, W, base=lambda q, W: jnp.dot(q, W.T), transposed=True
     )

@@ -52,6 +52,8 @@ def _gemma_encode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> che
 def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
     """The logits of gemma: the product with the transposed embeddings."""
     del layer, call
+    if kernels[0].untied:
+        return jnp.dot(x, kernels[0].value.T)
     return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)
 
 

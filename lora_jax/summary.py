@@ -17,6 +17,7 @@ from flax.traverse_util import empty_node
 from lora_jax.adapter import Adapter, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign
+from lora_jax.table import text_table
 from lora_jax.tree import check_base, flatten, path_of, unbox
 from lora_jax.variants import column_norm
 
@@ -150,18 +151,7 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
                 f"{100 * trained / max(total, 1):.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    left = {0, 1, 2}
-
-    def line(cells: tuple[str, ...]) -> str:
-        padded = (
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(padded).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return [line(head), rule, *map(line, body), rule]
+    return text_table(head, body, left=3)
 
 
 def _alike(row: Row) -> tuple[Any, ...]:

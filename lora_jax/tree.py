@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lora_jax.adapter import Adapter, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign, nearest
 from lora_jax.resolve import check_read, resolve_axes
+from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
 from lora_jax.variants import VARIANTS
 
 Key = tuple[str, ...]
@@ -97,7 +97,7 @@ def lora_init(
     adapters: dict[Key, Any] = {}
     for path, key_ in paths.items():
         if path in rules:
-            adapter_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            adapter_key = key_for(key, path)
             kernel = jnp.asarray(leaves[path])
             untied = path in tied and not rules[path].substitute
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
@@ -108,16 +108,21 @@ def lora_init(
     return unflatten(frozen, params), unflatten(adapters, params)
 
 
-def lora_merge(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
+def lora_merge(
+    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, key: chex.PRNGKey | None = None
+) -> chex.ArrayTree:
     """Merges adapters into the base: plain parameters for the plain model.
 
     ``W'`` is formed in float32 by the formula of :mod:`lora_jax.variants` and cast once, to the
     dtype of the kernel. Nothing is changed in place, so there is nothing to unmerge. It can be
-    jitted and differentiated.
+    jitted and differentiated. In 16 bits small updates are rounded away:
+    :func:`lora_jax.rounding` says how many.
 
     Args:
       frozen: the base, as :func:`lora_init` returned it.
       adapters: the adapters, trained.
+      key: round by chance, up or down, so that the mean of many entries is right; by default to the
+        nearest.
 
     Returns:
       Parameters with the structure, shapes and dtypes that ``lora_init`` was given.
@@ -136,21 +141,71 @@ def lora_merge(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
              [1., 1.]], dtype=float32)
     """
 
-    def merge(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
-        if adapter.untied:
-            raise ValueError(
-                f"The adapter of {path_of(key)!r} has tied='untie': it adapts one of several "
-                f"uses of the parameter, so no merged parameter gives the same model."
-            )
-        return {key: merged_kernel(kernel, adapter)}
+    def merge(key_: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+        path = path_of(key_)
+        check_merges(path, adapter)
+        return {key_: merged_kernel(kernel, adapter, None if key is None else key_for(key, path))}
 
     return join(frozen, adapters, merge)
 
 
-def merged_kernel(kernel: Any, adapter: Adapter) -> Any:
+def rounding(
+    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, key: chex.PRNGKey | None = None
+) -> RoundingReport:
+    """What :func:`lora_merge` loses by rounding, parameter by parameter.
+
+    Args:
+      frozen: the base.
+      adapters: the adapters, trained.
+      key: as for :func:`lora_merge`.
+
+    Returns:
+      A report that prints as a table. Only one merged kernel is in memory at a time.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> adapters = jax.tree.map(lambda x: jnp.full_like(x, 0.03), adapters)
+      >>> print(lora_jax.rounding(frozen, adapters))  # doctest: +ELLIPSIS
+      path    dtype     largest error  mean error  vanished, %
+      ------  --------  -------------  ----------  -----------
+      kernel  bfloat16         0.0009      0.0009        100.0
+      ------  --------  -------------  ----------  -----------
+      Most of the update vanishes in 1 of 1 parameters: keep the adapters apart, merge ...
+    """
+    rows: dict[str, Rounding] = {}
+
+    def look(key_: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+        path, W = path_of(key_), jnp.asarray(unbox(kernel))
+        check_merges(path, adapter)
+        exact = adapter.effective_kernel(W)
+        own = None if key is None else key_for(key, path)
+        rows[path] = measure(exact, round_to(exact, W.dtype, own), W)
+        return {}
+
+    join(frozen, adapters, look)
+    for key_, node in flatten(adapters, "adapters").items():
+        if isinstance(node, Whole):
+            value = jnp.asarray(unbox(node.value))
+            rows[path_of(key_)] = measure(value, value.astype(node.dtype), None)
+    return RoundingReport(rows)
+
+
+def check_merges(path: str, adapter: Adapter) -> None:
+    """Errors for an adapter that no merged parameter is equal to."""
+    if adapter.untied:
+        raise ValueError(
+            f"The adapter of {path!r} has tied='untie': it adapts one of several uses of the "
+            f"parameter, so no merged parameter gives the same model."
+        )
+
+
+def merged_kernel(kernel: Any, adapter: Adapter, key: chex.PRNGKey | None = None) -> Any:
     """``W'`` in the dtype and the box of the kernel."""
     W = jnp.asarray(unbox(kernel))
-    return rebox(kernel, adapter.effective_kernel(W).astype(W.dtype))
+    return rebox(kernel, round_to(adapter.effective_kernel(W), W.dtype, key))
 
 
 def join(
@@ -187,7 +242,7 @@ def join(
                     f"the adapters made for another model? Nearest paths of the base: "
                     f"{', '.join(nearest(path, base)) or 'none'}."
                 )
-            _check_fits(path, flat[key], node)
+            check_fits(path, flat[key], node)
             flat |= adapt(key, flat[key], node)
         elif node is not empty_node:
             if flat.get(key, empty_node) is not empty_node:
@@ -237,7 +292,8 @@ def rebox(leaf: Any, array: chex.Array) -> Any:
     return jax.tree.map(lambda _: array, leaf)
 
 
-def _check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
+def check_fits(path: str, leaf: Any, adapter: Adapter) -> None:
+    """Errors where an adapter is not for a kernel of this shape."""
     shape = tuple(unbox(leaf).shape)
     if len(shape) != adapter.axes.ndim:
         raise ValueError(

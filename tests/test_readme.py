@@ -19,7 +19,7 @@ def test_code():
     """All blocks in one process, since each goes on from the one before."""
     document = Sybil([PythonCodeBlockParser()]).parse(README)
     examples = list(document.examples())
-    assert len(examples) == 7
+    assert len(examples) == 9
     for example in examples:
         example.evaluate()
     table = lora_jax.summary(document.namespace["frozen"], document.namespace["adapters"])

@@ -1,0 +1,1 @@
+"""The command ``lora-jax``: adapters as files, without a model and without an accelerator."""

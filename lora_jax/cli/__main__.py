@@ -1,0 +1,40 @@
+"""``lora-jax``: looks at adapters, converts, merges, compares, extracts and verifies them."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+
+
+def main() -> None:
+    """Runs a command. Exits with 0, with 1 where something differs or is wrong, or with 2."""
+    # Files need no accelerator, and must not take one away from a training beside them.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        import tyro
+
+        from lora_jax.cli import commands
+    except ImportError as error:
+        sys.exit(f"lora-jax needs {error.name}: pip install 'lora_jax[cli]'")
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            {
+                "inspect": commands.inspect,
+                "convert": commands.convert,
+                "merge": commands.merge,
+                "diff": commands.diff,
+                "extract": commands.extract,
+                "verify": commands.verify,
+            },
+            prog="lora-jax",
+            description="Looks at adapters, converts, merges, compares, extracts, verifies them.",
+        )
+    except (ValueError, TypeError, OSError) as error:
+        print(f"lora-jax: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What merging loses where the base has 16 bits: rounding, to nearest or by chance, and a report.
+
+An update below half a unit in the last place of ``W`` is rounded away: in bfloat16, which has eight
+bits, all that is smaller than about ``|W| / 512``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax.table import text_table
+from lora_jax.variants import float32_or_more
+
+MOST = 0.5  # an update of which more than this share vanishes is said to be lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What rounding does to one merged parameter.
+
+    Attributes:
+      dtype: of the merged parameter.
+      largest: the largest error of an entry, against ``W'`` in float32.
+      mean: the mean error of an entry.
+      vanished: share of the entries that the adapter changes and that come out as the base has
+        them; ``None`` for parameters that are trained whole, whose base is not kept.
+    """
+
+    dtype: str
+    largest: float
+    mean: float
+    vanished: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingReport(Mapping[str, Rounding]):
+    """The rounding of every merged parameter by its path; as text, a table.
+
+    Attributes:
+      rows: the same as a dict.
+    """
+
+    rows: Mapping[str, Rounding]
+
+    def __getitem__(self, path: str) -> Rounding:
+        """Of one parameter."""
+        return self.rows[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.rows)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The parameters of which most of the update vanishes."""
+        return tuple(p for p, one in self.rows.items() if (one.vanished or 0) > MOST)
+
+    def __str__(self) -> str:
+        """A table, and what to do where updates are lost."""
+        body = [
+            (
+                path,
+                one.dtype,
+                f"{one.largest:.2g}",
+                f"{one.mean:.2g}",
+                "" if one.vanished is None else f"{100 * one.vanished:.1f}",
+            )
+            for path, one in self.rows.items()
+        ]
+        lines = text_table(
+            ("path", "dtype", "largest error", "mean error", "vanished, %"), body, left=2
+        )
+        if self.lost:
+            lines.append(
+                f"Most of the update vanishes in {len(self.lost)} of {len(self)} parameters: keep "
+                f"the adapters apart, merge into a float32 base, or round by chance (key=...)."
+            )
+        return "\n".join(lines)
+
+
+def round_to(x: chex.Array, dtype: Any, key: chex.PRNGKey | None = None) -> chex.Array:
+    """An array in a dtype of less precision.
+
+    Args:
+      x: the array.
+      dtype: the dtype.
+      key: round by chance: to one of the two neighbours, so that the mean is ``x``. Without it, to
+        the nearest.
+
+    Example:
+      >>> x = jnp.full(10_000, 1.001)
+      >>> float(round_to(x, jnp.bfloat16).astype(jnp.float32).mean())
+      1.0
+      >>> round(float(round_to(x, jnp.bfloat16, jax.random.key(0)).astype(jnp.float32).mean()), 4)
+      1.001
+    """
+    near = x.astype(dtype)
+    if key is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return near
+    error = x - near.astype(x.dtype)
+    toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+    other = jnp.nextafter(near, toward)
+    gap = jnp.abs(other.astype(x.dtype) - near.astype(x.dtype))
+    chance = jnp.abs(error) / gap
+    return jnp.where(jax.random.uniform(key, x.shape, x.dtype) < chance, other, near)
+
+
+def key_for(key: chex.PRNGKey, path: str) -> chex.PRNGKey:
+    """A key for every path."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def measure(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> Rounding:
+    """The rounding of one parameter.
+
+    Args:
+      exact: ``W'`` in float32.
+      rounded: ``W'`` as it comes out.
+      base: ``W``, where it is known.
+    """
+    wide = float32_or_more(rounded.dtype)
+    error = jnp.abs(rounded.astype(wide) - exact)
+    vanished = None
+    if base is not None:
+        changed = exact != base.astype(wide)
+        stays = jnp.sum(changed & (rounded == base)) / jnp.maximum(jnp.sum(changed), 1)
+        vanished = float(stays)
+    dtype = jnp.dtype(rounded.dtype).name
+    return Rounding(dtype, float(jnp.max(error)), float(jnp.mean(error)), vanished)

@@ -1,0 +1,489 @@
+"""Adapters as a folder: ``adapter.json``, which says all about them, and a safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import empty_node
+
+from lora_jax.adapter import Adapter, Whole
+from lora_jax.axes import KernelAxes
+from lora_jax.config import Rule, nearest
+from lora_jax.tensors import (
+    StrPath,
+    Tensors,
+    check_name,
+    encode,
+    is_ints,
+    json_bytes,
+    read_json,
+    write_bytes,
+)
+from lora_jax.tree import check_fits, flatten, path_of, rebox, unbox, unflatten
+from lora_jax.variants import VARIANTS
+
+INDEX = "adapter.json"
+FORMAT = "lora_jax adapter"
+VERSION = 1
+
+# The fields of an Adapter beside its arrays, and those of its axes, with their types in JSON.
+_FIELDS = {
+    "variant": str,
+    "rank": int,
+    "alpha": float,
+    "rslora": bool,
+    "dropout": float,
+    "detach_norm": bool,
+    "substitute": bool,
+    "untied": bool,
+    "product": str,
+    "axes": dict,
+}
+_AXES = tuple(field.name for field in dataclasses.fields(KernelAxes))
+_INDEX = {
+    "format": str,
+    "version": int,
+    "library": str,
+    "tensors": dict,
+    "adapters": dict,
+    "whole": dict,
+    "base": dict,
+    "metadata": dict,
+    "checksum": str,
+}
+_TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a folder holds.
+
+    Attributes:
+      adapters: every :class:`Adapter`, and every leaf that was trained whole, by its path; leaves
+        that the model has in another dtype are :class:`Whole`.
+      base: a hash of every frozen parameter by its path; empty where none were taken.
+      metadata: what the user gave to :func:`save`.
+      library: version of lora_jax that wrote it.
+    """
+
+    adapters: Mapping[str, Any]
+    base: Mapping[str, str]
+    metadata: Mapping[str, Any]
+    library: str
+
+
+def save(
+    path: StrPath,
+    adapters: chex.ArrayTree,
+    *,
+    frozen: chex.ArrayTree | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves adapters in a folder, with all that is needed to use them again; the base is not in it.
+
+    The folder has ``adapter.json`` and a safetensors file that it names. Whoever loads the folder
+    meanwhile, or after a kill at any moment, has all of the old adapters or all of the new ones.
+    With several processes let one of them save.
+
+    Args:
+      path: the folder; it is made where there is none, and what was saved there is replaced.
+      adapters: the adapters, as :func:`lora_jax.lora_init` returned them, trained.
+      frozen: the base. With it the adapters are checked to fit, and a hash of every frozen
+        parameter is saved, so that :func:`load` can verify that it is given the same base.
+      metadata: anything that JSON has, to find again with :func:`read`.
+
+    Raises:
+      TypeError: adapters or metadata of another kind.
+      ValueError: adapters that are not finite, that do not fit the base, or that this process does
+        not have in full.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> folder = tempfile.mkdtemp()
+      >>> lora_jax.save(folder, adapters, frozen=frozen)
+      >>> frozen, again = lora_jax.load(folder, params, verify=True)
+      >>> chex.assert_trees_all_equal(adapters, again)
+    """
+    from lora_jax import __version__
+
+    entries: dict[str, Any] = {}
+    whole: dict[str, str] = {}
+    arrays: dict[str, np.ndarray] = {}
+    base = None if frozen is None else leaves_of(frozen, "frozen")
+    for leaf_path, node in leaves_of(adapters, "adapters").items():
+        if isinstance(node, Adapter):
+            if base is not None:
+                if leaf_path not in base:
+                    raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
+                check_fits(leaf_path, base[leaf_path], node)
+            entries[leaf_path] = _said(node)
+            found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
+        else:
+            value = unbox(node.value if isinstance(node, Whole) else node)
+            whole[leaf_path] = node.dtype if isinstance(node, Whole) else _dtype(value, leaf_path)
+            found = {leaf_path: value}
+        for name, array in found.items():
+            if name in arrays:
+                raise ValueError(f"Two arrays would have the name {name!r}.")
+            arrays[name] = host(array, name)
+    if not arrays:
+        raise ValueError("There is nothing to save: adapters is empty.")
+    content = encode(arrays)
+    folder, file = Path(path), f"adapter-{secrets.token_hex(8)}.safetensors"
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "library": __version__,
+        "tensors": {"file": file, "sha256": hashlib.sha256(content).hexdigest()},
+        "adapters": entries,
+        "whole": whole,
+        "base": {} if base is None else {p: fingerprint(leaf, p) for p, leaf in base.items()},
+        "metadata": _checked_metadata(metadata or {}),
+    }
+    index["checksum"] = _checksum(index)
+    folder.mkdir(parents=True, exist_ok=True)
+    old, new = _tensors_of(folder), folder / file
+    write_bytes(new, content)
+    try:
+        write_bytes(folder / INDEX, json_bytes(index))
+    except BaseException:
+        new.unlink()
+        raise
+    # No other file: a process beside this one may be about to name it.
+    if old is not None:
+        old.unlink(missing_ok=True)
+
+
+def load(
+    path: StrPath, params: chex.ArrayTree, *, verify: bool = False
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """Loads adapters for a model: as :func:`lora_jax.lora_init`, with trained adapters.
+
+    Args:
+      path: the folder that :func:`save` wrote.
+      params: the model's ``params`` collection, as for ``lora_init``.
+      verify: compare every frozen parameter with the hash that was saved with the adapters.
+
+    Returns:
+      ``(frozen, adapters)``.
+
+    Raises:
+      FileNotFoundError: no adapters are there.
+      ValueError: files that are damaged, adapters that do not fit this model, or, verified, a base
+        that is not the one that they were trained on. The message names the file and the parameter.
+
+    Example: see :func:`save`.
+    """
+    stored = read(path)
+    flat = flatten(params, "params")
+    keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
+    frozen, adapters = dict(flat), {}
+    for leaf_path, node in stored.adapters.items():
+        if leaf_path not in keys:
+            raise ValueError(
+                f"{path} has an adapter for {leaf_path!r}, but params has no such leaf. Is it of "
+                f"another model? Nearest paths: {', '.join(nearest(leaf_path, keys)) or 'none'}."
+            )
+        key = keys[leaf_path]
+        if isinstance(node, Adapter):
+            check_fits(leaf_path, flat[key], node)
+            adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node)
+        else:
+            leaf = frozen.pop(key)
+            adapters[key] = whole_leaf(leaf_path, node, leaf, str(path))
+    if verify:
+        _verify(
+            stored.base, {path_of(k): v for k, v in frozen.items() if v is not empty_node}, path
+        )
+    return unflatten(frozen, params), unflatten(adapters, params)
+
+
+def read(path: StrPath) -> Stored:
+    """What a folder holds, without a model; arrays are NumPy's.
+
+    Raises:
+      FileNotFoundError: no adapters are there.
+      ValueError: files that are damaged; the message names the file and the key.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> folder = tempfile.mkdtemp()
+      >>> save(folder, {"bias": jnp.zeros(2)}, metadata={"task": "reviews"})
+      >>> stored = read(folder)
+      >>> list(stored.adapters), stored.metadata["task"]
+      (['bias'], 'reviews')
+    """
+    folder = Path(path)
+    index = _index(folder)
+    while True:
+        file = folder / index["tensors"]["file"]
+        try:
+            tensors = Tensors(file)
+            with file.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            break
+        except FileNotFoundError:
+            # Saved anew since the index was read?
+            newer = _index(folder)
+            if newer["tensors"]["file"] == index["tensors"]["file"]:
+                raise FileNotFoundError(f"{file} is missing, which {INDEX} names.") from None
+            index = newer
+    if found != index["tensors"]["sha256"]:
+        raise ValueError(f"{file} is damaged: its SHA-256 is not the one in {INDEX}.")
+    return _stored(index, tensors, folder / INDEX)
+
+
+def fingerprint(leaf: Any, path: str) -> str:
+    """A hash of a parameter: its dtype, shape and values."""
+    array = host(unbox(leaf), path)
+    digest = hashlib.blake2b(f"{array.dtype.name} {array.shape} ".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def host(array: Any, path: str) -> np.ndarray:
+    """An array on the host.
+
+    Raises:
+      TypeError: no array.
+      ValueError: one that this process does not have in full, or that is only traced.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise ValueError(f"{path!r} is traced: files are written and checked outside of jax.jit.")
+    if isinstance(array, jax.ShapeDtypeStruct) or not hasattr(array, "dtype"):
+        raise TypeError(f"{path!r} is {array!r}, which is no array.")
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise ValueError(
+            f"{path!r} is spread over processes: gather it first, as with "
+            f"jax.experimental.multihost_utils.process_allgather(adapters, tiled=True)."
+        )
+    return np.asarray(array)
+
+
+def leaves_of(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
+    """The leaves by their paths, of which no two may be the same."""
+    out: dict[str, Any] = {}
+    for key, leaf in flatten(tree, name).items():
+        if leaf is empty_node:
+            continue
+        path = path_of(key)
+        for part in key:
+            if not isinstance(part, str) or "/" in part:
+                raise ValueError(f"{name}: {path!r} cannot be saved, as {part!r} is part of it.")
+        check_name(path, name)
+        out[path] = leaf
+    return out
+
+
+def _names(variant: str) -> tuple[str, ...]:
+    return ("U", "V") if VARIANTS[variant].magnitude is None else ("U", "V", "m")
+
+
+def _dtype(value: Any, path: str) -> str:
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"adapters has {value!r} at {path!r}, neither an adapter nor an array.")
+    return str(jnp.dtype(value.dtype).name)
+
+
+def _said(adapter: Adapter) -> dict[str, Any]:
+    """The fields of an adapter, as JSON has them."""
+    said = {name: getattr(adapter, name) for name in _FIELDS if name != "axes"}
+    said["alpha"], said["dropout"] = float(adapter.alpha), float(adapter.dropout)
+    return said | {"axes": dataclasses.asdict(adapter.axes)}
+
+
+def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        same: dict[str, Any] = json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be what JSON has: {error}.") from error
+    if same != metadata:
+        raise TypeError("metadata must be what JSON has: lists, not tuples; strings for keys.")
+    return same
+
+
+def _checksum(index: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in index.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_of(folder: Path) -> Path | None:
+    """The safetensors file that the index of a folder names, where it has one."""
+    try:
+        return folder / str(_index(folder)["tensors"]["file"])
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """The content of ``adapter.json``, of which all but the adapters is checked."""
+    file = folder / INDEX
+    try:
+        index = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"There are no adapters in {folder}: {file} is missing.") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{file} is not of the format {FORMAT!r}.")
+    if index.get("version") != VERSION:
+        raise ValueError(
+            f"{file} is of version {index.get('version')!r} of the format, and this lora_jax reads "
+            f"version {VERSION}: install a newer one."
+        )
+    _check_types(index, _INDEX, str(file))
+    if index["checksum"] != _checksum(index):
+        raise ValueError(
+            f"{file} is damaged, or was edited: its checksum is not that of its content. Save the "
+            f"adapters again."
+        )
+    _check_types(index["tensors"], {"file": str, "sha256": str}, f"{file}: 'tensors'")
+    if not _TENSORS.fullmatch(index["tensors"]["file"]):
+        raise ValueError(f"{file} names {index['tensors']['file']!r}, which is no file of its own.")
+    for name in ("base", "whole"):
+        for key, value in index[name].items():
+            if not isinstance(value, str):
+                raise ValueError(f"{file}: {name!r} has {value!r} for {key!r}, no string.")
+    return index
+
+
+def _check_types(said: object, types: Mapping[str, type], where: str) -> None:
+    """Errors where a JSON object has other keys, or values of other types."""
+    if not isinstance(said, dict) or set(said) != set(types):
+        keys = sorted(said) if isinstance(said, dict) else type(said).__name__
+        raise ValueError(f"{where} must have {sorted(types)}, but has {keys}.")
+    for name, kind in types.items():
+        if type(said[name]) is not kind:
+            raise ValueError(f"{where}: {name!r} must be {kind.__name__}, got {said[name]!r}.")
+
+
+def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
+    """The adapters that the index describes and the tensors hold, all of them and no more."""
+    expected = set(index["whole"])
+    for path, said in index["adapters"].items():
+        where = f"{file}: {path!r}"
+        _check_types(said, _FIELDS, where)
+        if said["variant"] not in VARIANTS:
+            raise ValueError(f"{where}: there is no variant {said['variant']!r}.")
+        expected |= {f"{path}.{name}" for name in _names(said["variant"])}
+    for name in sorted(expected - set(tensors)):
+        raise ValueError(f"{tensors.path} lacks {name!r}, which {file} describes.")
+    for name in sorted(set(tensors) - expected):
+        raise ValueError(f"{tensors.path} has {name!r}, of which {file} says nothing.")
+    adapters: dict[str, Any] = {}
+    for path, said in index["adapters"].items():
+        arrays = {name: tensors[f"{path}.{name}"] for name in _names(said["variant"])}
+        adapters[path] = _adapter(said, arrays, path, f"{file}: {path!r}")
+    for path, dtype in index["whole"].items():
+        array = tensors[path]
+        adapters[path] = array if array.dtype.name == dtype else Whole(array, dtype)
+    for path in adapters:
+        check_name(path, str(file))
+        parents = path.split("/")[:-1]
+        for i in range(len(parents)):
+            if "/".join(parents[: i + 1]) in adapters:
+                raise ValueError(f"{file}: {path!r} is inside of another leaf.")
+    return Stored(adapters, index["base"], index["metadata"], index["library"])
+
+
+def _adapter(
+    said: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: str, where: str
+) -> Adapter:
+    """An adapter, when what is said of it makes sense and its arrays are of one piece."""
+    axes = said["axes"]
+    if set(axes) != set(_AXES) or type(axes.get("fused")) is not int:
+        raise ValueError(f"{where}: axes must have {list(_AXES)}, got {axes}.")
+    for name in _AXES:
+        if name != "fused" and not is_ints(axes[name]):
+            raise ValueError(f"{where}: axes: {name!r} must be integers, got {axes[name]!r}.")
+    options = {name: said[name] for name in _FIELDS if name not in ("rank", "untied", "axes")}
+    try:
+        Rule(re.escape(path), said["rank"], **options)
+        kernel_axes = KernelAxes(**axes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if said["untied"] and said["substitute"]:
+        raise ValueError(f"{where} is both untied and substituted.")
+    fields: dict[str, Any] = {name: said[name] for name in _FIELDS if name != "axes"}
+    adapter = Adapter(**(fields | dict(arrays)), axes=kernel_axes)
+    _check_arrays(adapter, where)
+    return adapter
+
+
+def _check_arrays(adapter: Adapter, where: str) -> None:
+    """Errors where U, V and m are not those of one rank and one stack of matrices."""
+    axes, U, V = adapter.axes, adapter.U, adapter.V
+    stacks = len(axes.stacks) + (axes.fused > 1)
+    shapes = {name: getattr(adapter, name).shape for name in _names(adapter.variant)}
+    fits = (
+        U.ndim == V.ndim == stacks + 2
+        and U.shape[:stacks] == V.shape[:stacks]
+        and U.shape[-1] == V.shape[-2] == adapter.rank
+        and (axes.fused == 1 or U.shape[stacks - 1] == len(axes.parts))
+        and (adapter.m is None or adapter.m.shape == (*V.shape[:stacks], V.shape[-1]))
+    )
+    if not fits:
+        raise ValueError(
+            f"{where}: the shapes {shapes} are not those of an adapter of rank {adapter.rank} for "
+            f"{axes}."
+        )
+    for name in shapes:
+        if not jnp.issubdtype(getattr(adapter, name).dtype, jnp.floating):
+            raise ValueError(f"{where}: {name} is of dtype {getattr(adapter, name).dtype}.")
+
+
+def whole_leaf(path: str, node: Any, leaf: Any, file: str) -> Any:
+    """A leaf that was trained whole, in the box of the model's leaf."""
+    array = unbox(leaf)
+    value, dtype = (node.value, node.dtype) if isinstance(node, Whole) else (node, node.dtype.name)
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"params has {leaf!r} at {path!r}, which is no array.")
+    if tuple(array.shape) != value.shape or jnp.dtype(array.dtype).name != dtype:
+        raise ValueError(
+            f"{file} has {path!r} trained whole as {dtype} {value.shape}, but params has "
+            f"{jnp.dtype(array.dtype).name} {tuple(array.shape)} there. Is it of another model?"
+        )
+    boxed = rebox(leaf, _to_jax(value, file))
+    return Whole(boxed, dtype) if isinstance(node, Whole) else boxed
+
+
+def _to_jax(array: np.ndarray, file: str) -> jax.Array:
+    out = jnp.asarray(array)
+    if out.dtype != array.dtype:
+        raise ValueError(
+            f"{file} has arrays of dtype {array.dtype}: set jax.config.update('jax_enable_x64', "
+            "True)."
+        )
+    return out
+
+
+def _verify(base: Mapping[str, str], leaves: Mapping[str, Any], path: StrPath) -> None:
+    """Errors where the base is not the one of which hashes were saved."""
+    if not base:
+        raise ValueError(
+            f"{path} has no hashes of its base to verify: pass frozen=... to lora_jax.save."
+        )
+    problems = [f"{p!r} is missing" for p in base if p not in leaves]
+    problems += [f"{p!r} was not there" for p in leaves if p not in base]
+    problems += [
+        f"{p!r} has other values"
+        for p, leaf in leaves.items()
+        if p in base and fingerprint(leaf, p) != base[p]
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(
+            f"params is not the base that {path} was trained on: {'; '.join(problems[:4])}{more}."
+        )

@@ -1,0 +1,195 @@
+"""The parameters of a Flax model, and the PyTorch ones that they are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import empty_node
+
+from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.names import EXPERTS, Name, Torch, axes_of, torch_names
+from lora_jax.store import host
+from lora_jax.torch_layout import from_kernel, to_kernel
+from lora_jax.tree import unbox
+
+# Kinds that are matrices in PyTorch, or stacks of them.
+MATRICES = ("linear", "conv1d", *EXPERTS)
+
+
+class TorchParams:
+    """The parameters of a Flax model, and the PyTorch ones that they are.
+
+    Args:
+      leaves: the parameters by their paths.
+      names: their names in PyTorch.
+      axes: those of the model's kernels, where they are known.
+      own: axes that an adapter has said, which come first.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, Any],
+        names: Sequence[Name],
+        axes: Mapping[str, KernelAxes] | None,
+        own: Mapping[str, KernelAxes] | None = None,
+    ) -> None:
+        self.leaves = {p: unbox(leaf) for p, leaf in leaves.items() if leaf is not empty_node}
+        self._names, self._axes, self._own = names, axes, own or {}
+        self.model_axes = axes if isinstance(axes, ModelAxes) else None
+        self._torch: dict[str, list[Torch]] = {}
+        self._by_name: dict[str, Torch] | None = None
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a leaf."""
+        return tuple(self.leaves[path].shape)
+
+    def axes(self, path: str) -> KernelAxes | None:
+        """How a leaf is a matrix, where it is one."""
+        own = self._own.get(path)
+        return own or axes_of(path, len(self.shape(path)), self._names, self._axes)
+
+    def stack_axes(self, path: str) -> tuple[int, ...]:
+        """The axes that stack a leaf, where that is known."""
+        axes = self.axes(path)
+        if axes is not None and axes.ndim == len(self.shape(path)):
+            return axes.stacks
+        if isinstance(self._axes, ModelAxes):
+            return tuple(self._axes.stacks.get(path, ()))
+        return ()
+
+    def stack(self, path: str) -> tuple[int, ...]:
+        """Sizes of what is stacked in a leaf; kernels side by side come last."""
+        axes = self.axes(path)
+        if axes is not None and axes.ndim == len(self.shape(path)):
+            return axes.stack_shape(self.shape(path))
+        return tuple(self.shape(path)[axis] for axis in self.stack_axes(path))
+
+    def window(self, path: str, kind: str) -> tuple[int, ...]:
+        """The window of a convolution; empty for what is none."""
+        if kind != "conv":
+            return ()
+        shape, stacks = self.shape(path), self.stack_axes(path)
+        return tuple(n for axis, n in enumerate(shape) if axis not in stacks)[:-2]
+
+    def torch(self, path: str) -> list[Torch]:
+        """PyTorch's parameters for a leaf.
+
+        Raises:
+          ValueError: no name is for it.
+        """
+        if path not in self._torch:
+            ndim = len(self.shape(path))
+            found = list(torch_names(path, ndim, self.stack(path), self._names))
+            if not found:
+                raise ValueError(
+                    f"names has no name in PyTorch for {path!r}: add a lora_jax.peft.Name for it."
+                )
+            self._torch[path] = found
+        return self._torch[path]
+
+    @property
+    def by_name(self) -> Mapping[str, Torch]:
+        """All that have a name, by it."""
+        if self._by_name is None:
+            self._by_name = {}
+            for path, leaf in self.leaves.items():
+                if hasattr(leaf, "shape"):
+                    stack = self.stack(path)
+                    for torch in torch_names(path, len(leaf.shape), stack, self._names):
+                        if torch.name in self._by_name:
+                            other = self._by_name[torch.name].path
+                            raise ValueError(
+                                f"names gives {path!r} and {other!r} one name: {torch.name!r}."
+                            )
+                        self._by_name[torch.name] = torch
+        return self._by_name
+
+    def untied(self, path: str, kind: str) -> bool:
+        """Whether others read the parameter too, who keep the base as they do in PEFT."""
+        if self.model_axes is None:
+            return kind == "embedding"
+        return path in self.model_axes.tied or (
+            kind == "embedding" and path in self.model_axes.shared
+        )
+
+    def modules(self) -> set[str]:
+        """PyTorch's modules of kernels, as far as their names are known."""
+        found = set()
+        for path in self.leaves:
+            with contextlib.suppress(ValueError):
+                found |= {
+                    torch.module
+                    for torch in self.torch(path)
+                    if torch.kind not in ("plain", *EXPERTS) and torch.name.endswith(".weight")
+                }
+        return found
+
+    def to_leaf(
+        self, path: str, arrays: Mapping[tuple[int, ...], np.ndarray], file: Path
+    ) -> np.ndarray:
+        """A leaf from PyTorch's layout.
+
+        Args:
+          path: its path.
+          arrays: those of PyTorch, by their index in the stack.
+          file: where they are from, for errors.
+
+        Raises:
+          ValueError: arrays that do not fit.
+        """
+        torches = {torch.index: torch for torch in self.torch(path)}
+        first = torches[min(torches)]
+        shape, axes = self.shape(path), self.axes(path)
+        try:
+            stacked = np.stack([to_kernel(first.kind, arrays[index]) for index in sorted(torches)])
+            if first.kind in MATRICES and axes is not None and axes.ndim == len(shape):
+                matrix = stacked.reshape(*axes.stack_shape(shape), *axes.matrix_shape(shape))
+                if stacked.shape[-2:] != matrix.shape[-2:]:
+                    raise ValueError
+                # In NumPy as in JAX; from_matrix is for fused kernels.
+                like = jnp.zeros(shape, matrix.dtype)
+                out = np.asarray(axes.from_matrix(jnp.asarray(matrix), like))
+            else:
+                stacks = self.stack_axes(path)
+                rest = tuple(n for axis, n in enumerate(shape) if axis not in stacks)
+                flat = stacked.ndim == 2 and math.prod(rest) == stacked.shape[1]
+                if stacked.shape[1:] != rest and not flat:  # a bias of several heads is flat
+                    raise ValueError
+                out = stacked.reshape(*self.stack(path), *rest)
+                out = np.moveaxis(out, range(len(stacks)), stacks)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{file}: {first.name!r} is {arrays[first.index].shape}, which does not fit "
+                f"{path!r} of shape {shape}."
+            ) from None
+        return out if out.dtype.itemsize >= 4 else out.astype(np.float32)
+
+    def torch_shape(self, torch: Torch) -> tuple[int, ...]:
+        """The shape that a parameter has in PyTorch."""
+        shape, axes = self.shape(torch.path), self.axes(torch.path)
+        if torch.kind in MATRICES and axes is not None and axes.ndim == len(shape):
+            one = (*self.stack(torch.path)[len(torch.index) :], *axes.matrix_shape(shape))
+        else:
+            stacks = self.stack_axes(torch.path)
+            one = tuple(n for axis, n in enumerate(shape) if axis not in stacks)
+        if torch.name.endswith(".bias"):
+            return (math.prod(one),)
+        return tuple(from_kernel(torch.kind, np.broadcast_to(np.zeros(()), one)).shape)
+
+    def from_leaf(self, torch: Torch, leaf: Any = None) -> np.ndarray:
+        """One of PyTorch's arrays of a leaf, or of another in its place."""
+        leaf = self.leaves[torch.path] if leaf is None else leaf
+        array, axes = host(leaf, torch.path), self.axes(torch.path)
+        if torch.kind in MATRICES and axes is not None and axes.ndim == array.ndim:
+            array = np.asarray(axes.as_matrix(jnp.asarray(array)))
+        else:
+            stacks = self.stack_axes(torch.path)
+            array = np.moveaxis(array, stacks, range(len(stacks)))
+        array = from_kernel(torch.kind, array[torch.index])
+        return array.reshape(-1) if torch.name.endswith(".bias") else array

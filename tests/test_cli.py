@@ -1,0 +1,292 @@
+"""The command: what it says of adapters is right, what it writes is what Python writes."""
+
+import json
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import random_like, relative_error
+
+import lora_jax
+from lora_jax.checkpoint import Checkpoint, rewrite
+from lora_jax.cli import __main__ as cli
+from lora_jax.cli import commands
+from lora_jax.factors import difference, extracted, open_adapter
+from lora_jax.tensors import Tensors
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def split():
+    normal = iter(jax.random.split(KEY, 9))
+    params = {
+        "a": {
+            "kernel": jax.random.normal(next(normal), (6, 8)),
+            "bias": jax.random.normal(next(normal), (8,)),
+        },
+        "b": {
+            "kernel": jax.random.normal(next(normal), (8, 3)),
+            "bias": jax.random.normal(next(normal), (3,)),
+        },
+        "embed": {"embedding": jax.random.normal(next(normal), (11, 6))},
+    }
+    rule = lora_jax.Rule("(a|b)/kernel", rank=2, alpha=3.0, variant="dora", detach_norm=True)
+    frozen, adapters = lora_jax.lora_init(KEY, params, lora_jax.LoraConfig([rule]))
+    return frozen, random_like(adapters, scale=0.5)
+
+
+@pytest.fixture
+def folders(split, tmp_path):
+    """An adapter in both formats, and its base with both names."""
+    lora_jax.save(tmp_path / "own", split[1], frozen=split[0], metadata={"task": "topics"})
+    lora_jax.peft.save(tmp_path / "peft", *split)
+    lora_jax.export(tmp_path / "flax.safetensors", split[0], {})
+    lora_jax.export(tmp_path / "torch.safetensors", split[0], {}, names="transformers")
+    return tmp_path
+
+
+def run(capsys, monkeypatch, *arguments):
+    """The exit code and what was printed."""
+    monkeypatch.setattr(sys, "argv", ["lora-jax", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed = capsys.readouterr()
+    return caught.value.code, printed.out + printed.err
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize("form", ["own", "peft"])
+def test_inspect(split, folders, call, form):
+    code, out = call("inspect", folders / form)
+    assert code == 0
+    kernel = split[1]["a"]["kernel"]
+    delta = 1.5 * np.asarray(kernel.U @ kernel.V)
+    values = np.linalg.svd(delta, compute_uv=False)[:2]
+    name = "a/kernel" if form == "own" else "a"
+    one = open_adapter(folders / form).factors[name]
+    assert np.allclose(one.singular_values, values, rtol=1e-5)
+    share = values / values.sum()
+    assert one.effective_rank == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+    for text in (name, "6 x 8", "DoRA", "1.5", f"{np.linalg.norm(values):.3g}", "numbers 61"):
+        assert text in out
+    assert ("task topics" in out) == (form == "own")
+
+
+def test_convert_both_ways(folders, call, tmp_path):
+    assert call("convert", folders / "own", tmp_path / "p") == (
+        0,
+        f"{tmp_path / 'p'}: 2 matrices.\n",
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "p" / name).read_bytes() == (folders / "peft" / name).read_bytes()
+    assert call("convert", tmp_path / "p", tmp_path / "o")[0] == 0
+    assert call("diff", folders / "own", tmp_path / "o")[0] == 0
+    params = {"a": {"kernel": jnp.ones((6, 8))}, "b": {"kernel": jnp.ones((8, 3))}}
+    chex.assert_trees_all_equal(
+        lora_jax.load(tmp_path / "o", params)[1], lora_jax.load(folders / "own", params)[1]
+    )
+    code, out = call("convert", folders / "own", tmp_path / "p")
+    assert code == 1
+    assert "exists" in out
+
+
+def test_convert_with_own_names(folders, call, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([["{layer}/kernel", "model.{layer}.weight"]]))
+    assert call("convert", folders / "own", tmp_path / "p", "--names", names)[0] == 0
+    keys = set(Tensors(tmp_path / "p" / "adapter_model.safetensors"))
+    assert "base_model.model.model.a.lora_A.weight" in keys
+    assert call("convert", tmp_path / "p", tmp_path / "o", "--names", names)[0] == 0
+    assert call("diff", folders / "own", tmp_path / "o")[0] == 0
+
+
+@pytest.mark.parametrize(("form", "base"), [("own", "flax"), ("own", "torch"), ("peft", "torch")])
+def test_merge(split, folders, call, tmp_path, form, base):
+    out = tmp_path / "merged.safetensors"
+    code, text = call("merge", folders / form, folders / f"{base}.safetensors", out)
+    assert code == 0
+    expected = tmp_path / "expected.safetensors"
+    lora_jax.export(expected, *split, names="transformers" if base == "torch" else None)
+    merged = Tensors(out)
+    assert set(merged) == set(Tensors(expected))
+    for name, array in Tensors(expected).items():
+        assert relative_error(merged[name], array) < 1e-6
+    assert "largest error" in text
+
+
+def test_merge_of_shards(split, folders, call, tmp_path):
+    base, arrays = tmp_path / "base", dict(Tensors(folders / "torch.safetensors"))
+    base.mkdir()
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors", "e": "model-2.safetensors"}
+    for file in set(shards.values()):
+        part = {n: x for n, x in arrays.items() if shards[n[0]] == file}
+        safetensors.numpy.save_file(part, base / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shards[name[0]] for name in arrays}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "config.json").write_text("{}")
+    assert call("merge", folders / "peft", base, tmp_path / "out")[0] == 0
+    assert {f.name for f in base.iterdir()} == {f.name for f in (tmp_path / "out").iterdir()}
+    merged = lora_jax.lora_merge(*split)
+    assert relative_error(Checkpoint(tmp_path / "out")["a.weight"], merged["a"]["kernel"].T) < 1e-6
+    (base / "model-2.safetensors").unlink()
+    code, out = call("merge", folders / "peft", base, tmp_path / "out2")
+    assert code == 1
+    assert "should be in 'model-2.safetensors'" in out
+    assert not (tmp_path / "out2").exists()
+
+
+def test_merge_into_bfloat16_says_what_vanishes(split, folders, call, tmp_path):
+    small = jax.tree.map(lambda x: x, split[1])
+    for name in ("a", "b"):
+        adapter = small[name]["kernel"]
+        W = split[0][name]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+        m = jnp.linalg.norm(W, axis=0)
+        small[name]["kernel"] = adapter.replace(U=1e-5 * adapter.U, m=m)
+    lora_jax.save(tmp_path / "small", small)
+    lora_jax.export(tmp_path / "16.safetensors", split[0], {}, dtype=jnp.bfloat16)
+    code, out = call("merge", tmp_path / "small", tmp_path / "16.safetensors", tmp_path / "m")
+    assert code == 0
+    assert "Most of the update vanishes in 2 of 2" in out
+    assert (
+        call(
+            "merge", tmp_path / "small", tmp_path / "16.safetensors", tmp_path / "s", "--seed", "0"
+        )[0]
+        == 0
+    )
+    near, chance = Tensors(tmp_path / "m")["a/kernel"], Tensors(tmp_path / "s")["a/kernel"]
+    assert near.dtype == chance.dtype == jnp.bfloat16
+    assert np.array_equal(near, Tensors(tmp_path / "16.safetensors")["a/kernel"])
+
+
+def test_diff(split, folders, call, tmp_path):
+    assert call("diff", folders / "peft", folders / "peft")[0] == 0
+    adapter = split[1]["a"]["kernel"]
+    other = split[1] | {"a": {"kernel": adapter.replace(U=-2 * adapter.U)}}
+    lora_jax.save(tmp_path / "other", other)
+    code, out = call("diff", folders / "own", tmp_path / "other")
+    assert code == 1
+    assert "-1.0000" in out
+    a, b = (open_adapter(f).factors["a/kernel"] for f in (folders / "own", tmp_path / "other"))
+    assert difference(a, b) == pytest.approx((3.0, -1.0))
+    assert difference(a, a) == pytest.approx((0.0, 1.0), abs=1e-12)
+    lora_jax.save(tmp_path / "less", {"a": other["a"]})
+    code, out = call("diff", folders / "own", tmp_path / "less")
+    assert code == 1
+    assert "only in" in out
+
+
+@pytest.mark.parametrize("base", ["flax", "torch"])
+def test_extract_finds_the_adapter_again(split, folders, call, tmp_path, base):
+    plain = jax.tree.map(lambda x: x, split[1])
+    for name in ("a", "b"):
+        plain[name]["kernel"] = plain[name]["kernel"].replace(m=None, variant="lora")
+    names = "transformers" if base == "torch" else None
+    tuned = tmp_path / "tuned.safetensors"
+    lora_jax.export(tuned, split[0], plain, names=names)
+    before = folders / f"{base}.safetensors"
+    code, _ = call("extract", tuned, before, tmp_path / "x", "--rank", "2")
+    assert code == 0
+    code, _ = call("merge", tmp_path / "x", before, tmp_path / "again.safetensors")
+    assert code == 0
+    for name, array in Tensors(tuned).items():
+        assert relative_error(Tensors(tmp_path / "again.safetensors")[name], array) < 1e-5
+    assert call("extract", tuned, before, tmp_path / "y", "--energy", "0.999999")[0] == 0
+    assert {one.rank for one in open_adapter(tmp_path / "y").factors.values()} == {2}
+
+
+def test_extract_leaves_nothing_out_in_silence(split, folders, call, tmp_path):
+    tuned = tmp_path / "tuned.safetensors"
+    changed = jax.tree.map(lambda x: x + 1, split[0])
+    lora_jax.export(tuned, changed, {})
+    base = folders / "flax.safetensors"
+    code, out = call("extract", tuned, base, tmp_path / "x", "--rank", "1")
+    assert code == 1
+    assert "2 arrays differ that would not be in the adapter: 'a/bias'" in out
+    code, out = call("extract", tuned, base, tmp_path / "x", "--rank", "1", "--allow-rest")
+    assert code == 0
+    assert "Left out, though they differ: a/bias, b/bias" in out
+    for options, message in (
+        ((), "either --rank or --energy"),
+        (("--rank", "0"), "at least 1"),
+        (("--energy", "2"), r"in (0, 1]"),
+    ):
+        code, out = call("extract", tuned, base, tmp_path / "z", *options)
+        assert code == 1
+        assert message in out
+
+
+def test_singular_values_give_the_nearest():
+    delta = np.asarray(jax.random.normal(KEY, (7, 5)))
+    values = np.linalg.svd(delta, compute_uv=False)
+    U, V, lost = extracted(delta, 2, None)
+    assert lost == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-5)
+    assert np.linalg.norm(delta - U @ V) / np.linalg.norm(delta) == pytest.approx(lost, rel=1e-5)
+    energy = np.square(values[:3]).sum() / np.square(values).sum()
+    assert extracted(delta, None, float(energy) - 1e-6)[0].shape[1] == 3
+    assert extracted(delta, None, float(energy) + 1e-6)[0].shape[1] == 4
+
+
+def test_verify(split, folders, call, tmp_path):
+    code, out = call("verify", folders / "own", "--base", folders / "flax.safetensors")
+    assert code == 0
+    assert "is the base that it was trained on" in out
+    assert call("verify", folders / "peft")[0] == 0
+    other = jax.tree.map(lambda x: x + 1, split[0])
+    lora_jax.export(tmp_path / "other.safetensors", other, {})
+    code, out = call("verify", folders / "own", "--base", tmp_path / "other.safetensors")
+    assert code == 1
+    assert "has another 'a/kernel'" in out
+    file = next((folders / "own").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    code, out = call("verify", folders / "own")
+    assert code == 1
+    assert "truncated" in out
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "diff", "extract", "verify"])
+def test_help(call, command):
+    code, out = call(command, "--help")
+    assert code == 0
+    assert "adapter" in out
+
+
+def test_what_is_not_there(call, tmp_path):
+    code, out = call("inspect", tmp_path)
+    assert code == 1
+    assert "There are no adapters in" in out
+    assert call("inspect")[0] == 2
+    code, out = call("merge", tmp_path, tmp_path / "none", tmp_path / "out")
+    assert code == 1
+
+
+def test_a_checkpoint_with_a_name_twice(tmp_path):
+    for name in ("1.safetensors", "2.safetensors"):
+        safetensors.numpy.save_file({"x": np.ones(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match="'x' is in"):
+        Checkpoint(tmp_path)
+    one = Checkpoint(tmp_path / "1.safetensors")
+    with pytest.raises(FileExistsError):
+        rewrite(one, tmp_path / "2.safetensors", one.info, one.__getitem__)
+
+
+def test_as_a_program(folders):
+    """It starts alone, and takes no accelerator."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_jax.cli", "verify", folders / "own"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "lora_jax, 2 matrices" in done.stdout
+    assert commands.console.file is sys.stdout

@@ -1,0 +1,504 @@
+"""PEFT's files without PEFT: what is saved comes back, and what is wrong is refused.
+
+`tests/interop/test_peft_files.py` does the same with PEFT itself.
+"""
+
+import json
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import random_like, random_variables
+
+import lora_jax
+from lora_jax.names import Name
+from lora_jax.peft_config import by_pattern, first_match
+from lora_jax.tensors import Tensors
+
+NAMES = [
+    ("layers/{name}/kernel", "model.layers.{i}.{name}.weight"),
+    ("layers/{name}/bias", "model.layers.{i}.{name}.bias", "plain"),
+    ("heads/kernel", "model.heads.weight"),
+    ("heads/bias", "model.heads.bias", "plain"),
+    ("conv/kernel", "model.conv.weight", "conv"),
+    ("conv/bias", "model.conv.bias", "plain"),
+    ("embed/embedding", "model.embed.weight", "embedding"),
+    ("{path*}/kernel", "{path*}.weight"),
+    ("{path*}/bias", "{path*}.bias", "plain"),
+]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(6, name="up")(x)), None
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(11, 6, name="embed")(ids)
+        x, _ = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=3)(name="layers")(
+            x, None
+        )
+        x = nn.Conv(6, (3,), name="conv")(x)
+        x = nn.DenseGeneral((2, 3), name="heads")(x)
+        return nn.Dense(4, name="head")(x.reshape(*x.shape[:-2], 6))
+
+
+IDS = jnp.array([[1, 5, 3, 2]])
+RULES = {
+    "lora": [lora_jax.Rule("(layers/up|heads|conv)/kernel", rank=2, alpha=3.0)],
+    "patterns": [
+        lora_jax.Rule("layers/up/kernel", rank=2, alpha=1.5),
+        lora_jax.Rule("heads/kernel", rank=4, alpha=3.0),
+        lora_jax.Rule("conv/kernel", rank=4, alpha=3.0),
+    ],
+    "rslora": [lora_jax.Rule("heads/kernel", rank=2, alpha=3.0, rslora=True, dropout=0.1)],
+    "dora": [
+        lora_jax.Rule("(layers/up|heads|conv)/kernel", rank=2, variant="dora", detach_norm=True)
+    ],
+    "embedding": [lora_jax.Rule("embed/embedding", rank=2)],
+}
+
+
+@pytest.fixture
+def model():
+    params = random_variables(Model(), IDS)["params"]
+    return params, lora_jax.kernel_axes(Model(), {"params": params}, IDS)
+
+
+def adapted(model, rules, trainable=("head/.*",)):
+    params, axes = model
+    config = lora_jax.LoraConfig(rules, trainable=trainable)
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
+    return frozen, random_like(adapters)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    frozen, adapters = adapted(model, RULES["dora"])
+    lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
+    return tmp_path, frozen, adapters
+
+
+def load(folder, model):
+    return lora_jax.peft.load(folder, model[0], names=NAMES, axes=model[1])
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_comes_back_bit_for_bit(model, rules, tmp_path):
+    frozen, adapters = adapted(model, rules)
+    lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
+    again = load(tmp_path, model)
+    chex.assert_trees_all_equal((frozen, adapters), again)
+    assert jax.tree.structure((frozen, adapters)) == jax.tree.structure(again)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+    lora_jax.peft.save(tmp_path, *again, names=NAMES, axes=model[1])
+    assert files == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_half_precision(model, tmp_path):
+    frozen, adapters = adapted(model, RULES["dora"])
+    lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1], dtype=jnp.bfloat16)
+    assert {info.dtype.name for info in Tensors(tmp_path / FILE).info.values()} == {"bfloat16"}
+    _, again = load(tmp_path, model)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(again)} == {"float32"}
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), adapters)
+    chex.assert_trees_all_equal(again, rounded)
+
+
+def test_biases(model, tmp_path):
+    frozen, adapters = adapted(model, RULES["lora"], ["(layers/up|heads|conv)/bias"])
+    lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "lora_only"
+    chex.assert_trees_all_equal(load(tmp_path, model), (frozen, adapters))
+    frozen, adapters = adapted(model, RULES["lora"], ["(layers/up|heads)/bias"])
+    with pytest.raises(ValueError, match=r"biases of adapted modules.*'conv/bias' is not"):
+        lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
+
+
+@pytest.mark.parametrize(
+    ("rules", "trainable", "message"),
+    [
+        (
+            [lora_jax.Rule("heads/kernel", rank=2), *RULES["dora"]],
+            (),
+            "LoRA and DoRA in one",
+        ),
+        (
+            [lora_jax.Rule("heads/kernel", rank=2, rslora=True), *RULES["lora"]],
+            (),
+            "rsLoRA and plain LoRA in one",
+        ),
+        (
+            [lora_jax.Rule("heads/kernel", rank=2, dropout=0.1), *RULES["lora"]],
+            (),
+            "one dropout",
+        ),
+        (RULES["lora"], ["head/bias"], "'head' a part is trained whole, and 'head/kernel' is not"),
+        ([], ["head/.*"], "no adapter of a kernel"),
+        ([lora_jax.Rule("embed/embedding", rank=2, substitute=True)], (), "all uses see"),
+    ],
+)
+def test_what_peft_has_not_is_refused(model, tmp_path, rules, trainable, message):
+    frozen, adapters = adapted(model, rules, trainable)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path / "new", frozen, adapters, names=NAMES, axes=model[1])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_parameter_without_a_name(model, tmp_path):
+    frozen, adapters = adapted(model, RULES["lora"])
+    with pytest.raises(ValueError, match=r"no name in PyTorch for '.*/kernel'"):
+        lora_jax.peft.save(tmp_path, frozen, adapters, names=[("head/{leaf}", "head.{leaf}")])
+    with pytest.raises(ValueError, match="stacks 1 axes"):
+        lora_jax.peft.save(tmp_path, frozen, adapters, axes=model[1])
+    for names, message in (
+        ([("a/kernel", "lin.weight"), ("b/kernel", "lin.weight")], "another kernel has too"),
+        ([("{x}/kernel", "mha.{x}_proj"), *NAMES[-1:]], "does not end in"),
+    ):
+        params = {x: {"kernel": jnp.ones((3, 3))} for x in "ab"}
+        config = lora_jax.LoraConfig([lora_jax.Rule("./kernel", rank=1)])
+        split = lora_jax.lora_init(jax.random.key(0), params, config)
+        with pytest.raises(ValueError, match=message):
+            lora_jax.peft.save(tmp_path, *split, names=names)
+
+
+# --- where PEFT would compute something else ---
+
+
+def unequal(module, x, trainable=(), **rule):
+    """A model, its axes, and its kernel adapted or trained whole."""
+    variables = random_variables(module, x)
+    params, axes = variables["params"], lora_jax.kernel_axes(module, variables, x)
+    rules = [] if trainable else [lora_jax.Rule(".*(kernel|embedding)", rank=1, **rule)]
+    rules += [lora_jax.Rule("other/kernel", rank=1)] if trainable else []
+    config = lora_jax.LoraConfig(rules, trainable=trainable)
+    return *lora_jax.lora_init(jax.random.key(0), params, config, axes=axes), axes
+
+
+class Attend(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 6, name="embed")
+        return embed.attend(nn.Dense(6, name="other")(embed(ids)))
+
+
+class Raw(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(11, 6, name="embed")
+        return nn.Dense(6, name="other")(embed(ids)) @ embed.embedding.T
+
+
+class One(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="other")(self.layer(x))
+
+
+X = jnp.ones((2, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "trainable", "message"),
+    [
+        (Attend(), IDS, ["embed/.*"], "only its lookup would be trained"),
+        (Raw(), IDS, ["embed/.*"], "only its lookup would be trained"),
+        (Attend(), IDS, (), "only its lookup would be adapted"),
+        (One(nn.Conv(6, (3,), kernel_dilation=2)), X, (), "does not dilate"),
+        (One(nn.Conv(6, (3,), padding="CIRCULAR")), X, (), "does not pad its factors with CIRC"),
+        (One(nn.Conv(6, (3,), feature_group_count=2)), X, (), "have no groups"),
+        (One(nn.ConvTranspose(6, (3,))), X, (), "no transposed convolutions"),
+        (One(nn.ConvTranspose(6, (3,))), X, ["layer/.*"], "no transposed convolutions"),
+        (One(nn.BatchNorm(True)), X, ["layer/.*"], "BatchNorm"),
+    ],
+)
+def test_what_peft_computes_otherwise_is_refused(module, x, trainable, message, tmp_path):
+    frozen, adapters, axes = unequal(module, x, trainable)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path, frozen, adapters, axes=axes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_embedding_needs_to_know_the_model(tmp_path):
+    frozen, adapters, _ = unequal(Attend(), IDS, ["embed/.*"])
+    with pytest.raises(ValueError, match="pass axes="):
+        lora_jax.peft.save(tmp_path, frozen, adapters)
+
+
+def test_only_the_lookup_is_adapted_as_in_peft(tmp_path):
+    """The logits keep the base's embeddings."""
+    params = random_variables(Attend(), IDS)["params"]
+    axes = lora_jax.kernel_axes(Attend(), {"params": params}, IDS)
+    assert axes.shared == {"embed/embedding"}
+    frozen, adapters, _ = unequal(Raw(), IDS, tied="untie")
+    lora_jax.peft.save(tmp_path, frozen, random_like(adapters, scale=1.0), axes=axes)
+    frozen, adapters = lora_jax.peft.load(tmp_path, params, axes=axes)
+    adapter = adapters["embed"]["embedding"]
+    assert adapter.untied
+    adapted = params["embed"]["embedding"] + adapter.scale * adapter.U @ adapter.V
+    other = lora_jax.lora_merge({"other": frozen["other"]}, {"other": adapters["other"]})["other"]
+    x = adapted[IDS] @ other["kernel"] + other["bias"]
+    logits = lora_jax.lora_apply(Attend(), {"params": frozen}, adapters, IDS)
+    assert jnp.allclose(logits, x @ params["embed"]["embedding"].T, atol=1e-5)
+
+
+def test_names_that_end_alike(tmp_path):
+    """PEFT compares ends of names: what is not adapted is excluded, or it is refused."""
+    params = {
+        "lin": {"kernel": jnp.ones((3, 3))},
+        "sub": {"lin": {"kernel": jnp.ones((3, 3))}, "prelin": {"kernel": jnp.ones((3, 3))}},
+    }
+
+    def split(pattern, trainable=()):
+        config = lora_jax.LoraConfig([lora_jax.Rule(pattern, rank=1)], trainable=trainable)
+        return lora_jax.lora_init(jax.random.key(0), params, config)
+
+    lora_jax.peft.save(tmp_path, *split("lin/kernel"))
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (said["target_modules"], said["exclude_modules"]) == (["lin"], ["sub.lin"])
+    chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path, params), split("lin/kernel"))
+    with pytest.raises(ValueError, match=r"train 'sub\.(pre)?lin\.weight' whole too"):
+        lora_jax.peft.save(tmp_path, *split("sub/prelin/kernel", ["lin/kernel"]))
+    head = {"classifier": {"kernel": jnp.ones((3, 2))}} | params
+    config = lora_jax.LoraConfig([lora_jax.Rule("lin/kernel", rank=1)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), head, config)
+    with pytest.raises(ValueError, match=r"'classifier\.weight' whole too.*leave out task_type"):
+        lora_jax.peft.save(tmp_path, frozen, adapters, task_type="SEQ_CLS")
+
+
+def test_patterns_are_written_in_the_order_that_counts(tmp_path):
+    params = {x: {"kernel": jnp.ones((3, 3))} for x in "abc"}
+    names = [
+        ("a/kernel", "z.lin.weight"),
+        ("b/kernel", "lin.weight"),
+        ("c/kernel", "other.weight"),
+    ]
+    alphas = {"a": 7, "b": 3, "c": 1}
+    rules = [lora_jax.Rule(f"{x}/kernel", rank=1, alpha=alpha) for x, alpha in alphas.items()]
+    split = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig(rules))
+    lora_jax.peft.save(tmp_path, *split, names=names)
+    _, adapters = lora_jax.peft.load(tmp_path, params, names=names)
+    assert {x: adapters[x]["kernel"].alpha for x in "abc"} == alphas
+
+
+def test_a_rank_above_the_matrix_comes_back(tmp_path):
+    params = {"a": {"kernel": jnp.ones((3, 2))}}
+    config = lora_jax.LoraConfig([lora_jax.Rule("a/kernel", rank=2)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    adapter = adapters["a"]["kernel"]
+    wide = adapter.replace(U=jnp.ones((3, 5)), V=jnp.ones((5, 2)), rank=5, alpha=5.0)
+    lora_jax.peft.save(tmp_path / "peft", frozen, {"a": {"kernel": wide}})
+    _, loaded = lora_jax.peft.load(tmp_path / "peft", params)
+    lora_jax.save(tmp_path / "own", loaded)
+    chex.assert_trees_all_equal(lora_jax.load(tmp_path / "own", params)[1], loaded)
+
+
+# --- damaged and hostile folders ---
+
+FILE = "adapter_model.safetensors"
+UP = "base_model.model.model.layers.0.up"
+
+
+def edit_config(folder, **change):
+    file = folder / "adapter_config.json"
+    said = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({k: v for k, v in said.items() if v != "DROP"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "only LORA is read"),
+        ({"r": 3}, "for rank 3"),
+        ({"r": 0}, "a rank of at least 1"),
+        ({"r": True}, "a rank of at least 1"),
+        ({"lora_alpha": "x"}, "'lora_alpha' must be a positive number"),
+        ({"lora_alpha": 10**400}, "'lora_alpha' must be a positive number"),
+        ({"lora_alpha": -1}, "'lora_alpha' must be a positive number"),
+        ({"rank_pattern": {"up": 4}}, "for rank 4"),
+        ({"rank_pattern": [1]}, "'rank_pattern' must be an object"),
+        ({"rank_pattern": {"(a+)+": 4}}, "too complex"),
+        ({"alpha_pattern": {"(": 4}}, "no regular expression"),
+        ({"alpha_pattern": {"layers.0.up": 4}}, "different ranks and alphas"),
+        ({"use_dora": False}, "it should have A, B"),
+        ({"use_rslora": 1}, "must be true or false"),
+        ({"lora_dropout": 1.0}, r"\[0, 1\)"),
+        ({"bias": "some"}, "one of none, all, lora_only"),
+        ({"lora_bias": True}, "has no equal here"),
+        ({"init_lora_weights": "pissa"}, "changes the base"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1]]}, "no equal here"),
+        ({"trainable_token_indices": [1]}, "no equal here"),
+        ({"of_the_future": {"x": 1}}, "of_the_future"),
+        ({"modules_to_save": None}, "neither of an adapter nor of modules_to_save"),
+        ({"modules_to_save": ["head", "embed"]}, "lacks 'model.embed.weight', of modules_to_save"),
+        ({"target_modules": ["up", "heads", "conv", "embed"]}, "lacks 'model.embed'"),
+        ({"target_modules": 1}, "list of strings"),
+    ],
+)
+def test_a_config_that_makes_no_sense(saved, model, change, message):
+    edit_config(saved[0], **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(saved[0], model)
+    assert str(saved[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"of_the_future": None},
+        {"lora_ga_config": "DROP"},
+        {"modules_to_save": ["head", "score"]},
+    ],
+)
+def test_other_versions_of_peft(saved, model, change):
+    edit_config(saved[0], **change)
+    chex.assert_trees_all_equal(load(saved[0], model)[1], saved[2])
+
+
+def edit_tensors(folder, change):
+    tensors = dict(Tensors(folder / FILE))
+    change(tensors)
+    (folder / FILE).write_bytes(safetensors.numpy.save(tensors))
+
+
+def renamed(old, new):
+    def change(tensors):
+        tensors[new] = tensors.pop(old)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{UP}.lora_A.weight"), "'model.layers.0.up' has .*it should have A, B"),
+        (lambda t: t.pop(f"{UP}.lora_magnitude_vector"), "magnitudes of DoRA dropped"),
+        (lambda t: [t.pop(k) for k in list(t) if "layers.2" in k], "lacks 'model.layers.2.up"),
+        (lambda t: [t.pop(k) for k in list(t) if "heads" in k], "lacks 'model.heads', of target"),
+        (lambda t: t.pop("base_model.model.head.bias"), "lacks 'head.bias', of modules_to_save"),
+        (lambda t: t.update({"x": np.ones(1)}), "'x' does not begin with"),
+        (lambda t: t.update({f"{UP}.more": np.ones(1)}), "up.more' is neither of an adapter"),
+        (
+            lambda t: [t.update({k.replace("up", "down"): t.pop(k)}) for k in list(t)],
+            "'model.layers.0.down.weight'.*Nearest: model.layers.0.up.weight",
+        ),
+        (renamed(f"{UP}.lora_A.weight", f"{UP}.lora_embedding_A"), "says that it is linear"),
+        (
+            lambda t: t.update({f"{UP}.lora_magnitude_vector.weight": np.ones(6)}),
+            "in two forms",
+        ),
+        (lambda t: t.update({f"{UP}.lora_A.weight": np.ones((6, 2))}), "A of .* should be"),
+        (lambda t: t.update({f"{UP}.lora_A.weight": np.ones((2, 6), int)}), "int64"),
+        (
+            lambda t: t.update({f"{UP}.lora_A.weight": np.full((2, 6), np.nan)}),
+            "lora_A.weight' has NaN",
+        ),
+        (lambda t: t.update({"base_model.model.head.bias": np.ones(5)}), "'head.bias' is"),
+        (lambda t: t.update({f"{UP}.base_layer.weight": np.ones((6, 6))}), "another one than"),
+    ],
+)
+def test_tensors_that_do_not_fit(saved, model, change, message):
+    edit_tensors(saved[0], change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(saved[0], model)
+    assert str(saved[0]) in str(caught.value)
+
+
+def test_no_pickle(saved, model):
+    (saved[0] / FILE).rename(saved[0] / "adapter_model.bin")
+    with pytest.raises(ValueError, match="pickle"):
+        load(saved[0], model)
+
+
+def test_a_folder_that_has_folders(saved, model):
+    saved[0].rename(saved[0].parent / "hub")
+    (saved[0] / "a").mkdir(parents=True)
+    (saved[0].parent / "hub").rename(saved[0] / "task")
+    with pytest.raises(FileNotFoundError, match="Folders in it that have one: task"):
+        load(saved[0], model)
+    load(saved[0] / "task", model)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        load(saved[0] / "none", model)
+
+
+def test_every_truncation_is_found(saved, model):
+    content = (saved[0] / FILE).read_bytes()
+    for size in np.random.default_rng(0).integers(len(content), size=100):
+        (saved[0] / FILE).write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+            load(saved[0], model)
+
+
+def test_a_config_is_never_beside_tensors_of_another(saved, model, monkeypatch):
+    folder, frozen, _ = saved
+    frozen, adapters = adapted(model, RULES["patterns"])
+
+    def fail(path, content):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(lora_jax.peft, "write_bytes", fail)
+    with pytest.raises(OSError, match="disk full"):
+        lora_jax.peft.save(folder, frozen, adapters, names=NAMES, axes=model[1])
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        load(folder, model)
+
+
+# --- names and patterns ---
+
+
+def test_patterns_are_pefts():
+    """The first that matches the end of a name wins, '.' is any character."""
+    patterns = {"layers.1.q": 1, "q": 2, r".*\.mlp\..*": 3, "^x.k": 4}
+    modules = {"layers.1.q": 1, "a.layers.1.q": 1, "layersx1.q": 1, "a.q": 2, "aq": 0}
+    modules |= {"a.mlp.b": 3, "x.k": 4, "y.x.k": 0}
+    assert {module: first_match(patterns, module, 0) for module in modules} == modules
+
+
+def test_patterns_that_are_written():
+    values = {"q": 1, "a.q": 2, "b.q": 1, "b": 1}
+    common, patterns = by_pattern(values)
+    assert (common, patterns) == (1, {"a.q": 2})
+    values = {"q": 2, "a.q": 1, "b": 1}
+    common, patterns = by_pattern(values)
+    assert (common, patterns) == (1, {"^q": 2})
+    assert {m: first_match(patterns, m, common) for m in values} == values
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("{a}/k", "{b}.k"), "every placeholder"),
+        (("{a}/{a}", "{a}"), "every placeholder"),
+        (("a", "b", "x"), "no kind 'x'"),
+        (("a", "{i*}"), r"no '\*'"),
+        (("{a|b}", "{a|b}"), "every placeholder"),
+    ],
+)
+def test_names_that_make_no_sense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Name(*fields)
+
+
+def test_names_of_fused_kernels():
+    name = Name("l_{i}/kv", "l.{i}.{k|v}.weight")
+    assert name.match("l_3/kv", (2,)) == [((0,), "l.3.k.weight"), ((1,), "l.3.v.weight")]
+    assert name.match("l_3/q", (2,)) is None
+    with pytest.raises(ValueError, match="names 2"):
+        name.match("l_3/kv", (3,))
+
+
+@pytest.mark.parametrize("names", ["llama9", 3])
+def test_families_that_do_not_exist(saved, model, names):
+    with pytest.raises((ValueError, TypeError), match="names"):
+        lora_jax.peft.load(saved[0], model[0], names=names)
