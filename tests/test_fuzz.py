@@ -1,5 +1,6 @@
 """Ten thousand damaged and hostile files: each is refused, in bounded memory, or read right."""
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_like
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import lora_jax
 from lora_jax import store
+from lora_jax.peft_config import read_config
+from lora_jax.tensors import Tensors
 
 # What reading may raise. Anything else, or no end, is a failure.
 REFUSED = (ValueError, FileNotFoundError)
@@ -163,3 +168,64 @@ def check_fit(adapters):
                 assert {n: getattr(node, n).shape for n in shapes} == shapes
             else:
                 assert node.shape == expected
+
+
+# --- anything at all, as hypothesis finds it ---
+
+NAMES = ("r", "lora_alpha", "rank_pattern", "use_dora", "target_modules", "modules_to_save", "bias")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inside: (
+        st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=4), inside, max_size=4)
+    ),
+    max_leaves=8,
+)
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F4", ""]) | JSON,
+        "shape": st.lists(st.integers(0, 3), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(0, 40), min_size=2, max_size=2) | JSON,
+    }
+)
+anything = settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def read_or_refuse(read):
+    """Errors are those that reading may raise."""
+    with contextlib.suppress(REFUSED):
+        read()
+
+
+@anything
+@given(
+    header=st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), TENSOR | JSON) | JSON,
+    data=st.binary(max_size=40),
+)
+def test_any_header(tmp_path, header, data):
+    content = json.dumps(header).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(content)) + content + data)
+    read_or_refuse(lambda: dict(Tensors(file)))
+
+
+@anything
+@given(st.binary(max_size=64))
+def test_any_bytes(tmp_path, content):
+    for name in ("x.safetensors", "adapter.json", "adapter_config.json"):
+        (tmp_path / name).write_bytes(content)
+    read_or_refuse(lambda: Tensors(tmp_path / "x.safetensors"))
+    read_or_refuse(lambda: lora_jax.load(tmp_path, PARAMS))
+    read_or_refuse(lambda: lora_jax.peft.load(tmp_path, PARAMS))
+
+
+@anything
+@given(st.dictionaries(st.sampled_from(NAMES), JSON | st.integers(1, 9) | st.just("none")))
+def test_any_config(tmp_path, said):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | said))
+    read_or_refuse(lambda: read_config(tmp_path))
