@@ -471,7 +471,7 @@ def _to_jax(array: np.ndarray, file: str) -> jax.Array:
 
 def _verify(base: Mapping[str, str], leaves: Mapping[str, Any], path: StrPath) -> None:
     """Errors where the base is not the one of which hashes were saved."""
-    if not base:
+    if leaves and not base:
         raise ValueError(
             f"{path} has no hashes of its base to verify: pass frozen=... to lora_jax.save."
         )

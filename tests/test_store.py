@@ -125,6 +125,14 @@ def test_another_base(saved, params):
         lora_jax.load(folder, other, verify=True)
 
 
+def test_without_a_base_there_is_none_to_verify(params, tmp_path):
+    frozen, adapters = lora_jax.lora_init(
+        jax.random.key(0), params, lora_jax.LoraConfig(trainable=[".*"])
+    )
+    lora_jax.save(tmp_path, adapters, frozen=frozen)
+    chex.assert_trees_all_equal(lora_jax.load(tmp_path, params, verify=True), (frozen, adapters))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
