@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -31,6 +30,7 @@ from examples.assets import MissingAsset
 HEAD = r"classifier/.*"
 KERNELS = r"encoder/.*/kernel"
 CURVE_TEXTS = 256  # the accuracy on the way is on the first of the test texts only
+FREE = {"seeds", "out"}  # options that a training does not depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,19 +197,13 @@ def train(
     )
 
 
-def save_and_check(
-    path: Path, model: minilm.Classifier, params: Any, method: Method, run: Run, test_set: Any
-) -> str:
-    """Saves the adapters, loads them again, and merges them; says whether all three agree.
+def check(path: Path, model: minilm.Classifier, params: Any, run: Run, test_set: Any) -> str:
+    """Loads the adapters that were saved, and merges them; says whether all three agree.
 
     Raises:
       RuntimeError: they do not agree.
     """
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(flax.serialization.to_bytes(run.adapters))
-    partial.replace(path)
-    frozen, fresh = lora_jax.lora_init(jax.random.key(123), params, method.config)
-    loaded = flax.serialization.from_bytes(fresh, path.read_bytes())
+    frozen, loaded = lora_jax.load(path, params, verify=True)
     *inputs, labels = test_set
     logits = logits_of(functools.partial(predict, model, frozen, loaded), *inputs)
     if not np.array_equal(logits.argmax(-1) == labels, run.correct):
@@ -221,10 +215,15 @@ def save_and_check(
     if difference > 1e-4:
         raise RuntimeError(f"{path}: the merged model's logits differ by {difference:.1e}.")
     return (
-        f"{path}: {path.stat().st_size / 2**20:.2f} MiB. Loaded again: the same accuracy "
+        f"{path}: {nbytes(path) / 2**20:.2f} MiB. Loaded again: the same accuracy "
         f"({100 * run.correct.mean():.1f} %). Merged into a plain model: {other} of "
         f"{len(labels)} predictions differ, logits by at most {difference:.0e} of the largest."
     )
+
+
+def nbytes(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -235,24 +234,26 @@ def mean_and_error(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
-def table(runs: dict[str, list[Run]], ways: dict[str, Method], task: data.Task) -> rich.table.Table:
-    """The results, a line for each way."""
+def table(
+    runs: dict[str, list[Run]], ways: dict[str, Method], task: data.Task, out: Path
+) -> rich.table.Table:
+    """The results, a line for each way; its adapters are saved in a folder of its name."""
     seeds = len(next(iter(runs.values())))
     title = f"{task.name}: {len(task.test_texts):,} test texts, {seeds} seed{'s'[: seeds > 1]}"
-    out = rich.table.Table(title=title, title_justify="left")
-    for name in ("", "accuracy %", "trained", "% of model", "ms/step", "bytes to save"):
-        out.add_column(name, justify="right" if name else "left")
+    lines = rich.table.Table(title=title, title_justify="left")
+    for name in ("", "accuracy %", "trained", "% of model", "ms/step", "bytes saved"):
+        lines.add_column(name, justify="right" if name else "left")
     for name, several in runs.items():
         counts = several[0].summary
-        out.add_row(
+        lines.add_row(
             ways[name].title,
             mean_and_error([run.accuracy for run in several]),
             f"{counts.trained:,}",
             f"{counts.percent:.3g}",
             f"{1000 * statistics.median(run.seconds_per_step for run in several):.0f}",
-            f"{counts.nbytes:,}",
+            f"{nbytes(out / name):,}",
         )
-    return out
+    return lines
 
 
 def differences(runs: dict[str, list[Run]], ways: dict[str, Method]) -> list[str]:
@@ -331,6 +332,7 @@ def main(options: Options) -> None:
         soft_wrap=True,
     )
 
+    fixed = {name: value for name, value in vars(options).items() if name not in FREE}
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     steps = options.epochs * (count // options.batch)
     with rich.progress.Progress(
@@ -352,13 +354,14 @@ def main(options: Options) -> None:
                     train(model, params, way, train_set, test_set, options, seed, on_step)
                 )
 
-    console.print(table(runs, ways, task))
+    for name, (*_, run) in runs.items():
+        said = fixed | {"way": name, "accuracy": round(run.accuracy, 1)}
+        lora_jax.save(options.out / name, run.adapters, frozen=run.frozen, metadata=said)
+    console.print(table(runs, ways, task, options.out))
     console.print("\n".join(differences(runs, ways)), highlight=False)
-    options.out.mkdir(parents=True, exist_ok=True)
     params = init_params(model, encoder, options.seeds - 1)
     for name in ("lora", "dora"):
-        path = options.out / f"{name}.msgpack"
-        report = save_and_check(path, model, params, ways[name], runs[name][-1], test_set)
+        report = check(options.out / name, model, params, runs[name][-1], test_set)
         console.print(report, highlight=False, soft_wrap=True)
     figure(options.out / "curves.png", runs, ways, task)
     results = {
