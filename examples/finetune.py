@@ -5,10 +5,13 @@ The four ways have the same seed, batches and training loop, and differ in their
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +29,12 @@ from rich.console import Console
 import lora_jax
 from examples import data, minilm
 from examples.assets import MissingAsset
+from examples.checkpoint import CannotResume, Checkpoints, Log
 
 HEAD = r"classifier/.*"
 KERNELS = r"encoder/.*/kernel"
 CURVE_TEXTS = 256  # the accuracy on the way is on the first of the test texts only
-FREE = {"seeds", "out"}  # options that a training does not depend on
+FREE = {"seeds", "out", "save_every", "resume"}  # options that a training does not depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +82,19 @@ class Options:
     alpha: float = 16.0
     """Their scale is alpha / rank."""
     out: Path = Path("runs/demo")
-    """Where the adapters, the figure and the results go."""
+    """Where the adapters, the figure and the results go, and the checkpoints."""
+    save_every: int = 0
+    """Steps from one checkpoint to the next; 0 is none, or 25 with --resume."""
+    resume: bool = False
+    """Go on from the checkpoints that are there, after a kill, and write more."""
 
 
 @dataclasses.dataclass
 class Run:
     """What came out of one training."""
 
-    losses: list[float]
-    curve: list[tuple[int, float]]
+    log: Log
     correct: np.ndarray
-    seconds_per_step: float
     summary: lora_jax.Summary
     frozen: Any
     adapters: Any
@@ -97,6 +103,11 @@ class Run:
     def accuracy(self) -> float:
         """Share of the test texts, in per cent."""
         return 100.0 * float(self.correct.mean())
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median."""
+        return statistics.median(self.log.seconds or [math.nan])
 
 
 def loss_fn(
@@ -147,6 +158,13 @@ def logits_of(predict: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.concatenate([predict(*batch) for batch in data.batches(padded, size)])[:count]
 
 
+@functools.cache  # the same one for each seed, so that a step is compiled once
+def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW, with a warm-up and a cosine decay of the learning rate."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+
+
 def train(
     model: minilm.Classifier,
     params: Any,
@@ -156,14 +174,16 @@ def train(
     options: Options,
     seed: int,
     on_step: Any,
+    checkpoints: Checkpoints | None = None,
 ) -> Run:
-    """Trains and tests in one way."""
+    """Trains and tests in one way, from the newest checkpoint on where there is one."""
     key = jax.random.key(seed)
     frozen, adapters = lora_jax.lora_init(key, params, method.config)
     steps = options.epochs * (len(train_set[0]) // options.batch)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, method.learning_rate, steps // 10, steps)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
-    state = TrainState.create(apply_fn=model.apply, params=adapters, tx=tx)
+    tx = optimizer(method.learning_rate, steps)
+    state, log = TrainState.create(apply_fn=model.apply, params=adapters, tx=tx), Log()
+    if checkpoints:
+        state, key, log = checkpoints.restore(state, key)
 
     *test_inputs, test_labels = test_set
     few, points = slice(0, CURVE_TEXTS), 2 if options.quick else 4
@@ -173,24 +193,34 @@ def train(
         guesses = logits_of(now, *(array[few] for array in test_inputs)).argmax(-1)
         return 100.0 * float((guesses == test_labels[few]).mean())
 
-    losses, seconds, curve = [], [], [(0, accuracy_on_few())]
-    for epoch in range(options.epochs):
-        for batch in data.batches(train_set, options.batch, seed=1000 * seed + epoch):
-            start = time.perf_counter()
-            step_key = jax.random.fold_in(key, len(losses))
-            state, loss = train_step(model, state, frozen, batch, step_key)
-            losses.append(float(loss))
-            seconds.append(time.perf_counter() - start)
-            if len(losses) % max(steps // points, 1) == 0:
-                curve.append((len(losses), accuracy_on_few()))
-            on_step(losses[-1], seconds[-1])
+    first = int(state.step)
+    if first:
+        on_step(first, f"from step {first}")
+    else:
+        log.curve.append([0, accuracy_on_few()])
+    epochs = (
+        data.batches(train_set, options.batch, seed=1000 * seed + epoch)
+        for epoch in range(options.epochs)
+    )
+    batches = itertools.islice(itertools.chain.from_iterable(epochs), first, None)
+    for step, batch in enumerate(batches, first + 1):
+        start = time.perf_counter()
+        step_key = jax.random.fold_in(key, step - 1)
+        state, loss = train_step(model, state, frozen, batch, step_key)
+        log.losses.append(float(loss))
+        seconds = time.perf_counter() - start
+        if step > first + 1:  # the first one compiles
+            log.seconds.append(seconds)
+        if step % max(steps // points, 1) == 0:
+            log.curve.append([step, accuracy_on_few()])
+        if checkpoints:
+            checkpoints.save(step, state, key, log)
+        on_step(step, f"loss {log.losses[-1]:.3f}  {1 / seconds:.1f} steps/s")
 
     now = functools.partial(predict, model, frozen, state.params)
     return Run(
-        losses=losses,
-        curve=curve,
+        log=log,
         correct=logits_of(now, *test_inputs).argmax(-1) == test_labels,
-        seconds_per_step=statistics.median(seconds[1:]),  # the first one compiles
         summary=lora_jax.summary(frozen, state.params),
         frozen=frozen,
         adapters=state.params,
@@ -285,13 +315,13 @@ def figure(
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, several in runs.items():
         way = ways[name]
-        losses = np.mean([run.losses for run in several], 0)
+        losses = np.mean([run.log.losses for run in several], 0)
         window = max(len(losses) // 12, 1)
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         steps = np.arange(len(smooth)) + (window + 1) / 2
         left.plot(steps, smooth, color=way.color, label=way.title)
-        steps = [step for step, _ in several[0].curve]
-        accuracy = np.mean([[value for _, value in run.curve] for run in several], 0)
+        steps = [step for step, _ in several[0].log.curve]
+        accuracy = np.mean([[value for _, value in run.log.curve] for run in several], 0)
         right.plot(steps, accuracy, "o-", color=way.color, label=way.title, markersize=3)
     few = min(CURVE_TEXTS, len(task.test_texts))
     left.set(xlabel="step", ylabel="training loss", title=f"{task.name}: loss")
@@ -304,8 +334,19 @@ def figure(
 
 
 def main(options: Options) -> None:
-    """Trains in all four ways and reports."""
+    """Trains in all four ways and reports.
+
+    Raises:
+      CannotResume: there are checkpoints, but not of this training.
+    """
     console = Console()
+    folder = options.out / "checkpoints"
+    every = options.save_every or (25 if options.resume else 0)
+    if every and not options.resume and folder.exists():
+        raise CannotResume(
+            f"{folder} has checkpoints already. Go on from them with --resume, remove them, or use "
+            f"another --out."
+        )
     task = data.movie_reviews() if options.task == "reviews" else data.reuters_r8()
     config, encoder = minilm.load_pretrained()
     if options.quick:
@@ -346,13 +387,17 @@ def main(options: Options) -> None:
                 title = way.title + (f", seed {seed}" if options.seeds > 1 else "")
                 bar = progress.add_task(title.ljust(18), total=steps, state="compiling")
 
-                def on_step(loss: float, seconds: float, bar: Any = bar) -> None:
-                    state = f"loss {loss:.3f}  {1 / seconds:.1f} steps/s"
-                    progress.update(bar, advance=1, state=state)
+                def on_step(step: int, state: str, bar: Any = bar) -> None:
+                    progress.update(bar, completed=step, state=state)
 
-                runs[name].append(
-                    train(model, params, way, train_set, test_set, options, seed, on_step)
-                )
+                path = folder / f"{name}-{seed}"
+                maybe = Checkpoints(path, every, steps, fixed) if every else nullcontext()
+                with maybe as checkpoints:
+                    run = train(
+                        *(model, params, way, train_set, test_set, options, seed, on_step),
+                        checkpoints,
+                    )
+                runs[name].append(run)
 
     for name, (*_, run) in runs.items():
         said = fixed | {"way": name, "accuracy": round(run.accuracy, 1)}
@@ -366,7 +411,8 @@ def main(options: Options) -> None:
     figure(options.out / "curves.png", runs, ways, task)
     results = {
         name: [
-            {"accuracy": run.accuracy, "losses": run.losses, "curve": run.curve} for run in several
+            {"accuracy": run.accuracy, "losses": run.log.losses, "curve": run.log.curve}
+            for run in several
         ]
         for name, several in runs.items()
     }
@@ -384,5 +430,5 @@ def init_params(model: minilm.Classifier, encoder: Any, seed: int) -> dict[str, 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options))
-    except MissingAsset as error:
+    except (MissingAsset, CannotResume) as error:
         sys.exit(f"error: {error}")
