@@ -94,7 +94,12 @@ def setup(name, variant):
 
 
 # What these test in one model, quicker cases test alone.
-SLOW = ("every layer, scan, axis 1, remat", "attention, scan, axis -1, remat")
+SLOW = (
+    "every layer, scan, axis 1, remat",
+    "every layer, vmap, axis -1",
+    "attention, scan, axis -1, remat",
+    "attention, bfloat16 parameters",
+)
 
 
 every_case = pytest.mark.parametrize(

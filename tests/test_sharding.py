@@ -54,6 +54,7 @@ def test_sharded_equals_one_device(variant):
         assert relative_error(merged[name]["kernel"], leaves["kernel"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_sharded_decoder_equals_one_device(variant):
     """Scanned on axis 1, with the factors sharded too: U over its inputs, V over its outputs."""
