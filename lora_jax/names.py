@@ -157,6 +157,7 @@ FAMILIES: Mapping[str, tuple[Name, ...]] = {
         Name("{path*}/embedding", "{path*}.weight", "embedding"),
         Name("{path*}/scale", "{path*}.weight", "plain"),
         Name("{path*}/{leaf}", "{path*}.{leaf}", "plain"),
+        Name("{leaf}", "{leaf}", "plain"),
     ),
     # Google's gemma, to the models of Hugging Face.
     "gemma": (

@@ -174,7 +174,7 @@ def save(
         for name, array in _from_adapter(torch.path, adapter, torch, window).items():
             tensors[f"{PREFIX}{keys.get(torch, torch.module)}.{name}"] = array
     saved, bias = _whole_modules(model, [p for p in found if p not in kernels], modules)
-    to_save = _modules_to_save(model, saved, modules, task_type)
+    to_save = _modules_to_save(model, {} if bias == "all" else saved, modules, task_type)
     for torch in saved.values():
         _check_equal(torch, model, None, str(path))
         layer = ".base_layer" if bias != "none" and torch.module in modules else ""
@@ -277,7 +277,8 @@ def read(path: StrPath) -> PeftFiles:
             )
     for name, key in whole.items():
         biases = config.bias != "none" and name.endswith(".bias")
-        if not (biases or config.saves(name) or name.endswith(".base_layer.weight")):
+        # PEFT also saves weights that it does not train, such as embeddings of a new size.
+        if not (biases or config.saves(name) or name.endswith(".weight")):
             raise ValueError(
                 f"{tensors.path}: {key!r} is neither of an adapter nor of modules_to_save in "
                 f"{CONFIG}."
@@ -328,7 +329,7 @@ def _sorted(
     for name, key in files.whole.items():
         plain = name.replace(".base_layer.", ".")
         torch = _lookup(plain, tensors, model)
-        if name != plain and plain.endswith(".weight"):
+        if plain.endswith(".weight") and (name != plain or not files.config.saves(plain)):
             _check_same(torch, tensors[key], model, f"{tensors.path}: {key!r}")
             continue
         _check_equal(torch, model, None, f"{tensors.path}: {key!r}")
@@ -528,6 +529,9 @@ def _whole_modules(
     for name in biases:
         if not name.endswith(".bias"):
             raise ValueError(f"{name!r} is trained whole beside an adapter, which PEFT has not.")
+    all_biases = {name for name in model.by_name if name.endswith(".bias")} if saved else set()
+    if saved and set(saved) == all_biases and len(biases) < len(saved):
+        return saved, "all"
     in_module = {torch.module for torch in saved.values()} - set(adapted)
     for name, torch in model.by_name.items() if saved else ():
         if torch.module in in_module and name not in saved:

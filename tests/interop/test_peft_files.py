@@ -15,7 +15,7 @@ from helpers import random_like, random_variables, relative_error
 import lora_jax
 from examples import minilm
 from lora_jax.peft_config import DEFAULTS
-from lora_jax.tensors import Tensors
+from lora_jax.tensors import Tensors, encode
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -152,6 +152,7 @@ CONFIGS = {
     "modules to save": {"target_modules": LAYERS, "modules_to_save": ["norm", "head"]},
     "embedding to save": {"target_modules": LAYERS, "modules_to_save": ["embed", "conv1"]},
     "biases": {"target_modules": [*LAYERS, "conv2"], "bias": "lora_only"},
+    "all biases": {"target_modules": [*LAYERS, "conv2"], "bias": "all"},
     "gaussian": {"target_modules": LAYERS, "init_lora_weights": "gaussian"},
     "some layers": {"target_modules": ["layer.0", "layer.2", "head"], "exclude_modules": ["head"]},
 }
@@ -204,17 +205,10 @@ def test_config_is_what_peft_writes():
 
 # PEFT takes every bias of B for a part of a matrix.
 @pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape.*lora_B.bias")
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_modules": LAYERS[:1], "lora_bias": True},
-        {"target_modules": LAYERS[:1], "bias": "all"},
-    ],
-    ids=["bias of B", "all biases"],
-)
-def test_read_only(params, config, tmp_path):
-    """What has an equal in Flax, which PEFT then has in another form."""
-    model = peft.get_peft_model(TorchModel(params), peft.LoraConfig(r=3, lora_alpha=5, **config))
+def test_bias_of_B(params, tmp_path):
+    """It has an equal in Flax, which PEFT then has in another form."""
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS[:1], lora_bias=True)
+    model = peft.get_peft_model(TorchModel(params), config)
     noisy(model).save_pretrained(tmp_path)
     frozen, adapters = lora_jax.peft.load(tmp_path, params, names=NAMES)
     assert relative_error(flax_logits(frozen, adapters), torch_logits(model)) < 1e-5
@@ -231,6 +225,23 @@ def test_half_precision(params, dtype, tmp_path):
     lora_jax.peft.save(tmp_path / "ours", frozen, adapters, names=NAMES, dtype=dtype)
     before, after = (dict(Tensors(tmp_path / name / WEIGHTS)) for name in ("theirs", "ours"))
     assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+
+
+def test_weights_that_are_saved_but_not_trained(params, axes, tmp_path):
+    """As PEFT saves embeddings of a new size: the base must have them already."""
+    config = peft.LoraConfig(r=3, target_modules=LAYERS)
+    model = noisy(peft.get_peft_model(TorchModel(params), config))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / WEIGHTS
+    embed = model.base_model.model.embed.weight.detach().numpy()
+    tensors = dict(Tensors(file)) | {"base_model.model.embed.weight": embed}
+    file.write_bytes(encode(tensors, {"format": "pt"}))
+    frozen, adapters = lora_jax.peft.load(tmp_path, params, names=NAMES, axes=axes)
+    assert "embed" not in adapters
+    assert relative_error(flax_logits(frozen, adapters), torch_logits(model)) < 1e-5
+    other = params | {"embed": {"embedding": params["embed"]["embedding"] + 1}}
+    with pytest.raises(ValueError, match="Put it into params first"):
+        lora_jax.peft.load(tmp_path, other, names=NAMES, axes=axes)
 
 
 def test_a_folder_for_each_adapter(params, tmp_path):
