@@ -27,6 +27,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*[Ff]lax.*"),
 ]
 
+PARAM = nn.Module.param
+
+
+@pytest.fixture(autouse=True)
+def flax_as_it_is(monkeypatch):
+    """Other tests of this process may have imported gemma, which puts a method of its own here."""
+    monkeypatch.setattr(nn.Module, "param", PARAM)
+
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
