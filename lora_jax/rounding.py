@@ -129,12 +129,19 @@ def measure(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> 
       rounded: ``W'`` as it comes out.
       base: ``W``, where it is known.
     """
+    largest, mean, vanished = _errors(exact, rounded, base)
+    dtype = jnp.dtype(rounded.dtype).name
+    return Rounding(
+        dtype, float(largest), float(mean), None if vanished is None else float(vanished)
+    )
+
+
+@jax.jit  # so that nothing of the parameter's size is made
+def _errors(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> Any:
     wide = float32_or_more(rounded.dtype)
     error = jnp.abs(rounded.astype(wide) - exact)
     vanished = None
     if base is not None:
         changed = exact != base.astype(wide)
-        stays = jnp.sum(changed & (rounded == base)) / jnp.maximum(jnp.sum(changed), 1)
-        vanished = float(stays)
-    dtype = jnp.dtype(rounded.dtype).name
-    return Rounding(dtype, float(jnp.max(error)), float(jnp.mean(error)), vanished)
+        vanished = jnp.sum(changed & (rounded == base)) / jnp.maximum(jnp.sum(changed), 1)
+    return jnp.max(error), jnp.mean(error), vanished

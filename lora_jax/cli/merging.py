@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -73,7 +74,7 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
 
 
 def _effective(node: Adapter, W: np.ndarray) -> Any:
-    return node.effective_kernel(jnp.asarray(W))
+    return jax.jit(Adapter.effective_kernel)(node, W)
 
 
 def of_peft(path: StrPath, base: Checkpoint) -> Updates:
@@ -131,8 +132,8 @@ def _merger(
         one = {name: jnp.asarray(x) for name, x in to_factors(kind, arrays, matrix, r, 1).items()}
         kernel = to_kernel(kind, np.asarray(W, np.float32))
         formula = VARIANTS["dora" if files.config.dora else "lora"].kernel
-        out = formula(
-            jnp.asarray(kernel.reshape(matrix)),
+        out = jax.jit(formula, static_argnums=(4, 5))(
+            kernel.reshape(matrix),
             one["U"],
             one["V"],
             one.get("m"),
