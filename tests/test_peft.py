@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 from helpers import random_like, random_variables
 
 import lora_jax
@@ -250,6 +251,32 @@ def test_only_the_lookup_is_adapted_as_in_peft(tmp_path):
     x = adapted[IDS] @ other["kernel"] + other["bias"]
     logits = lora_jax.lora_apply(Attend(), {"params": frozen}, adapters, IDS)
     assert jnp.allclose(logits, x @ params["embed"]["embedding"].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["shared", "model/shared", "model/decoder/embed_positions"])
+def test_embeddings_that_pytorch_reads_elsewhere(path, tmp_path):
+    """T5's and BART's ``shared`` does nothing in PyTorch, and PEFT looks up tokens only."""
+    params = unflatten_dict({(*path.split("/"), "embedding"): jnp.ones((11, 6))})
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*embedding", rank=1)])
+    split = lora_jax.lora_init(jax.random.key(0), params, config)
+    with pytest.raises(ValueError, match="is not where the model computes with"):
+        lora_jax.peft.save(tmp_path, *split)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [((0.1, 0.0, 0.0), "one dropout for all"), ((0.1, 0.1, 0.1), "no dropout for embeddings")],
+)
+def test_dropouts_beside_an_embedding(model, rates, message, tmp_path):
+    rules = [
+        lora_jax.Rule(pattern, rank=1, dropout=rate)
+        for pattern, rate in zip(
+            ("layers/up/kernel", "heads/kernel", "embed/embedding"), rates, strict=True
+        )
+    ]
+    frozen, adapters = adapted(model, rules)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
 
 
 def test_names_that_end_alike(tmp_path):
