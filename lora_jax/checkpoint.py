@@ -11,9 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.tensors import Info, StrPath, Tensors, read_json, write_bytes, write_tensors
+from lora_jax.tensors import (
+    Info,
+    StrPath,
+    Tensors,
+    json_bytes,
+    read_json,
+    write_bytes,
+    write_tensors,
+)
 
 SHARDS = ".safetensors.index.json"
+_BESIDE = (".json", ".txt", ".model", ".jinja")
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -79,7 +88,8 @@ def rewrite(
     """Writes a checkpoint like another one, with other arrays.
 
     Args:
-      base: the one that it is like: a file gives a file, a folder a folder with the same files.
+      base: the one that it is like: a file gives a file, a folder a folder with the same files,
+        configs and tokenizers among them, but for weights in other formats.
       out: where to; it must not exist.
       info: what the arrays will be, by the names of ``base``.
       read: gives an array when it is its turn.
@@ -102,8 +112,9 @@ def rewrite(
             write_tensors(
                 partial / file.name, {n: info[n] for n in tensors}, read, tensors.metadata
             )
-        for file in base.path.glob("*.json"):
-            write_bytes(partial / file.name, _same_but_size(file, info))
+        for file in base.path.iterdir():
+            if file.suffix in _BESIDE:
+                write_bytes(partial / file.name, _same_but_size(file, info))
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,10 +122,9 @@ def rewrite(
 
 
 def _same_but_size(file: Path, info: Mapping[str, Info]) -> bytes:
-    """A JSON file of a model's folder; that of its shards says how large all of them are."""
-    from lora_jax.tensors import json_bytes
-
+    """A file of a model's folder; that of its shards says how large all of them are."""
     if not file.name.endswith(SHARDS):
         return file.read_bytes()
     said: dict[str, Any] = read_json(file)
-    return json_bytes(said | {"metadata": {"total_size": sum(one.nbytes for one in info.values())}})
+    size = {"total_size": sum(one.nbytes for one in info.values())}
+    return json_bytes(said | {"metadata": (said.get("metadata") or {}) | size})

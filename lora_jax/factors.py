@@ -17,7 +17,7 @@ from lora_jax import peft, store
 from lora_jax.adapter import Adapter
 from lora_jax.config import scale
 from lora_jax.names import EXPERTS
-from lora_jax.peft_config import CONFIG
+from lora_jax.peft_config import CONFIG, PeftConfig
 from lora_jax.tensors import StrPath
 from lora_jax.torch_layout import to_factors
 
@@ -118,11 +118,15 @@ def _open_peft(path: StrPath) -> Opened:
     for module, keys in files.modules.items():
         arrays = {role: files.tensors[key] for role, key in keys.items() if role != "bias"}
         A, B = arrays["A"], arrays["B"]
-        name = module.split(".base_layer")[0]
-        alone = any(t.rpartition(".")[0] and name.endswith(t.rpartition(".")[0])
-                    for t in files.config.target_parameters)  # fmt: skip
-        r = files.config.rank_of(module)
-        s = scale(r, files.config.alpha_of(module), files.config.rslora)
+        alone = _parameters(files.config, module)
+        pairs = {(files.config.rank_of(n), files.config.alpha_of(n)) for n in alone or [module]}
+        if len(pairs) > 1:
+            raise ValueError(
+                f"{files.tensors.path}: {module!r} is for one of {', '.join(alone)}, of different "
+                f"ranks or alphas, and only the model says which: load it with lora_jax.peft.load."
+            )
+        ((r, alpha),) = pairs
+        s = scale(r, alpha, files.config.rslora)
         if alone and A.ndim == 2 and A.shape[0] > r and A.shape[0] % r == 0:
             experts = A.shape[0] // r
             both = to_factors(EXPERTS[0], arrays, (A.shape[1], B.shape[0]), r, experts)
@@ -142,6 +146,13 @@ def _open_peft(path: StrPath) -> Opened:
     facts = {"r": str(config.r), "lora_alpha": f"{config.alpha:g}"}
     facts |= {n: str(getattr(config, n)) for n in ("rslora", "dora") if getattr(config, n)}
     return Opened("PEFT", factors, whole, facts)
+
+
+def _parameters(config: PeftConfig, module: str) -> list[str]:
+    """The parameters of a module that may be adapted by themselves, by their names."""
+    name = module.split(".base_layer")[0]
+    parts = (target.rpartition(".") for target in config.target_parameters)
+    return [f"{name}.{last}" for above, _, last in parts if f".{name}".endswith(f".{above}")]
 
 
 def difference(a: Factors, b: Factors) -> tuple[float, float]:

@@ -46,14 +46,12 @@ _ROLES = {
     "lora_magnitude_vector.weight": "m",
     "lora_B.bias": "bias",
 }
-
-
 _NAMES = {
     False: {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
     True: {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
 }
 
-
+# Copies of modules that are saved whole.
 _COPY = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
 
 
@@ -74,8 +72,8 @@ def load(
       params: the model's ``params`` collection.
       names: a family of :data:`FAMILIES`, or a list of :class:`Name` (or of tuples of its fields),
         of which the first that fits a path counts.
-      axes: from :func:`lora_jax.kernel_axes`; needed for kernels that are neither matrices nor
-        plain convolutions, and to merge adapters of embeddings.
+      axes: from :func:`lora_jax.kernel_axes`; needed for kernels that are no matrices, for what is
+        stacked, for embeddings that are saved whole, and to merge adapters of embeddings.
 
     Returns:
       ``(frozen, adapters)``; modules that PEFT saved whole, and trained biases, are only in
@@ -129,8 +127,8 @@ def save(
       frozen: the base.
       adapters: the adapters, trained.
       names: as for :func:`load`.
-      axes: from :func:`lora_jax.kernel_axes`; needed where leaves that are trained whole are
-        stacked.
+      axes: as for :func:`load`; needed for convolutions and embeddings, where PEFT may compute
+        something else than the model, and where leaves that are trained whole are stacked.
       base_model_name_or_path: the base in PyTorch, which PEFT's readers look up.
       task_type: one of PEFT's, such as ``"SEQ_CLS"``.
       dtype: of the saved arrays; by default the one that they have.
@@ -461,7 +459,9 @@ def _to_adapter(path: str, found: list[_Part], files: PeftFiles, model: TorchPar
             "axes=lora_jax.kernel_axes(...)."
         )
     (d, k), stack = axes.matrix_shape(shape), axes.stack_shape(shape)
-    facts = {(config.rank_of(key), config.alpha_of(key)) for key in map(_target, torches)}
+    # PEFT looks for patterns by the name of the module, or of a parameter adapted by itself.
+    targets = [t.name if config.targets_parameter(t.name) else t.module for t in torches]
+    facts = {(config.rank_of(target), config.alpha_of(target)) for target in targets}
     if len(facts) > 1:
         raise ValueError(
             f"{file}: the kernels that {path!r} holds in one have different ranks and alphas: "

@@ -135,6 +135,7 @@ def test_merge_of_shards(split, folders, call, tmp_path):
     index = {"metadata": {}, "weight_map": {name: shards[name[0]] for name in arrays}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "config.json").write_text("{}")
+    (base / "merges.txt").write_text("a b")
     assert call("merge", folders / "peft", base, tmp_path / "out")[0] == 0
     assert {f.name for f in base.iterdir()} == {f.name for f in (tmp_path / "out").iterdir()}
     merged = lora_jax.lora_merge(*split)
@@ -218,6 +219,7 @@ def test_extract_leaves_nothing_out_in_silence(split, folders, call, tmp_path):
     assert "Left out, though they differ: a/bias, b/bias" in out
     for options, message in (
         ((), "either --rank or --energy"),
+        (("--rank", "1", "--match", "("), "unterminated"),
         (("--rank", "0"), "at least 1"),
         (("--energy", "2"), r"in (0, 1]"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import jax
@@ -30,7 +31,7 @@ def main() -> None:
             prog="lora-jax",
             description="Looks at adapters, converts, merges, compares, extracts, verifies them.",
         )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, re.error) as error:
         print(f"lora-jax: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(code)

@@ -88,7 +88,7 @@ def convert(
         frozen, adapters = trees.from_peft(source, table)
         store.save(target, adapters)
     else:
-        frozen, adapters = trees.from_own(source)
+        frozen, adapters = trees.from_own(source, table)
         peft.save(
             target,
             frozen,
@@ -127,8 +127,9 @@ def merge(
         elif set(store.read(adapter).adapters) <= set(checkpoint):
             updates = merging.of_own(adapter, checkpoint)
         else:
-            frozen, tree = trees.from_own(adapter)
-            peft.save(scratch, frozen, tree, names=as_names(_names(names)))
+            table = as_names(_names(names))
+            frozen, tree = trees.from_own(adapter, table)
+            peft.save(scratch, frozen, tree, names=table)
             updates = merging.of_peft(scratch, checkpoint)
         with _bar("merging") as bar:
             task = bar.add_task("merging", total=len(checkpoint))
@@ -198,7 +199,8 @@ def extract(
             PEFT, Flax's paths one of lora_jax.
         rank: of every matrix; or
         energy: keep this share of the squared norm of every difference.
-        match: only matrices whose whole name matches this regular expression.
+        match: only matrices whose whole name matches this regular expression; in PyTorch's names
+            it must leave out embeddings, which look like linear layers in a file.
         allow_rest: leave out what differs and is no matrix that matches; else it is an error.
     """
     if (rank is None) == (energy is None):

@@ -113,6 +113,10 @@ def of_peft(path: StrPath, base: Checkpoint) -> Updates:
         plain = name.replace(".base_layer.", ".")
         _has(base, plain, path)
         if plain in exact:
+            if not np.array_equal(files.tensors[key].astype(base[plain].dtype), base[plain]):
+                raise ValueError(
+                    f"{path} was trained on another {plain!r} than {base.path} has: its {key!r}."
+                )
             continue
         whole[plain] = files.tensors[key]
         _check_shape(plain, whole[plain], base, path)

@@ -13,8 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft, store
 from lora_jax.adapter import Adapter
-from lora_jax.axes import KernelAxes
-from lora_jax.names import EXPERTS, Name
+from lora_jax.names import EXPERTS, Name, find
 from lora_jax.tensors import StrPath
 
 
@@ -40,17 +39,17 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def from_own(path: StrPath) -> tuple[Any, Any]:
+def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of ours; the base is only shapes."""
     found = store.read(path).adapters
     base = {}
     for name, node in found.items():
         if isinstance(node, Adapter):
-            if len(node.axes.inputs) > 1 and len(node.axes.outputs) == 1 and name.count("kernel"):
-                # A convolution, or a dense layer of several input axes, whose sizes nobody knows.
+            its = find(name, names)
+            if len(node.axes.inputs) > 1 and its is not None and its.kind in ("conv", "weight"):
                 raise ValueError(
-                    f"{path}: the kernel of {name!r} has several input axes, whose sizes are not "
-                    f"in the files: convert it in Python, with lora_jax.peft.save and the model."
+                    f"{path}: {name!r} may be a convolution, whose window is not in the files: "
+                    f"convert it in Python, with lora_jax.peft.save and the model."
                 )
             base[name] = jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32)
     return nested(base), nested(found)
@@ -60,7 +59,6 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of PEFT; the base is only shapes."""
     files = peft.read(path)
     base: dict[str, Any] = {}
-    axes: dict[str, KernelAxes] = {}
     for module, keys in files.modules.items():
         info = files.tensors.info
         A, B = info[keys["A"]].shape, info[keys["B"]].shape
@@ -90,7 +88,7 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
         if len(one.shape) > 2:
             raise ValueError(f"{path}: {key!r} has {len(one.shape)} axes: load it in Python.")
         base[flax] = np.zeros(shape, np.float32)
-    return peft.load(path, nested(base), names=names, axes=axes or None)
+    return peft.load(path, nested(base), names=names)
 
 
 def _flax_path(torch: str, names: Sequence[Name], where: str) -> tuple[str, Name]:

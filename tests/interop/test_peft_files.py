@@ -528,7 +528,11 @@ class TorchMoe(torch.nn.Module):
             "alpha_pattern": {"layers.0.experts.down": 7},
             "use_rslora": True,
         },
-        {"target_modules": [], "target_parameters": ["experts.down", "0.dense.weight"]},
+        {
+            "target_modules": [],
+            "target_parameters": ["experts.down", "0.dense.weight"],
+            "alpha_pattern": {"dense.weight": 9},
+        },
     ],
     ids=["one", "two", "patterns", "a matrix"],
 )
