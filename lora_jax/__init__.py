@@ -23,6 +23,7 @@ from lora_jax.discover import kernel_axes
 from lora_jax.export import export
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
+from lora_jax.optimizer import each_adapter
 from lora_jax.registry import register
 from lora_jax.rounding import Rounding, RoundingReport
 from lora_jax.stack import freeze_norm, stack
@@ -43,6 +44,7 @@ __all__ = [
     "Rule",
     "Summary",
     "Whole",
+    "each_adapter",
     "export",
     "freeze_norm",
     "kernel_axes",

@@ -36,6 +36,7 @@ class AdaptedKernel:
     Attributes:
       value: the kernel ``W`` as it is stored.
       dtype: its dtype.
+      rows: which adapter each row of the batch has, or ``None`` where one is for all.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class AdaptedKernel:
         rows: Rows | None = None,
     ) -> None:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
-        self._use, self._rows = use, rows
+        self._use, self.rows = use, rows
         self.value = self._cut(value)
 
     @property
@@ -220,7 +221,7 @@ class AdaptedKernel:
         layer = own.in_layer(axes)
         if layer is not None:
             adapter = self._sliced(layer, W)
-            ids = None if self._rows is None else self._rows.in_layer(layer, W.shape)
+            ids = None if self.rows is None else self.rows.in_layer(layer, W.shape)
             return factors_of(adapter, self._path), ids
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
@@ -237,8 +238,8 @@ class AdaptedKernel:
         arrays = {}
         behind = len(axes.stack_shape(W.shape))
         for name, shape in adapter.shapes(W.shape).items():
-            if self._rows is not None:
-                shape = (*shape[:behind], self._rows.count, *shape[behind:])
+            if self.rows is not None:
+                shape = (*shape[:behind], self.rows.count, *shape[behind:])
             array = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
             if array is None:
                 raise ValueError(
@@ -248,7 +249,7 @@ class AdaptedKernel:
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
-            arrays[name] = array if self._rows is None else jnp.moveaxis(array, behind, 0)
+            arrays[name] = array if self.rows is None else jnp.moveaxis(array, behind, 0)
         if all(array is getattr(adapter, name) for name, array in arrays.items()):
             return adapter
         return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]

@@ -32,7 +32,7 @@ from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.mixed import BASE, Rows, checked_ids, taken
+from lora_jax.mixed import BASE, MAP_ROWS, Rows, checked_ids, taken
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
 from lora_jax.rowwise import OwnLeaves, beside, call_by_rows, own_leaves
@@ -128,7 +128,10 @@ def lora_apply(
             if ids is None:
                 return {key: merged_kernel(kernel, adapter)}
             if not one_for_all:
-                raise ValueError(_SUBSTITUTED.format(path=path))
+                raise ValueError(
+                    f"The adapters of {path!r} have substitute=True, and W' cannot be another one "
+                    f"in every row. {MAP_ROWS}"
+                )
             merged = merged_kernel(kernel, adapter)
             return {key: jax.tree.map(lambda W_, W: jnp.where(ids == BASE, W, W_), merged, kernel)}
         if dropout and adapter.dropout is None:
@@ -173,13 +176,6 @@ def lora_apply(
     if kwargs.get("mutable", False) is False:
         return out
     return _restored(out, variables["params"], placed)
-
-
-_SUBSTITUTED = (
-    "The adapters of {path!r} have substitute=True, and W' cannot be another one in every row. Map "
-    "over the rows instead: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, x[None], "
-    "adapter_ids=i)[0])(adapter_ids, x)."
-)
 
 
 def _count(adapters: chex.ArrayTree) -> int:
@@ -325,6 +321,9 @@ class _Calls:
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
             return next_fun(*args, **kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
+        for kernel in kernels:
+            if kernel is not None and kernel.rows is not None and args:
+                _check_mapped(module, args[0], kernel.rows)
         return entry.handler(module, kernels, next_fun, *args, **kwargs)
 
     def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
@@ -440,6 +439,25 @@ def is_mapped(module: nn.Module) -> bool:
 def _is_in_jit(module: nn.Module) -> bool:
     assert module.scope is not None
     return any("jit(" in part for part in module.scope.debug_path)
+
+
+def _check_mapped(module: nn.Module, x: Any, rows: Rows) -> None:
+    """Errors where an ``nn.vmap`` seems to have taken the axis of the batch off the input.
+
+    The next axis would be taken for it where it has the same size.
+    """
+    assert module.scope is not None
+    if not any("vmap(" in part for part in module.scope.debug_path):
+        return
+    axis = getattr(x, "batch_dim", None)
+    if axis is None or hasattr(rows.ids, "batch_dim"):
+        return
+    if x.val.shape[axis] == rows.shape[0]:
+        raise ValueError(
+            f"The layer {path_of(module.path)!r} is inside an nn.vmap over an axis of the size of "
+            f"adapter_ids, {rows.shape[0]}, so the first axis of its input may not be the batch. "
+            f"{MAP_ROWS}"
+        )
 
 
 def _refuse_mapped(module: nn.Module) -> None:

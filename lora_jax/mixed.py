@@ -40,6 +40,12 @@ from lora_jax.product import (
 # The id of a row that has the base alone.
 BASE = -1
 
+# What to do where a batch of mixed requests is not possible.
+MAP_ROWS = (
+    "Map over the rows instead: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, "
+    "x[None], adapter_ids=i)[0])(adapter_ids, x)."
+)
+
 # A number copied takes as long as this many multiplications.
 COPY = 16
 
@@ -112,9 +118,7 @@ def check_rows(ids: chex.Array, shape: Sequence[int], path: str) -> None:
     if tuple(shape[: ids.ndim]) != ids.shape:
         raise ValueError(
             f"adapter_ids is {ids.shape}, but the layer of {path!r} gets an input of shape "
-            f"{tuple(shape)}, whose first axes are not the rows of the batch. Map over the rows "
-            f"instead: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, x[None], "
-            f"adapter_ids=i)[0])(adapter_ids, x)."
+            f"{tuple(shape)}, whose first axes are not the rows of the batch. {MAP_ROWS}"
         )
 
 
@@ -193,8 +197,14 @@ def mixed_einsum(
     n = ids.ndim
     rows = tuple(range(n))
     letters = equation.x[:n]
-    fits = all(c in equation.y and c not in equation.W for c in letters)
-    check_rows(ids, x.shape if fits else (), factors.path)
+    check_rows(ids, x.shape, factors.path)
+    if not all(c in equation.y and c not in equation.W for c in letters):
+        raise ValueError(
+            f"adapter_ids is {ids.shape}, but the first axes of the input of the layer of "
+            f"{factors.path!r} are contracted or stack its kernels, as in "
+            f"'{equation.x},{equation.W}->{equation.y}', so they are not the rows of the batch. "
+            f"{MAP_ROWS}"
+        )
     in_y = tuple(equation.y.index(c) for c in letters)
     one = equation.of_row(n)
     U, V = factors.U, factors.V

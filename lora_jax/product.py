@@ -41,6 +41,7 @@ import numpy as np
 
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
+from lora_jax.barrier import barrier
 from lora_jax.equation import Equation
 from lora_jax.variants import float32_or_more, magnitude_ratio, product, safe_sqrt
 
@@ -345,9 +346,9 @@ def _skinny(
     XLA would make the one of the other, and there the second is four times slower: it reads a
     large matrix by its columns. Hence the barrier.
     """
-    if not on_cpu:
+    if not on_cpu or U.ndim > 2:
         return _dot(x, U, -2, precision)
-    Ut = jax.lax.optimization_barrier(U.swapaxes(-1, -2))
+    Ut = barrier(U.swapaxes(-1, -2))
     return _dot(x, Ut, -1, precision)
 
 

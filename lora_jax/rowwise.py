@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Whole
-from lora_jax.mixed import BASE, check_rows, taken
+from lora_jax.mixed import BASE, MAP_ROWS, check_rows, taken
 from lora_jax.tree import Key, path_of, unbox
 
 # The name of the leaves of the rows is that of the parameter and this.
@@ -94,8 +94,7 @@ def call_by_rows(
         what = f"module {inside[0]!r}" if inside else f"collection {others[0]!r}"
         raise ValueError(
             f"{first.path!r} was trained whole and differs from row to row, but its module also "
-            f"has the {what}. Map over the rows instead: jax.vmap(lambda i, x: lora_apply(model, "
-            f"variables, stacked, x[None], adapter_ids=i)[0])(adapter_ids, x)."
+            f"has the {what}. {MAP_ROWS}"
         )
     count = len(first.leaves)
     ids = jnp.arange(count)

@@ -302,6 +302,11 @@ def check_alone(path: str, adapter: Adapter) -> None:
             f"The adapter of {path!r} is out of a stack of adapters with several rates of dropout, "
             f"and does not say its own: save it as it was before it was stacked."
         )
+    if not VARIANTS[adapter.variant].trained:
+        raise ValueError(
+            f"The adapter of {path!r} is of freeze_norm: save the adapter as it was before, from "
+            f"which freeze_norm makes it again."
+        )
 
 
 def _names(variant: str) -> tuple[str, ...]:
