@@ -25,7 +25,7 @@ from lora_jax.axes import KernelAxes
 from lora_jax.config import nearest, scale
 from lora_jax.names import EXPERTS, FAMILIES, Name, Torch, as_names
 from lora_jax.peft_config import CONFIG, DEFAULTS, PeftConfig, by_pattern, read_config
-from lora_jax.store import host, leaves_of, whole_leaf
+from lora_jax.store import check_alone, host, leaves_of, whole_leaf
 from lora_jax.tensors import StrPath, Tensors, encode, is_floating, write_bytes
 from lora_jax.torch_layout import factor_shapes, from_factors, to_factors
 from lora_jax.torch_params import TorchParams
@@ -144,6 +144,7 @@ def save(
     for leaf_path, adapter in kernels.items():
         if leaf_path not in base:
             raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
+        check_alone(leaf_path, adapter)
         check_fits(leaf_path, base[leaf_path], adapter)
     whole = {p: node.value if isinstance(node, Whole) else node for p, node in found.items()}
     flat = base | {p: node for p, node in whole.items() if p not in kernels}

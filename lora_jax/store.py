@@ -126,11 +126,11 @@ def save(
     base = None if frozen is None else leaves_of(frozen, "frozen")
     for leaf_path, node in leaves_of(adapters, "adapters").items():
         if isinstance(node, Adapter):
+            check_alone(leaf_path, node)
             if base is not None:
                 if leaf_path not in base:
                     raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
                 check_fits(leaf_path, base[leaf_path], node)
-            check_alone(leaf_path, node)
             entries[leaf_path] = _said(node)
             found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
         else:

@@ -190,7 +190,6 @@ def test_frozen_norms_are_for_inference(tmp_path):
         lora_jax.save(tmp_path / "a", frozen)
     with pytest.raises(ValueError, match="there is no variant 'scaled'"):
         lora_jax.Rule("kernel", 2, variant="scaled")
-    names = {"layers_{i}": "layers.{i}"}
     with pytest.raises(ValueError, match="'layers_0/kernel' is of freeze_norm: save the adapter"):
-        lora_jax.peft.save(tmp_path / "b", PARAMS, frozen, names=names, base_model_name_or_path="x")
+        lora_jax.peft.save(tmp_path / "b", PARAMS, frozen, base_model_name_or_path="x")
     assert not list(tmp_path.iterdir())
