@@ -17,6 +17,8 @@ together a `ModelAxes`; `register` takes a handler for a layer of yours, which c
 
 from lora_jax import peft
 from lora_jax.adapter import Adapter, Whole
+from lora_jax.approximation import Approximation, ApproximationReport
+from lora_jax.arithmetic import combine, compress
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, Rule
 from lora_jax.discover import kernel_axes
@@ -35,6 +37,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedKernel",
     "Adapter",
+    "Approximation",
+    "ApproximationReport",
     "KernelAxes",
     "LoraConfig",
     "ModelAxes",
@@ -43,6 +47,8 @@ __all__ = [
     "Rule",
     "Summary",
     "Whole",
+    "combine",
+    "compress",
     "export",
     "freeze_norm",
     "kernel_axes",
