@@ -10,9 +10,9 @@ are all that is differentiated, optimized and saved, and the model's own code st
     lora_jax.save("reviews", adapters)
     frozen, adapters = lora_jax.load("reviews", params)
 
-`lora_jax.peft` reads and writes PEFT's files. `kernel_axes` finds the `KernelAxes` of every kernel,
-together a `ModelAxes`; `register` takes a handler for a layer of yours, which computes with an
-`AdaptedKernel`.
+`combine` adds adapters, and `compress` cuts their rank. `lora_jax.peft` reads and writes PEFT's
+files. `kernel_axes` finds the `KernelAxes` of every kernel, together a `ModelAxes`;
+`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`.
 """
 
 from lora_jax import peft

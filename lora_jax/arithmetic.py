@@ -43,18 +43,19 @@ def combine(
 
     With ``delta_i = W'_i - W``, of DoRA with its magnitudes, the result changes ``W`` by
 
-    - ``"linear"``: ``sum_i w_i delta_i`` (Ilharco et al. 2023). A sum of LoRAs is a LoRA, and one
-      with a DoRA in it a DoRA (:mod:`lora_jax.sums`), of the sum of the ranks, but at most
-      ``min(d, k)``. It is exact, forms no singular values, and can be jitted and differentiated.
-      Weights ``[-1]`` negate, ``[1 - t, t]`` interpolate.
+    - ``"linear"``: ``sum_i w_i delta_i``, task arithmetic (Ilharco et al. 2023). A sum of LoRAs is
+      a LoRA, and one with a DoRA in it a DoRA (:mod:`lora_jax.sums`), of the sum of the ranks, but
+      at most ``min(d, k)``. It is exact, forms no singular values, and can be jitted and
+      differentiated. Weights ``[-1]`` negate, ``[1 - t, t]`` interpolate.
     - ``"magnitude_prune"``: the same of the entries of ``delta_i`` with the largest magnitudes.
     - ``"ties"``: of those, the mean of ``w_i delta_i`` where it has the elected sign (Yadav et al.
       2023).
     - ``"dare_linear"``, ``"dare_ties"``: entries are dropped at random instead, and what is kept is
       divided by ``density`` (Yu et al. 2024).
 
-    The latter four work on the dense ``delta_i``, matrix by matrix, as many in memory as there are
-    adapters, and their result is a LoRA, by singular values.
+    The latter four work on the dense ``delta_i``, each matrix by itself (the papers prune over all
+    parameters at once), with one for each adapter in memory. Their result is a LoRA, by singular
+    values, and its error is against the dense result.
 
     Args:
       adapters: trees as :func:`lora_jax.lora_init` or :func:`lora_jax.load` return them. Ranks,
@@ -73,10 +74,11 @@ def combine(
         rank is the largest of any matrix, and the others have zeros. 1 is exact but for rounding.
 
     Returns:
-      ``(adapters, report)``. The adapters have ``s = 1`` and the structure of the first tree, and
-      train on with the dropout, product and norm that the first one has there. The report has the
-      rank and the relative error of every path. With ``rank``, ``energy``, or another method than
-      ``"linear"``, it is computed on the host, in float64 where factors are cut.
+      ``(adapters, report)``. The adapters have ``s = 1``, are a ``FrozenDict`` if the first tree is
+      one, and would be trained on with the dropout, product and ``detach_norm`` of the first
+      adapter of the same variant. The report has the rank and the relative error of every path; it
+      is no pytree, so that what is jitted returns the adapters alone. With ``rank``, ``energy``, or
+      another method than ``"linear"``, the host computes, in float64 where factors are cut.
 
     Raises:
       TypeError: arguments of the wrong type; traced arrays where the host computes.
@@ -233,10 +235,17 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
     (i, first), *rest = found.items()
     for j, node in found.items():
         arrays = jax.tree.leaves(node)
-        if not arrays or not all(hasattr(array, "dtype") for array in arrays):
+        if not arrays or not all(isinstance(array, jax.Array | np.ndarray) for array in arrays):
             raise TypeError(
                 f"adapters[{j}] has {node!r} at {path!r}, which is neither an adapter nor an array."
             )
+        if isinstance(node, Adapter):
+            U, V = np.shape(node.U), np.shape(node.V)
+            if U[:-2] != V[:-2] or not U[-1] == V[-2] == node.rank:
+                raise ValueError(
+                    f"adapters[{j}] has U {U} and V {V} at {path!r}, which are not of one "
+                    f"stack and of rank {node.rank}."
+                )
         if any(isinstance(array, jax.core.Tracer) for array in arrays) and not plan.exact:
             raise TypeError(f"{path!r} is traced: {_ON_HOST}")
         if not all(map(_finite, arrays)):
