@@ -153,8 +153,8 @@ def _combine(
     params: chex.ArrayTree | None,
     plan: Plan,
 ) -> tuple[chex.ArrayTree, ApproximationReport]:
-    if not plan.exact and any(isinstance(w, jax.core.Tracer) for w in weights):
-        raise TypeError(f"The weights are traced: {_ON_HOST}")
+    if not plan.exact and any(isinstance(x, jax.core.Tracer) for x in (*weights, plan.key)):
+        raise TypeError(f"The weights or the key are traced: {_ON_HOST}")
     nodes = [flatten(tree, f"adapters[{i}]") for i, tree in enumerate(trees)]
     base = None if params is None else flatten(params, "params")
     check_base(base or {})
@@ -170,6 +170,8 @@ def _combine(
             continue
         _check_nodes(path, found, plan)
         leaf = _base_leaf(path, key, base)
+        if not plan.exact and isinstance(unbox(leaf), jax.core.Tracer):
+            raise TypeError(f"params is traced at {path!r}: {_ON_HOST}")
         own = [weights[i] for i in found]
         if isinstance(next(iter(found.values())), Adapter):
             W = _matrix(path, found, leaf, base)
@@ -199,11 +201,11 @@ def _checked_weights(weights: Sequence[Any], count: int) -> list[Any]:
         )
     checked: list[Any] = []
     for weight in weights:
+        if isinstance(weight, bool) or np.shape(weight) != ():
+            raise TypeError(f"A weight must be a number, got {weight!r}.")
         if isinstance(weight, jax.core.Tracer):
             checked.append(weight)
             continue
-        if isinstance(weight, bool) or np.shape(weight) != ():
-            raise TypeError(f"A weight must be a number, got {weight!r}.")
         try:
             checked.append(float(weight))
         except (TypeError, ValueError):
@@ -336,4 +338,5 @@ def _finite(array: Any) -> bool:
     """Whether all is finite; what is traced or elsewhere can't be checked."""
     if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
         return True
-    return bool(jnp.isfinite(jnp.asarray(array)).all())
+    with jax.ensure_compile_time_eval():  # an array that a jitted function closes over is known
+        return bool(jnp.isfinite(jnp.asarray(array)).all())

@@ -147,6 +147,12 @@ def test_columns_that_lose_their_base(weight):
         adapters = {"dense": node.replace(V=V, m=m)}
         combined, _ = lora_jax.combine([adapters], [weight], params=params)
         check_sum(params, [adapters], [weight], combined)
+        tree = {"kernel": combined["dense"]}  # and the layer, which has the norm another way
+        y = lora_jax.lora_apply(
+            nn.Dense(5, use_bias=False), {"params": {"kernel": params["dense"]}}, tree, jnp.eye(7)
+        )
+        expected = params["dense"] + weight * change(params, adapters, "dense")
+        assert jnp.abs(y - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -205,10 +211,14 @@ def test_it_is_jitted_and_differentiated():
         for n in params
     )
     assert jax.grad(norm)(0.3, trees, params) == pytest.approx(expected, rel=1e-4)
+    closed = jax.jit(lambda w: lora_jax.combine(trees, [w, 1 - w], params=params)[0])(0.3)
+    check_sum(params, trees, [0.3, 0.7], closed)
     with pytest.raises(TypeError, match=r"'dense' is traced: rank=.* computed on the host"):
         jax.jit(lambda tree: lora_jax.compress(tree, rank=1)[0])(trees[0])
-    with pytest.raises(TypeError, match=r"weights are traced: rank=.* on the host"):
+    with pytest.raises(TypeError, match=r"weights or the key are traced: rank=.* on the host"):
         jax.jit(lambda w: lora_jax.combine(trees[:1], [w], rank=1)[0])(1.0)
+    with pytest.raises(TypeError, match="params is traced at 'dense': rank="):
+        jax.jit(lambda p: lora_jax.compress(trees[1], rank=1, params=p)[0])(params)
 
 
 # --- compression ---
