@@ -242,6 +242,11 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
                 f"adapters[{j}] has {node!r} at {path!r}, which is neither an adapter nor an array."
             )
         if isinstance(node, Adapter):
+            if node.count is not None:
+                raise ValueError(
+                    f"adapters[{j}] is a stack of {node.count} adapters, at {path!r}: combine each "
+                    f"one alone, jax.tree.map(lambda x: x[i], stacked)."
+                )
             U, V = np.shape(node.U), np.shape(node.V)
             if U[:-2] != V[:-2] or not U[-1] == V[-2] == node.rank:
                 raise ValueError(

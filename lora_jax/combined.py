@@ -119,7 +119,8 @@ def combine_kernel(
             total = sums.folded(total)
         else:
             total, error = _cut(total, W, plan)
-    alike = [node for node in nodes if (node.m is None) == (total.c is None)]
+    variants = ("lora",) if total.c is None else ("dora", "scaled")
+    alike = [node for variant in variants for node in nodes if node.variant == variant]
     combined = sums.as_adapter(total, W, (alike or nodes)[0])
     return combined, Approximation(combined.rank, error)
 

@@ -8,7 +8,8 @@ with ``a_i = m_i / ||W + s_i U_i V_i||_c``, and 1 for LoRA, an adapter changes `
     U = [U_1 ... U_n],  Z = [w_1 a_1 s_1 V_1; ...; w_n a_n s_n V_n]
 
 and this is the DoRA of ``U``, ``V = Z / c`` and ``m = c ||W + U V||_c``: a number ``a`` or ``c``
-for each column. No singular value is needed, and the rank is the sum of the ranks.
+for each column. No singular value is needed, and the rank is the sum of the ranks. (After
+:func:`lora_jax.freeze_norm` ``a`` is there already, and if it is for all, ``c`` takes its place.)
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ def weighted(nodes: Sequence[Adapter], weights: Sequence[Any], W: chex.Array | N
             Z.append((w * node.scale) * jnp.asarray(node.V))
         else:
             assert W is not None
-            norm = column_norm(W + node.scale * product(node.U, node.V))
-            # A column of norm 0 is 0 whatever its magnitude: 1 is as right as any.
-            a = jnp.where(norm > 0, node.m / jnp.where(norm > 0, norm, 1), 1)
+            a = node.m if node.variant == "scaled" else _ratio(node, W)
             Z.append((w * node.scale) * a[..., None, :] * node.V)
             change.append(w * (a - 1))
             size.append(jnp.abs(w) * (jnp.abs(a) + 1))
@@ -84,6 +83,12 @@ def folded(total: Sum) -> Sum:
     return Sum(both, jnp.broadcast_to(jnp.eye(k, dtype=U.dtype), (*stack, k, k)), c)
 
 
+def _ratio(node: Adapter, W: chex.Array) -> chex.Array:
+    """``a = m / ||W + s U V||_c``; 1 for a column of norm 0, which is 0 whatever its magnitude."""
+    norm = column_norm(W + node.scale * product(node.U, node.V))
+    return jnp.where(norm > 0, node.m / jnp.where(norm > 0, norm, 1), 1)
+
+
 @jax.jit
 def delta(total: Sum, W: chex.Array | None) -> chex.Array:
     """``W' - W``, dense."""
@@ -93,7 +98,7 @@ def delta(total: Sum, W: chex.Array | None) -> chex.Array:
 
 @jax.jit
 def as_adapter(total: Sum, W: chex.Array | None, like: Adapter) -> Adapter:
-    """A sum as an adapter with ``s = 1``: LoRA, or DoRA where it has a ``c``.
+    """A sum as an adapter with ``s = 1``: LoRA, or what ``like`` is where it has a ``c``.
 
     Args:
       total: the sum.
@@ -108,8 +113,8 @@ def as_adapter(total: Sum, W: chex.Array | None, like: Adapter) -> Adapter:
     assert W is not None
     c = jnp.asarray(total.c, jnp.float32)
     V = Z / jnp.where(c == 0, 1, c)[..., None, :]
-    m = (c * column_norm(W + product(U, V))).astype(jnp.float32)
-    return dataclasses.replace(like, U=U, V=V, m=m, variant="dora")
+    m = c if like.variant == "scaled" else c * column_norm(W + product(U, V))
+    return dataclasses.replace(like, U=U, V=V, m=m.astype(jnp.float32))
 
 
 def matrix_of(kernel: Any, node: Adapter) -> chex.Array:

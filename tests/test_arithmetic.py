@@ -442,6 +442,20 @@ def test_trees_of_different_targets():
     check_sum({"conv": params["conv"]}, [b], [2.0], combined)
 
 
+def test_frozen_norms():
+    """After freeze_norm the ratio is there already; beside a DoRA the sum is a DoRA."""
+    params = kernels("dense", "experts")
+    a, b = trained(params, "dora", 1), trained(params, "dora, rank 1", 2)
+    frozen = [lora_jax.freeze_norm(params, tree) for tree in (a, b)]
+    for trees, variant in [(frozen, "scaled"), ([frozen[0], b], "dora")]:
+        combined, _ = lora_jax.combine(trees, [0.5, -1.0], params=params)
+        assert {node.variant for node in combined.values()} == {variant}
+        for path, W in params.items():
+            expected = 0.5 * change(params, a, path) - change(params, b, path)
+            got = combined[path].effective_kernel(W) - W
+            assert relative_error(combined[path].axes.as_matrix(got), expected) < 1e-5
+
+
 def test_how_it_trains_on_is_the_first_ones():
     params = kernels("dense")
     a = trained(params, "dora", 1, dropout=0.1)
@@ -527,6 +541,7 @@ NODE = LORA["dense"]
         (([LORA, DORA], [1, 1]), {}, r"adapters\[1\] is a DoRA at 'dense'.*pass params="),
         (([LORA], [1]), {"params": {"dens": NODE.U}}, r"for 'dense', but params.*paths: dens\."),
         (([LORA], [1]), {"params": {"dense": jnp.ones((7, 6))}}, "'dense' does not fit"),
+        (([lora_jax.stack([LORA, LORA])], [1]), {}, r"adapters\[0\] is a stack of 2 .*'dense'"),
         (([DORA], [1]), {"params": {"dense": PARAMS["dense"] / 0}}, "params has NaN.*'dense'"),
         (([LORA, {"dense": jnp.ones((7, 5))}], [1, 1]), {}, "'dense', .*trained whole.*Merge one"),
         (
