@@ -10,13 +10,15 @@ are all that is differentiated, optimized and saved, and the model's own code st
     lora_jax.save("reviews", adapters)
     frozen, adapters = lora_jax.load("reviews", params)
 
-`lora_jax.peft` reads and writes PEFT's files. `kernel_axes` finds the `KernelAxes` of every kernel,
-together a `ModelAxes`; `register` takes a handler for a layer of yours, which computes with an
-`AdaptedKernel`.
+`combine` adds adapters, and `compress` cuts their rank. `lora_jax.peft` reads and writes PEFT's
+files. `kernel_axes` finds the `KernelAxes` of every kernel, together a `ModelAxes`;
+`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`.
 """
 
 from lora_jax import peft
 from lora_jax.adapter import Adapter, Whole
+from lora_jax.approximation import Approximation, ApproximationReport
+from lora_jax.arithmetic import combine, compress
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, Rule
 from lora_jax.discover import kernel_axes
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedKernel",
     "Adapter",
+    "Approximation",
+    "ApproximationReport",
     "KernelAxes",
     "LoraConfig",
     "ModelAxes",
@@ -44,6 +48,8 @@ __all__ = [
     "Rule",
     "Summary",
     "Whole",
+    "combine",
+    "compress",
     "each_adapter",
     "export",
     "freeze_norm",

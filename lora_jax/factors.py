@@ -180,27 +180,3 @@ def _inner(a: Factors, b: Factors) -> float:
     left = a.U.astype(np.float64).T @ b.U.astype(np.float64)
     right = a.V.astype(np.float64) @ b.V.astype(np.float64).T
     return float(a.scale * b.scale * (left * right).sum())
-
-
-def extracted(delta: Array, rank: int | None, energy: float | None) -> tuple[Array, Array, float]:
-    """The nearest matrix of a lower rank, as factors.
-
-    Args:
-      delta: ``(d, k)``, tuned minus base.
-      rank: of the factors; or
-      energy: the smallest rank that keeps this share of the squared norm.
-
-    Returns:
-      ``U`` and ``V`` with ``s = 1``, each with the root of the singular values; and what is lost,
-      ``||delta - U V|| / ||delta||``.
-    """
-    left, values, right = np.linalg.svd(np.asarray(delta, np.float32), full_matrices=False)
-    total = float(np.square(values, dtype=np.float64).sum())
-    if rank is None:
-        assert energy is not None
-        kept = np.cumsum(np.square(values, dtype=np.float64))
-        rank = int(np.searchsorted(kept, energy * total * (1 - 1e-12))) + 1
-    rank = min(rank, len(values))
-    root = np.sqrt(values[:rank])
-    lost = float(np.square(values[rank:], dtype=np.float64).sum())
-    return left[:, :rank] * root, root[:, None] * right[:rank], np.sqrt(lost / total)

@@ -16,7 +16,7 @@ import lora_jax
 from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import __main__ as cli
 from lora_jax.cli import commands
-from lora_jax.factors import difference, extracted, open_adapter
+from lora_jax.factors import difference, open_adapter
 from lora_jax.tensors import Tensors
 
 KEY = jax.random.key(0)
@@ -226,17 +226,6 @@ def test_extract_leaves_nothing_out_in_silence(split, folders, call, tmp_path):
         code, out = call("extract", tuned, base, tmp_path / "z", *options)
         assert code == 1
         assert message in out
-
-
-def test_singular_values_give_the_nearest():
-    delta = np.asarray(jax.random.normal(KEY, (7, 5)))
-    values = np.linalg.svd(delta, compute_uv=False)
-    U, V, lost = extracted(delta, 2, None)
-    assert lost == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-5)
-    assert np.linalg.norm(delta - U @ V) / np.linalg.norm(delta) == pytest.approx(lost, rel=1e-5)
-    energy = np.square(values[:3]).sum() / np.square(values).sum()
-    assert extracted(delta, None, float(energy) - 1e-6)[0].shape[1] == 3
-    assert extracted(delta, None, float(energy) + 1e-6)[0].shape[1] == 4
 
 
 def test_verify(split, folders, call, tmp_path):

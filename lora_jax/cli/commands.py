@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax import peft, store
+from lora_jax.approximation import nearest
 from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, trees
-from lora_jax.factors import Factors, Opened, difference, extracted, is_peft, open_adapter
+from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter
 from lora_jax.names import as_names
 from lora_jax.rounding import RoundingReport
 from lora_jax.tensors import read_json
@@ -226,9 +227,9 @@ def extract(
             rest.append(name)
             continue
         delta = delta.T if name.endswith(".weight") else delta
-        U, V, lost = extracted(delta, rank, energy)
-        found[name] = (U, V)
-        table.add_row(name, str(U.shape[1]), f"{lost:.3g}")
+        low = nearest(delta, rank, energy)
+        found[name] = (low.U, low.V)
+        table.add_row(name, str(low.U.shape[1]), f"{low.error:.3g}")
     if rest and not allow_rest:
         raise ValueError(
             f"{len(rest)} arrays differ that would not be in the adapter: "
