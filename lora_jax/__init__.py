@@ -16,7 +16,7 @@ together a `ModelAxes`; `register` takes a handler for a layer of yours, which c
 """
 
 from lora_jax import peft
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, Rule
 from lora_jax.discover import kernel_axes
@@ -40,6 +40,7 @@ __all__ = [
     "Rounding",
     "RoundingReport",
     "Rule",
+    "Shift",
     "Summary",
     "Whole",
     "export",

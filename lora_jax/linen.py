@@ -27,7 +27,7 @@ import numpy as np
 
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
-from lora_jax.adapter import Adapter
+from lora_jax.adapter import Adapter, Shift
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
@@ -101,8 +101,8 @@ def lora_apply(
     dropout = _dropout_is_active(model, args, kwargs)
     nodes: dict[Key, _Placed] = {}
 
-    def place(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
-        if adapter.substitute:
+    def place(key: Key, kernel: Any, adapter: Adapter | Shift) -> dict[Key, Any]:
+        if isinstance(adapter, Shift) or adapter.substitute:
             return {key: merged_kernel(kernel, adapter)}
         adapter = normalized(unbox(kernel), adapter)
         arrays = {
@@ -112,8 +112,8 @@ def lora_apply(
         }
         # With dropout off it is off in the tree's structure, so that nn.jit traces again.
         rate = adapter.dropout if dropout else 0.0
-        adapter = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
-        nodes[key] = _Placed(adapter, path_of(key))
+        own = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
+        nodes[key] = _Placed(own, path_of(key))
         return {key: kernel, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
     placed = join(variables["params"], adapters, place)

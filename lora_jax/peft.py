@@ -20,7 +20,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
 from lora_jax.config import nearest, scale
 from lora_jax.names import EXPERTS, FAMILIES, Name, Torch, as_names
@@ -65,7 +65,8 @@ def load(
     """Loads an adapter that PEFT saved: as :func:`lora_jax.lora_init`, with trained adapters.
 
     Whatever the folder says is used or refused. Factors and magnitudes become float32, as PEFT
-    makes them. DoRA's norm is detached in the gradient, as in PEFT.
+    makes them. DoRA's norm is detached in the gradient, as in PEFT. The biases of ``B``
+    (``lora_bias``) are each a :class:`lora_jax.Shift` of the layer's own bias.
 
     Args:
       path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -88,12 +89,12 @@ def load(
     frozen = flatten(params, "params")
     keys = {path_of(key): key for key in frozen}
     model = TorchParams({p: frozen[key] for p, key in keys.items()}, as_names(names), axes)
-    parts, whole = _sorted(files, model)
-    _check_complete(files, model, parts, whole)
+    parts, whole, shifts = _sorted(files, model)
+    _check_complete(files, model, parts, whole, shifts)
 
     adapters: dict[Any, Any] = {}
-    for leaf_path, found in parts.items():
-        adapter = _to_adapter(leaf_path, found, files, model)
+    for leaf_path, ones in parts.items():
+        adapter = _to_adapter(leaf_path, ones, files, model)
         check_fits(leaf_path, frozen[keys[leaf_path]], adapter)
         adapters[keys[leaf_path]] = adapter
     for leaf_path, arrays in whole.items():
@@ -102,6 +103,8 @@ def load(
         dtype = jnp.dtype(unbox(leaf).dtype).name
         node = value if dtype == value.dtype.name else Whole(value, dtype)
         adapters[keys[leaf_path]] = whole_leaf(leaf_path, node, leaf, str(path))
+    for leaf_path, found in shifts.items():
+        adapters[keys[leaf_path]] = _to_shift(leaf_path, found, files, model)
     return unflatten(frozen, params), unflatten(adapters, params)
 
 
@@ -119,7 +122,8 @@ def save(
     """Saves adapters so that ``PeftModel.from_pretrained`` loads them.
 
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
-    different dropouts; parts of a module that are trained whole. How this library computes an
+    different dropouts; parts of a module that are trained whole; a :class:`lora_jax.Shift` of
+    anything but the biases of all adapted layers. How this library computes an
     adapter (``product``, ``detach_norm``) changes no result and is not saved.
 
     Args:
@@ -145,8 +149,13 @@ def save(
         if leaf_path not in base:
             raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
         check_fits(leaf_path, base[leaf_path], adapter)
-    whole = {p: node.value if isinstance(node, Whole) else node for p, node in found.items()}
-    flat = base | {p: node for p, node in whole.items() if p not in kernels}
+    shifts = {p: node for p, node in found.items() if isinstance(node, Shift)}
+    for leaf_path, shift in shifts.items():
+        if leaf_path not in base:
+            raise ValueError(f"Something is added to {leaf_path!r}, which frozen lacks.")
+        check_fits(leaf_path, base[leaf_path], shift)
+    whole = [p for p in found if p not in kernels and p not in shifts]
+    flat = base | {p: getattr(found[p], "value", found[p]) for p in whole}
     own = {p: adapter.axes for p, adapter in kernels.items()}
     model = TorchParams(flat, as_names(names), axes, own)
 
@@ -171,7 +180,10 @@ def save(
         adapter, window = kernels[torch.path], model.window(torch.path, torch.kind)
         for name, array in _from_adapter(torch.path, adapter, torch, window).items():
             tensors[f"{PREFIX}{keys.get(torch, torch.module)}.{name}"] = array
-    saved, bias = _whole_modules(model, [p for p in found if p not in kernels], modules)
+    for torch in _biases_of_B(shifts, model, modules):
+        name = f"{PREFIX}{torch.module}.lora_B.bias"
+        tensors[name] = model.from_leaf(torch, shifts[torch.path].value)
+    saved, bias = _whole_modules(model, whole, modules)
     to_save = _modules_to_save(model, {} if bias == "all" else saved, modules, task_type)
     for torch in saved.values():
         _check_equal(torch, model, None, str(path))
@@ -184,6 +196,7 @@ def save(
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
         "bias": bias,
+        "lora_bias": bool(shifts),
         "modules_to_save": to_save or None,
         "exclude_modules": _excluded(model, modules) or None,
     }
@@ -286,15 +299,18 @@ def read(path: StrPath) -> PeftFiles:
 
 # Arrays of a module by their role, with the PyTorch parameter that they adapt.
 _Part = tuple[Torch, dict[str, np.ndarray]]
+# Arrays of one leaf, by their index in the stack.
+_Stack = dict[tuple[int, ...], np.ndarray]
 
 
 def _sorted(
     files: PeftFiles, model: TorchParams
-) -> tuple[dict[str, list[_Part]], dict[str, dict[tuple[int, ...], np.ndarray]]]:
-    """The tensors by path: those of adapters, and those of leaves that are trained whole."""
+) -> tuple[dict[str, list[_Part]], dict[str, _Stack], dict[str, _Stack]]:
+    """The tensors by path: of adapters, of leaves that are trained whole, of biases of ``B``."""
     tensors = files.tensors
     parts: dict[str, list[_Part]] = {}
-    whole: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    whole: dict[str, _Stack] = {}
+    shifts: dict[str, _Stack] = {}
     alone = [t for name, t in model.by_name.items() if files.config.targets_parameter(name)]
     nested = _nested(alone)
     for module, keys in files.modules.items():
@@ -313,16 +329,14 @@ def _sorted(
             )
         arrays = {role: tensors[key] for role, key in keys.items()}
         if "bias" in arrays:
-            leaf = _lookup(f"{module}.bias", tensors, model)
-            base = model.from_leaf(leaf).astype(np.float32)
-            added = arrays.pop("bias").astype(np.float32)
-            if added.shape != base.shape:
+            leaf = model.by_name.get(f"{module}.bias")
+            if leaf is None:
                 raise ValueError(
-                    f"{tensors.path}: {keys['bias']!r} is {added.shape}, and should be "
-                    f"{base.shape}."
+                    f"{tensors.path} has {keys['bias']!r}, but the layer of {torch.path!r} has no "
+                    f"bias that it could be added to: give it one of zeros (use_bias=True), and "
+                    f"names one for {module + '.bias'!r}."
                 )
-            # s (B A x + b) is the layer's own bias with s b added.
-            whole.setdefault(leaf.path, {})[leaf.index] = base + files.scale(module) * added
+            shifts.setdefault(leaf.path, {})[leaf.index] = arrays.pop("bias")
         parts.setdefault(torch.path, []).append((torch, arrays))
     for name, key in files.whole.items():
         plain = name.replace(".base_layer.", ".")
@@ -334,7 +348,7 @@ def _sorted(
         if torch.index in whole.setdefault(torch.path, {}):
             raise ValueError(f"{tensors.path}: {key!r} is there in two forms.")
         whole[torch.path][torch.index] = tensors[key]
-    return parts, whole
+    return parts, whole, shifts
 
 
 def _target(torch: Torch) -> str:
@@ -421,14 +435,15 @@ def _check_complete(
     files: PeftFiles,
     model: TorchParams,
     parts: Mapping[str, list[_Part]],
-    whole: Mapping[str, Mapping[tuple[int, ...], np.ndarray]],
+    whole: Mapping[str, _Stack],
+    shifts: Mapping[str, _Stack],
 ) -> None:
     """Errors where tensors are missing that the config, or the rest of a stack, asks for."""
     file, config = files.tensors.path, files.config
-    if twice := sorted(set(parts) & set(whole)):
+    if twice := sorted((set(parts) | set(shifts)) & set(whole)):
         raise ValueError(f"{file}: {twice[0]!r} is both adapted and saved whole.")
     has = {path: {torch.index for torch, _ in found} for path, found in parts.items()}
-    has |= {path: set(arrays) for path, arrays in whole.items()}
+    has |= {path: set(arrays) for path, arrays in (*whole.items(), *shifts.items())}
     for path, indices in has.items():
         for torch in model.torch(path):
             if torch.index not in indices:
@@ -436,6 +451,7 @@ def _check_complete(
                     f"{file} lacks {torch.name!r}: {path!r} holds {len(model.torch(path))} such "
                     f"kernels in one, which are adapted together or not at all."
                 )
+    has = {path: indices for path, indices in has.items() if path not in shifts}
     missing = {name: torch for name, torch in model.by_name.items() if torch.path not in has}
     for name, torch in missing.items():
         # PEFT also lists modules that heads may have, such as "score", which this model need not
@@ -499,6 +515,45 @@ def _to_adapter(path: str, found: list[_Part], files: PeftFiles, model: TorchPar
         axes=axes,
         untied=model.untied(path, kind),
     )
+
+
+def _to_shift(path: str, found: _Stack, files: PeftFiles, model: TorchParams) -> Shift:
+    """``s (B A x + b)`` is the layer's own bias with ``s b`` added."""
+    scales = {files.scale(torch.module) for torch in model.torch(path)}
+    if len(scales) > 1:
+        raise ValueError(
+            f"{files.tensors.path}: the biases that {path!r} holds in one have different scales: "
+            f"{sorted(scales)}."
+        )
+    value = jnp.asarray(model.to_leaf(path, found, files.tensors.path), jnp.float32)
+    return Shift(value, scales.pop())
+
+
+def _biases_of_B(
+    shifts: Mapping[str, Shift], model: TorchParams, adapted: Mapping[str, Adapter]
+) -> list[Torch]:
+    """The biases of adapted modules to which something is added: of all of them, or of none."""
+    torches = [torch for path in shifts for torch in model.torch(path)]
+    for torch in torches:
+        adapter = adapted.get(torch.module)
+        if adapter is None or not torch.name.endswith(".bias"):
+            raise ValueError(
+                f"Something is added to {torch.path!r}, which PEFT has for biases of adapted "
+                f"layers only (lora_bias)."
+            )
+        if adapter.variant != "lora":
+            raise ValueError(f"PEFT has no DoRA with lora_bias, as at {torch.path!r}.")
+        if adapter.scale != shifts[torch.path].scale:
+            raise ValueError(
+                f"{torch.path!r} has something added with the scale {shifts[torch.path].scale}, "
+                f"and its layer is adapted with {adapter.scale}: PEFT has one for both."
+            )
+    if torches and (lacking := sorted(set(adapted) - {torch.module for torch in torches})):
+        raise ValueError(
+            f"PEFT's lora_bias is for all adapted modules or for none, and nothing is added to a "
+            f"bias of {lacking[0]!r}."
+        )
+    return torches
 
 
 def _from_adapter(

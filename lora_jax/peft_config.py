@@ -192,7 +192,12 @@ def read_config(folder: Path) -> PeftConfig:
     if not 0 <= config.dropout < 1:
         raise ValueError(f"{file}: lora_dropout must be in [0, 1), got {config.dropout}.")
     if config.lora_bias and config.dora:
-        raise ValueError(f"{file}: lora_bias with use_dora has no equal here.")
+        raise ValueError(f"{file}: lora_bias with use_dora makes no sense in PEFT.")
+    if config.lora_bias and config.bias != "none":
+        raise ValueError(
+            f"{file}: lora_bias with bias={config.bias!r} trains every bias twice, for which there "
+            f"is no equal here: train it again with one of the two."
+        )
     if config.target_parameters and (config.dora or config.lora_bias or config.dropout):
         raise ValueError(
             f"{file}: target_parameters with use_dora, lora_bias or lora_dropout makes no sense in "

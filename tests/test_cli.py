@@ -101,6 +101,38 @@ def test_convert_both_ways(folders, call, tmp_path):
     assert "exists" in out
 
 
+def with_biases_of_B(split):
+    """The same without DoRA, and with what PEFT's lora_bias adds."""
+    adapters = {
+        name: {
+            "kernel": split[1][name]["kernel"].replace(m=None, variant="lora", detach_norm=False),
+            "bias": lora_jax.Shift(random_like(split[0][name]["bias"], scale=1.0), 1.5),
+        }
+        for name in "ab"
+    }
+    return split[0], adapters
+
+
+def test_biases_of_B_convert_and_differ(split, folders, call, tmp_path):
+    frozen, adapters = with_biases_of_B(split)
+    lora_jax.save(tmp_path / "o", adapters, frozen=frozen)
+    assert call("convert", tmp_path / "o", tmp_path / "p")[0] == 0
+    assert call("convert", tmp_path / "p", tmp_path / "again")[0] == 0
+    params = frozen
+    chex.assert_trees_all_equal(lora_jax.load(tmp_path / "again", params)[1], adapters)
+    code, out = call("inspect", tmp_path / "p")
+    assert code == 0
+    assert "a.bias (added)" in out
+    adapters["a"]["bias"] = adapters["a"]["bias"].replace(value=jnp.zeros(8))
+    lora_jax.save(tmp_path / "other", adapters)
+    lora_jax.peft.save(tmp_path / "other-p", frozen, adapters)
+    for one, other in (("o", "other"), ("p", "other-p")):
+        assert call("diff", tmp_path / one, tmp_path / one)[0] == 0
+        code, out = call("diff", tmp_path / one, tmp_path / other)
+        assert code == 1
+        assert "bias (added)" in out
+
+
 def test_convert_with_own_names(folders, call, tmp_path):
     names = tmp_path / "names.json"
     names.write_text(json.dumps([["{layer}/kernel", "model.{layer}.weight"]]))

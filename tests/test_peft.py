@@ -18,7 +18,7 @@ from helpers import random_like, random_variables
 import lora_jax
 from lora_jax.names import Name
 from lora_jax.peft_config import by_pattern, first_match
-from lora_jax.tensors import Tensors
+from lora_jax.tensors import Tensors, encode
 
 NAMES = [
     ("layers/{name}/kernel", "model.layers.{i}.{name}.weight"),
@@ -52,6 +52,8 @@ class Model(nn.Module):
 
 
 IDS = jnp.array([[1, 5, 3, 2]])
+FILE = "adapter_model.safetensors"
+UP = "base_model.model.model.layers.0.up"
 RULES = {
     "lora": [lora_jax.Rule("(layers/up|heads|conv)/kernel", rank=2, alpha=3.0)],
     "patterns": [
@@ -122,6 +124,130 @@ def test_biases(model, tmp_path):
     frozen, adapters = adapted(model, RULES["lora"], ["(layers/up|heads)/bias"])
     with pytest.raises(ValueError, match=r"biases of adapted modules.*'conv/bias' is not"):
         lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
+
+
+ADAPTED = ("layers.0.up", "layers.1.up", "layers.2.up", "heads", "conv")
+
+
+@pytest.fixture
+def biased(model, tmp_path):
+    """A folder as PEFT writes it with lora_bias=True."""
+    folder = tmp_path / "biased"
+    frozen, adapters = adapted(model, RULES["lora"])
+    lora_jax.peft.save(folder, frozen, adapters, names=NAMES, axes=model[1])
+    rng = np.random.default_rng(1)
+    added = {
+        f"base_model.model.model.{module}.lora_B.bias": rng.standard_normal(6, np.float32)
+        for module in ADAPTED
+    }
+    tensors = dict(Tensors(folder / FILE)) | added
+    (folder / FILE).write_bytes(encode(tensors, {"format": "pt"}))
+    file = folder / "adapter_config.json"
+    file.write_bytes(file.read_bytes().replace(b'"lora_bias": false', b'"lora_bias": true'))
+    return folder
+
+
+def test_biases_of_B(biased, model, tmp_path):
+    """They come back bit for bit, trained further or not, and compute W x + b + s (B A x + b_B)."""
+    params, axes = model
+    frozen, adapters = load(biased, model)
+    assert frozen["layers"]["up"]["bias"] is params["layers"]["up"]["bias"]
+    shift = adapters["layers"]["up"]["bias"]
+    assert shift.scale == adapters["layers"]["up"]["kernel"].scale == 1.5
+    lora_jax.peft.save(tmp_path / "again", frozen, adapters, names=NAMES, axes=axes)
+    for file in biased.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+    merged = lora_jax.lora_merge(frozen, adapters)
+    expected = params["layers"]["up"]["bias"] + 1.5 * shift.value
+    chex.assert_trees_all_equal(merged["layers"]["up"]["bias"], expected)
+    logits = lora_jax.lora_apply(Model(), {"params": frozen}, adapters, IDS)
+    assert jnp.allclose(logits, Model().apply({"params": merged}, IDS), atol=1e-5)
+    row = lora_jax.summary(frozen, adapters).rows[-2]
+    assert (row.path, row.variant, row.scale, row.trained) == ("layers/up/bias", "shift", 1.5, 18)
+    assert lora_jax.rounding(frozen, adapters)["heads/bias"].largest == 0
+
+    trained = random_like(adapters, seed=3)
+    lora_jax.peft.save(tmp_path / "trained", frozen, trained, names=NAMES, axes=axes)
+    chex.assert_trees_all_equal(load(tmp_path / "trained", model)[1], trained)
+    lora_jax.save(tmp_path / "own", trained, frozen=frozen)
+    again = lora_jax.load(tmp_path / "own", params, verify=True)
+    chex.assert_trees_all_equal(again, (frozen, trained))
+    assert jax.tree.structure(again[1]) == jax.tree.structure(trained)
+    lora_jax.export(tmp_path / "merged", frozen, trained, names=NAMES, axes=axes)
+    lora_jax.export(tmp_path / "plain", lora_jax.lora_merge(frozen, trained), {})
+    bias = Tensors(tmp_path / "plain")["layers/up/bias"][1]
+    assert np.array_equal(Tensors(tmp_path / "merged")["model.layers.1.up.bias"], bias)
+
+
+def test_a_shift_of_half_precision_is_rounded_once(biased, model):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model[0])
+    frozen, adapters = lora_jax.peft.load(biased, half, names=NAMES, axes=model[1])
+    shift, base = adapters["heads"]["bias"], frozen["heads"]["bias"]
+    merged = lora_jax.lora_merge(frozen, adapters)["heads"]["bias"]
+    assert shift.value.dtype == jnp.float32
+    assert jnp.array_equal(
+        merged, (base.astype(jnp.float32) + 1.5 * shift.value).astype(jnp.bfloat16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["heads"].pop("bias"), "for all adapted modules .* a bias of 'model.heads'"),
+        (lambda a: a["heads"].update(bias=a["heads"]["bias"].replace(scale=2.0)), "one for both"),
+        (lambda a: a["head"].update(bias=a["conv"]["bias"]), r"is \(6,\), but the base has \(4,\)"),
+        (
+            lambda a: a["head"].update(bias=lora_jax.Shift(jnp.ones(4), 1.5)),
+            "added to 'head/bias', which PEFT has for biases of adapted",
+        ),
+        (lambda a: a.update(new={"bias": lora_jax.Shift(jnp.ones(4))}), "which frozen lacks"),
+    ],
+)
+def test_shifts_that_peft_has_not(biased, model, tmp_path, change, message):
+    frozen, adapters = load(biased, model)
+    frozen["head"] = model[0]["head"]
+    del adapters["head"]
+    adapters["head"] = {}
+    change(adapters)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path / "new", frozen, adapters, names=NAMES, axes=model[1])
+
+
+def test_dora_has_no_biases_of_B(saved, model, tmp_path):
+    _, frozen, adapters = saved
+    for name in ("heads", "conv"):
+        adapters[name]["bias"] = lora_jax.Shift(jnp.ones(model[0][name]["bias"].shape))
+    with pytest.raises(ValueError, match="no DoRA with lora_bias"):
+        lora_jax.peft.save(tmp_path / "new", frozen, adapters, names=NAMES, axes=model[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ({"bias": "all"}, lambda t: None, "trains every bias twice"),
+        ({}, lambda t: t.pop(f"{UP}.lora_B.bias"), "'model.layers.0.up' has A, B, but by"),
+        ({}, lambda t: t.update({f"{UP}.lora_B.bias": np.ones(5)}), "'model.layers.0.up.bias' is"),
+        ({"modules_to_save": ["head", "up"]}, lambda t: None, "lacks .*of modules_to_save"),
+        (
+            {"alpha_pattern": {"layers.0.up": 4}, "rank_pattern": {"layers.0.up": 2}},
+            lambda t: None,
+            "different ranks and alphas",
+        ),
+    ],
+)
+def test_biases_of_B_that_do_not_fit(biased, model, config, change, message):
+    edit_config(biased, **config)
+    edit_tensors(biased, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(biased, model)
+    assert str(biased) in str(caught.value)
+
+
+def test_a_layer_without_a_bias_says_so(biased, model):
+    names = [name for name in NAMES if "bias" not in name[0]]
+    with pytest.raises(ValueError, match=r"no bias that it could be added to.*use_bias=True"):
+        lora_jax.peft.load(biased, model[0], names=names, axes=model[1])
 
 
 @pytest.mark.parametrize(
@@ -332,9 +458,6 @@ def test_a_rank_above_the_matrix_comes_back(tmp_path):
 
 # --- damaged and hostile folders ---
 
-FILE = "adapter_model.safetensors"
-UP = "base_model.model.model.layers.0.up"
-
 
 def edit_config(folder, **change):
     file = folder / "adapter_config.json"
@@ -361,7 +484,7 @@ def edit_config(folder, **change):
         ({"use_rslora": 1}, "must be true or false"),
         ({"lora_dropout": 1.0}, r"\[0, 1\)"),
         ({"bias": "some"}, "one of none, all, lora_only"),
-        ({"lora_bias": True}, "has no equal here"),
+        ({"lora_bias": True}, "makes no sense in PEFT"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 1]]}, "no equal here"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import peft, store
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.config import nearest
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
@@ -62,7 +62,7 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
     whole: dict[str, np.ndarray] = {}
     for name, node in store.read(path).adapters.items():
         _has(base, name, path)
-        if isinstance(node, Adapter):
+        if isinstance(node, Adapter | Shift):
             check_merges(name, node)
             check_fits(name, np.broadcast_to(np.float32(0), base.info[name].shape), node)
             exact[name] = functools.partial(_effective, node)
@@ -73,8 +73,8 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
     return Updates(exact, whole)
 
 
-def _effective(node: Adapter, W: np.ndarray) -> Any:
-    return jax.jit(Adapter.effective_kernel)(node, W)
+def _effective(node: Adapter | Shift, W: np.ndarray) -> Any:
+    return jax.jit(type(node).effective_kernel)(node, W)
 
 
 def of_peft(path: StrPath, base: Checkpoint) -> Updates:

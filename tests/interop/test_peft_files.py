@@ -212,15 +212,41 @@ def test_config_is_what_peft_writes():
     }
 
 
-# PEFT takes every bias of B for a part of a matrix.
-@pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape.*lora_B.bias")
-def test_bias_of_B(params, tmp_path):
-    """It has an equal in Flax, which PEFT then has in another form."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS[:1], lora_bias=True)
-    model = peft.get_peft_model(TorchModel(params), config)
-    noisy(model).save_pretrained(tmp_path)
-    frozen, adapters = lora_jax.peft.load(tmp_path, params, names=NAMES)
-    assert relative_error(flax_logits(frozen, adapters), torch_logits(model)) < 1e-5
+def test_bias_of_B(params, axes, tmp_path):
+    """It comes back as it was, or trained further; PEFT also adds it to a layer without one."""
+    target = ["layer.0", "layer.2", "conv1", "conv2"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=target, lora_bias=True)
+    options = {"names": NAMES, "axes": axes}
+    adapters = check_both_ways(
+        lambda: TorchModel(params), config, flax_logits, torch_logits, params, tmp_path, **options
+    )
+    theirs, ours = (json.loads((tmp_path / n / CONFIG).read_text()) for n in ("theirs", "ours"))
+    assert (ours["lora_bias"], ours["bias"]) == (theirs["lora_bias"], "none") == (True, "none")
+
+    frozen, _ = lora_jax.peft.load(tmp_path / "theirs", params, **options)
+    trained = random_like(adapters)
+    lora_jax.peft.save(tmp_path / "trained", frozen, trained, **options)
+    back = peft.PeftModel.from_pretrained(TorchModel(params), tmp_path / "trained").eval()
+    assert relative_error(flax_logits(frozen, trained), torch_logits(back)) < 1e-5
+
+    # Layer 1 has none: with one of zeros it is what PEFT computes, and the same file.
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS, lora_bias=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = noisy(peft.get_peft_model(TorchModel(params), config))
+        model.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="the layer of 'layer_1/kernel' has no bias"):
+        lora_jax.peft.load(tmp_path / "none", params, **options)
+    zeros = params | {"layer_1": params["layer_1"] | {"bias": jnp.zeros(8)}}
+    split = lora_jax.peft.load(tmp_path / "none", zeros, names=NAMES)
+    layer = lora_jax.lora_merge(*split)["layer_1"]
+    x = random_like(jnp.zeros((5, 8)), scale=1.0)
+    with torch.no_grad():
+        expected = model.base_model.model.layer[1](torch.from_numpy(np.array(x))).numpy()
+    assert relative_error(x @ layer["kernel"] + layer["bias"], expected) < 1e-5
+    lora_jax.peft.save(tmp_path / "again", *split, names=NAMES)
+    before, after = (dict(Tensors(tmp_path / n / WEIGHTS)) for n in ("none", "again"))
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
