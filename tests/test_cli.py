@@ -202,6 +202,148 @@ def test_merge_into_bfloat16_says_what_vanishes(split, folders, call, tmp_path):
     assert np.array_equal(near, Tensors(tmp_path / "16.safetensors")["a/kernel"])
 
 
+@pytest.mark.parametrize("form", ["own", "peft"])
+@pytest.mark.parametrize("base", ["flax", "torch"])
+def test_merge_of_biases_of_B(split, folders, call, tmp_path, form, base):
+    frozen, adapters = with_biases_of_B(split)
+    if form == "own":
+        lora_jax.save(tmp_path / "x", adapters)
+    else:
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters)
+    code, text = call("merge", tmp_path / "x", folders / f"{base}.safetensors", tmp_path / "m")
+    if (form, base) == ("peft", "flax"):
+        assert code == 1
+        assert "has no such array" in text
+        return
+    assert code == 0
+    names = "transformers" if base == "torch" else None
+    lora_jax.export(tmp_path / "expected", frozen, adapters, names=names)
+    for name, array in Tensors(tmp_path / "expected").items():
+        assert relative_error(Tensors(tmp_path / "m")[name], array) < 1e-6
+    assert f"a{'/' if base == 'flax' else '.'}bias" in text
+
+
+def test_merge_of_a_bias_of_B_needs_a_bias(split, folders, call, tmp_path):
+    frozen, adapters = with_biases_of_B(split)
+    lora_jax.peft.save(tmp_path / "x", frozen, adapters)
+    arrays = dict(Tensors(folders / "torch.safetensors"))
+    for change, message in (
+        (lambda t: t.update({"a.bias": np.ones(3, np.float32)}), "(8,), but"),
+        (lambda t: t.pop("a.bias"), "no 'a.bias' that it could be added to"),
+    ):
+        change(arrays)
+        safetensors.numpy.save_file(arrays, tmp_path / "base.safetensors")
+        code, out = call("merge", tmp_path / "x", tmp_path / "base.safetensors", tmp_path / "m")
+        assert code == 1
+        assert message in out
+        assert not (tmp_path / "m").exists()
+
+
+# Shapes of experts, in and out: alike, square, each the other's transpose, and as in Mixtral.
+SHAPES = {
+    "alike": (5, 6, 5, 6),
+    "square": (5, 5, 5, 5),
+    "mutual": (5, 6, 6, 5),
+    "one": (5, 8, 4, 5),
+}
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """Makes adapters of experts in both formats, and their base with both names."""
+
+    def make(shapes, transposed=False):
+        a, b, c, d = SHAPES[shapes]
+        params = {
+            "moe": {"up": jnp.ones((3, a, b)), "down": jnp.ones((3, c, d))},
+            "dense": {"kernel": jnp.ones((5, 4))},
+        }
+        kind = "experts_transposed" if transposed else "experts"
+        names = [(f"moe/{n}", f"model.moe.{n}", kind) for n in ("up", "down")]
+        names += [("dense/kernel", "model.dense.weight")]
+        axes = {f"moe/{n}": lora_jax.KernelAxes((1,), (2,), (0,)) for n in ("up", "down")}
+        rules = [lora_jax.Rule("moe/.*", rank=2, alpha=3.0), lora_jax.Rule("dense/.*", rank=1)]
+        config = lora_jax.LoraConfig(rules)
+        split = lora_jax.lora_init(KEY, random_like(params), config, axes=axes)
+        frozen, adapters = split[0], random_like(split[1], scale=1.0)
+        lora_jax.save(tmp_path / "own", adapters)
+        lora_jax.peft.save(tmp_path / "peft", frozen, adapters, names=names, axes=axes)
+        lora_jax.export(tmp_path / "base", frozen, {}, names=names, axes=axes)
+        lora_jax.export(tmp_path / "expected", frozen, adapters, names=names, axes=axes)
+        (tmp_path / "names.json").write_text(json.dumps(names))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out by in", "in by out"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_merge_of_experts(experts, call, shapes, transposed):
+    folder = experts(shapes, transposed)
+
+    def check(out, *options):
+        code, text = call("merge", *options[:2], folder / out, *options[2:])
+        assert code == 0, text
+        expected, merged = Tensors(folder / "expected"), Tensors(folder / out)
+        assert set(merged) == set(expected)
+        for name, array in expected.items():
+            assert relative_error(merged[name], array) < 1e-6
+        assert "model.moe.up" in text
+
+    check("of own", folder / "own", folder / "base", "--names", folder / "names.json")
+    order = ("--experts", "up", "down")
+    layout = ("--layout", "in-out" if transposed else "out-in")
+    check("by order", folder / "peft", folder / "base", *order, *layout)
+    code, out = call("merge", folder / "peft", folder / "base", folder / "m")
+    if shapes == "one":
+        assert code == 0
+        assert (folder / "m").read_bytes() == (folder / "by order").read_bytes()
+    else:
+        assert code == 1
+        assert "in several ways, and the files do not say which" in out
+    if shapes in ("mutual", "alike"):
+        check("by order alone", folder / "peft", folder / "base", *order)
+
+
+def test_merge_of_experts_rounds_each_by_chance(experts, call):
+    folder = experts("square")
+    base = {n: x.astype(jnp.bfloat16) for n, x in Tensors(folder / "base").items()}
+    safetensors.numpy.save_file(base, folder / "16")
+    options = ("--experts", "up", "down", "--layout", "out-in")
+    for out, seed in (("a", ()), ("b", ("--seed", "0"))):
+        assert call("merge", folder / "peft", folder / "16", folder / out, *options, *seed)[0] == 0
+    near, chance = (Tensors(folder / n)["model.moe.up"].astype(np.float32) for n in "ab")
+    expected = Tensors(folder / "expected")["model.moe.up"]
+    assert relative_error(near, expected) < 2**-7
+    assert relative_error(chance, expected) < 2**-6
+    assert not np.array_equal(near, chance)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layout", "in-out"), "said of the parameters that --experts names"),
+        (("--experts", "gate"), "--experts names 'gate', of which"),
+        (("--experts", "down", "up", "--layout", "out-in"), "do not fit the base's"),
+    ],
+)
+def test_experts_that_do_not_fit(experts, call, options, message):
+    folder = experts("one")
+    code, out = call("merge", folder / "peft", folder / "base", folder / "m", *options)
+    assert code == 1
+    assert message in out
+
+
+def test_experts_that_are_missing(experts, call):
+    folder = experts("one")
+    file = folder / "peft" / "adapter_model.safetensors"
+    tensors = {n: x for n, x in Tensors(file).items() if ".base_layer." not in n}
+    safetensors.numpy.save_file(tensors, file)
+    code, out = call("merge", folder / "peft", folder / "base", folder / "m")
+    assert code == 1
+    assert "has 1 adapters of 'model.moe', but by target_parameters" in out
+
+
 def test_diff(split, folders, call, tmp_path):
     assert call("diff", folders / "peft", folders / "peft")[0] == 0
     adapter = split[1]["a"]["kernel"]

@@ -14,6 +14,7 @@ from helpers import random_like, random_variables, relative_error
 
 import lora_jax
 from examples import minilm
+from lora_jax.cli import commands
 from lora_jax.peft_config import DEFAULTS
 from lora_jax.tensors import Tensors, encode
 
@@ -358,6 +359,38 @@ def test_scanned_layers_are_one_key_each(params, config, tmp_path):
     )
 
 
+def check_command_merges(base, folder, out, **options):
+    """The command writes what PEFT's merge_and_unload gives."""
+    file = out / "base.safetensors"
+    state = {name: x.detach().numpy() for name, x in base().state_dict().items()}
+    file.write_bytes(encode(state, {"format": "pt"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base(), folder).merge_and_unload()
+    commands.merge(folder, file, out / "merged.safetensors", **options)
+    merged, expected = Tensors(out / "merged.safetensors"), model.state_dict()
+    assert set(merged) == set(expected)
+    for name, array in expected.items():
+        assert relative_error(merged[name], array.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["layer.0", "layer.2", "conv1", "conv2"], "lora_bias": True},
+        {"target_modules": [*LAYERS, "conv2", "embed"], "use_dora": True},
+        {"target_modules": LAYERS, "bias": "all", "modules_to_save": ["norm"]},
+    ],
+    ids=["biases of B", "dora", "saved whole"],
+)
+def test_command_merges_as_peft(params, config, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(TorchModel(params), peft.LoraConfig(r=3, **config))
+        noisy(model).save_pretrained(tmp_path / "adapter")
+    check_command_merges(lambda: TorchModel(params), tmp_path / "adapter", tmp_path)
+
+
 # --- models of Hugging Face ---
 
 SMALL = {
@@ -573,12 +606,15 @@ def test_experts(config, transposed, tmp_path):
         for name in ("up", "down")
     }
 
+    def base():
+        return TorchMoe(params, transposed)
+
     def logits(model):
         with torch.no_grad():
             return model(torch.from_numpy(np.array(x))).numpy()
 
     check_both_ways(
-        lambda: TorchMoe(params, transposed),
+        base,
         peft.LoraConfig(r=3, lora_alpha=5, **config),
         lambda frozen, a: FlaxMoe().apply({"params": lora_jax.lora_merge(frozen, a)}, x),
         logits,
@@ -592,3 +628,7 @@ def test_experts(config, transposed, tmp_path):
         ],
         axes=axes,
     )
+    # Its experts are each the other's transposes, so that their shapes do not say which they are.
+    names = {t.rpartition(".")[2] for t in config["target_parameters"]}
+    order = tuple(name for name in ("up", "down", "weight") if name in names)
+    check_command_merges(base, tmp_path / "theirs", tmp_path, experts=order)
