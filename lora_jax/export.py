@@ -86,7 +86,7 @@ def export(
         torches = {p: Torch(p, p, (), "plain") for p in leaves}
     else:
         model = TorchParams(leaves, as_names(names), axes)
-        torches = {torch.name: torch for p in leaves for torch in model.torch(p)}
+        torches = {torch.name: torch for p in leaves for torch in model.complete(p)}
     rows: dict[str, Rounding] = {}
     last: dict[str, Any] = {}  # what is stacked in one leaf is merged once
 

@@ -72,7 +72,8 @@ def load(
       path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
       params: the model's ``params`` collection.
       names: a family of :data:`FAMILIES`, or a list of :class:`Name` (or of tuples of its fields),
-        of which the first that fits a path counts.
+        of which the first that fits a path counts. Of kernels that lie side by side in one
+        (``{q|k|v}``) those are adapted that the files have.
       axes: from :func:`lora_jax.kernel_axes`; needed for kernels that are no matrices, for what is
         stacked, for embeddings that are saved whole, and to merge adapters of embeddings.
 
@@ -161,9 +162,9 @@ def save(
 
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, Adapter] = {}
-    torches: list[Torch] = []
+    torches: dict[Torch, tuple[int, ...]] = {}  # with their index in the adapter's arrays
     for leaf_path, adapter in kernels.items():
-        for torch in model.torch(leaf_path):
+        for torch, index in model.adapted(leaf_path, adapter.axes).items():
             _check_equal(torch, model, adapter.untied, str(path))
             if _target(torch) in modules or not (
                 torch.kind in EXPERTS or torch.name.endswith(".weight")
@@ -173,12 +174,12 @@ def save(
                     f"too, or which does not end in '.weight': PEFT adapts modules by weights."
                 )
             modules[_target(torch)] = adapter
-            torches.append(torch)
+            torches[torch] = index
     nested = _nested(torch for torch in torches if torch.kind in EXPERTS)
     keys = {torch: key for key, torch in nested.items()}
-    for torch in torches:
+    for torch, index in torches.items():
         adapter, window = kernels[torch.path], model.window(torch.path, torch.kind)
-        for name, array in _from_adapter(torch.path, adapter, torch, window).items():
+        for name, array in _from_adapter(adapter, torch, index, window).items():
             tensors[f"{PREFIX}{keys.get(torch, torch.module)}.{name}"] = array
     for torch in _biases_of_B(shifts, model, modules):
         name = f"{PREFIX}{torch.module}.lora_B.bias"
@@ -192,7 +193,7 @@ def save(
         tensors[f"{PREFIX}{torch.module}{layer}.{torch.name.rpartition('.')[2]}"] = array
     if dtype is not None:
         tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()}
-    config = _config(modules, torches) | {
+    config = _config(modules, list(torches)) | {
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
         "bias": bias,
@@ -445,14 +446,19 @@ def _check_complete(
     has = {path: {torch.index for torch, _ in found} for path, found in parts.items()}
     has |= {path: set(arrays) for path, arrays in (*whole.items(), *shifts.items())}
     for path, indices in has.items():
+        axes = model.axes(path)
+        # Of kernels side by side some may be adapted, but the same ones in every layer of a scan.
+        some = path in parts and axes is not None and axes.fused > 1
         for torch in model.torch(path):
+            if some and all(torch.index[-1] != index[-1] for index in indices):
+                continue
             if torch.index not in indices:
                 raise ValueError(
                     f"{file} lacks {torch.name!r}: {path!r} holds {len(model.torch(path))} such "
                     f"kernels in one, which are adapted together or not at all."
                 )
     has = {path: indices for path, indices in has.items() if path not in shifts}
-    missing = {name: torch for name, torch in model.by_name.items() if torch.path not in has}
+    missing = {n: t for n, t in model.by_name.items() if t.index not in has.get(t.path, ())}
     for name, torch in missing.items():
         # PEFT also lists modules that heads may have, such as "score", which this model need not
         # have.
@@ -474,6 +480,9 @@ def _to_adapter(path: str, found: list[_Part], files: PeftFiles, model: TorchPar
             f"{path!r} is {shape}: which of its axes are inputs? Pass "
             "axes=lora_jax.kernel_axes(...)."
         )
+    if axes.fused > 1:
+        there = sorted({torch.index[-1] for torch in torches})
+        axes = dataclasses.replace(axes, parts=tuple(axes.parts[i] for i in there))
     (d, k), stack = axes.matrix_shape(shape), axes.stack_shape(shape)
     # PEFT looks for patterns by the name of the module, or of a parameter adapted by itself.
     targets = [t.name if config.targets_parameter(t.name) else t.module for t in torches]
@@ -557,9 +566,10 @@ def _biases_of_B(
 
 
 def _from_adapter(
-    path: str, adapter: Adapter, torch: Torch, window: tuple[int, ...]
+    adapter: Adapter, torch: Torch, index: tuple[int, ...], window: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
     """The inverse of :func:`_to_adapter`, for one kernel of the stack."""
+    path = torch.path
     if torch.kind == "plain":
         raise ValueError(f"{path!r} has an adapter, but names says that it is plain.")
     if torch.kind == "embedding" and adapter.substitute:
@@ -569,8 +579,8 @@ def _from_adapter(
         )
     if torch.kind in EXPERTS and (adapter.m is not None or adapter.dropout):
         raise ValueError(f"{path!r} holds experts, for which PEFT has neither DoRA nor dropout.")
-    U, V = (host(getattr(adapter, n), f"{path}.{n}")[torch.index] for n in ("U", "V"))
-    m = None if adapter.m is None else host(adapter.m, f"{path}.m")[torch.index]
+    U, V = (host(getattr(adapter, n), f"{path}.{n}")[index] for n in ("U", "V"))
+    m = None if adapter.m is None else host(adapter.m, f"{path}.m")[index]
     arrays = from_factors(torch.kind, U, V, m, window)
     return {_NAMES[torch.kind == "embedding"][role]: array for role, array in arrays.items()}
 
@@ -579,7 +589,7 @@ def _whole_modules(
     model: TorchParams, paths: Sequence[str], adapted: Mapping[str, Adapter]
 ) -> tuple[dict[str, Torch], str]:
     """What is trained whole, by PyTorch's names, and which value of ``bias`` says so."""
-    saved = {torch.name: torch for path in paths for torch in model.torch(path)}
+    saved = {torch.name: torch for path in paths for torch in model.complete(path)}
     biases = {n: t for n, t in saved.items() if t.module in adapted}
     for name in biases:
         if not name.endswith(".bias"):

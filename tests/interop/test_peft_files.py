@@ -489,6 +489,82 @@ def test_models(case, tmp_path):
     )
 
 
+GEMMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["k_proj", "up_proj"],
+        "all-linear",
+        r".*0\.self_attn\.v_proj|.*gate_proj",
+    ],
+    ids=["q and v", "k and up", "all", "one layer"],
+)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_gemma(targets, dora, tmp_path):
+    """Kernels that Google's gemma has side by side are adapted where PEFT adapts them."""
+    config = transformers.GemmaConfig(
+        vocab_size=99,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        intermediate_size=10,
+    )
+    torch.manual_seed(0)
+    state = transformers.GemmaForCausalLM(config).state_dict()
+
+    def base():
+        model = transformers.GemmaForCausalLM(config)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def flax(state):
+        """As gemma stores them: by hand, and not with what is tested."""
+        params = {}
+        for i in range(2):
+            one = {n: state[f"model.layers.{i}.{m}.{n}.weight"].numpy().T for m, n in modules}
+            q, k, v = (one[n].reshape(12, -1, 4).swapaxes(0, 1) for n in GEMMA[:3])
+            params[f"layer_{i}"] = {
+                "attn": {
+                    "q_einsum": {"w": q},
+                    "kv_einsum": {"w": np.stack([k, v])},
+                    "attn_vec_einsum": {"w": one["o_proj"].reshape(4, 4, 12)},
+                },
+                "mlp": {
+                    "gating_einsum": np.stack([one["gate_proj"].T, one["up_proj"].T]),
+                    "linear": one["down_proj"],
+                },
+            }
+        return jax.tree.map(jnp.asarray, params)
+
+    modules = [("self_attn" if n in GEMMA[:4] else "mlp", n) for n in GEMMA]
+    peft_config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=dora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = noisy(peft.get_peft_model(base(), peft_config))
+        model.save_pretrained(tmp_path / "theirs")
+    params = flax(state)
+    frozen, adapters = lora_jax.peft.load(tmp_path / "theirs", params, names="gemma")
+    lora_jax.peft.save(tmp_path / "ours", frozen, adapters, names="gemma")
+    before, after = (dict(Tensors(tmp_path / name / WEIGHTS)) for name in ("theirs", "ours"))
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+
+    with torch.no_grad():
+        expected = model(torch.from_numpy(TOKENS)).logits.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert relative_error(back(torch.from_numpy(TOKENS)).logits.numpy(), expected) < 1e-6
+    merged = lora_jax.lora_merge(frozen, adapters)
+    plain = flax(model.merge_and_unload().state_dict())
+    assert max(jax.tree.leaves(jax.tree.map(relative_error, merged, plain))) < 1e-5
+
+
 # --- real weights ---
 
 
