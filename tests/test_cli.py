@@ -1,8 +1,11 @@
 """The command: what it says of adapters is right, what it writes is what Python writes."""
 
 import json
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import chex
 import jax
@@ -17,7 +20,7 @@ from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import __main__ as cli
 from lora_jax.cli import commands
 from lora_jax.factors import difference, extracted, open_adapter
-from lora_jax.tensors import Tensors
+from lora_jax.tensors import Info, Tensors, write_tensors
 
 KEY = jax.random.key(0)
 
@@ -342,6 +345,56 @@ def test_experts_that_are_missing(experts, call):
     code, out = call("merge", folder / "peft", folder / "base", folder / "m")
     assert code == 1
     assert "has 1 adapters of 'model.moe', but by target_parameters" in out
+
+
+MIB = 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("count", "rows"), [(40, 2048), (20, 4096)], ids=["32 MiB", "64 MiB"])
+def test_memory_of_a_merge(tmp_path, count, rows):
+    """What the command holds is Python, JAX and about four matrices, however large the base is.
+
+    Pages of files that are mapped do not count: they go when others need the memory.
+    """
+    shape, rank = (rows, 4096), 8
+    size = 4 * rows * 4096
+    rng = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": rank, "target_modules": ["linear"]}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"lora_A": (rank, 4096), "lora_B": (rows, rank)}
+    tensors = {
+        f"base_model.model.layers.{i}.linear.{name}.weight": rng.standard_normal(one, np.float32)
+        for i in range(count)
+        for name, one in factors.items()
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "x" / "adapter_model.safetensors")
+    base, kernel = tmp_path / "base.safetensors", rng.standard_normal(shape, np.float32)
+    info = {f"layers.{i}.linear.weight": Info(kernel.dtype, shape) for i in range(count)}
+    write_tensors(base, info, lambda name: kernel)
+
+    arguments = ["merge", tmp_path / "x", base, tmp_path / "merged.safetensors"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_jax.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        peak, status = 0, Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            anonymous = re.search(r"RssAnon:\s*(\d+) kB", status.read_text())
+            peak = max(peak, 1024 * int(anonymous[1]) if anonymous else 0)
+            time.sleep(0.002)
+        assert process.returncode == 0, process.stdout.read()
+    name = f"layers.{count - 1}.linear"
+    A, B = (tensors[f"base_model.model.{name}.{n}.weight"] for n in factors)
+    merged = Tensors(tmp_path / "merged.safetensors")[f"{name}.weight"]
+    assert relative_error(merged, kernel + 1.0 * B @ A) < 1e-5
+    assert peak > 100 * MIB  # it was measured
+    assert peak < 450 * MIB + 4 * size, f"{peak / MIB:.0f} MiB"
+    assert peak < 0.6 * count * size, f"{peak / MIB:.0f} MiB"
 
 
 def test_diff(split, folders, call, tmp_path):
