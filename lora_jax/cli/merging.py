@@ -184,7 +184,8 @@ def _merger(
         arrays = {role: files.tensors[keys[role]].astype(np.float32) for role in roles}
         factors = to_factors(kind, arrays, matrix, r, experts)
         formula = VARIANTS["dora" if files.config.dora else "lora"].kernel
-        for index in [(e,) for e in range(experts)] if kind in EXPERTS else [()]:
+
+        def part(index: tuple[int, ...]) -> chex.Array:  # of which nothing is held but the result
             one = {name: jnp.asarray(array[index]) for name, array in factors.items()}
             kernel = to_kernel(kind, np.asarray(W[index], np.float32))
             out = jax.jit(formula, static_argnums=(4, 5))(
@@ -195,7 +196,10 @@ def _merger(
                 files.scale(target),
                 False,
             )
-            yield index, jnp.asarray(from_kernel(kind, np.asarray(out).reshape(kernel.shape)))
+            return jnp.asarray(from_kernel(kind, np.asarray(out).reshape(kernel.shape)))
+
+        for index in [(e,) for e in range(experts)] if kind in EXPERTS else [()]:
+            yield index, part(index)
 
     return merged
 
