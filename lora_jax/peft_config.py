@@ -84,6 +84,15 @@ _WITHOUT_MEANING = {
 }
 
 
+# What to do about fields that say something else than how training went.
+_INSTEAD = {
+    "ensure_weight_tying": "It ties what is trained of an embedding to its other uses. Where no "
+    "embedding is adapted or saved whole it does nothing: set it to false there.",
+    "trainable_token_indices": "Some rows of an embedding were trained: merge them into the base "
+    "in PEFT, with merge_and_unload, or train the embedding whole, with modules_to_save.",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
     """The fields of PEFT's ``LoraConfig`` that this library has an equal for.
@@ -212,7 +221,10 @@ def read_config(folder: Path) -> PeftConfig:
         )
     for name, value in said.items():
         if name not in get.read and name not in _WITHOUT_MEANING and value not in _INERT:
-            raise ValueError(f"{file}: {name} is {value!r}, for which there is no equal here.")
+            instead = f" {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise ValueError(
+                f"{file}: {name} is {value!r}, for which there is no equal here.{instead}"
+            )
     return config
 
 
