@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import peft, store
+from lora_jax import peft_files, store
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.config import scale
 from lora_jax.names import EXPERTS
@@ -119,7 +119,7 @@ def _open_own(path: StrPath) -> Opened:
 
 
 def _open_peft(path: StrPath) -> Opened:
-    files = peft.read(path)
+    files = peft_files.read(path)
     factors, whole = {}, {}
     for module, keys in files.modules.items():
         arrays = {role: files.tensors[key] for role, key in keys.items() if role != "bias"}

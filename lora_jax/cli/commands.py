@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax import peft, store
+from lora_jax import peft, peft_files, store
 from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, trees
 from lora_jax.cli.experts import order_of
@@ -304,7 +304,7 @@ def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) ->
     """Errors where these options would have no effect."""
     if layout is not None and not experts:
         raise ValueError("--layout is said of the parameters that --experts names.")
-    targets = peft.read(adapter).config.target_parameters if is_peft(adapter) else ()
+    targets = peft_files.read(adapter).config.target_parameters if is_peft(adapter) else ()
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:
             raise ValueError(f"--experts names {name!r}, of which {adapter} is no adapter of PEFT.")

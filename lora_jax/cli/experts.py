@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.names import EXPERTS, Name
-from lora_jax.peft import PeftFiles
+from lora_jax.peft_files import PeftFiles
 from lora_jax.torch_layout import factor_shapes
 
 _BELOW = ".base_layer"

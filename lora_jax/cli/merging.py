@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import peft, store
+from lora_jax import peft_files, store
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.experts import alone_in
@@ -121,7 +121,7 @@ def of_peft(
       ValueError: an adapter that does not fit the base, or of which the files do not say for which
         parameter it is.
     """
-    files = peft.read(path)
+    files = peft_files.read(path)
     exact: dict[str, Callable[[np.ndarray], _Parts]] = {}
     alone = alone_in(files, base, experts or {})
     for module, keys in files.modules.items():
@@ -171,7 +171,7 @@ def _matrix_of(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
 
 
 def _merger(
-    files: peft.PeftFiles,
+    files: peft_files.PeftFiles,
     target: str,
     keys: Mapping[str, str],
     kind: str,
@@ -205,7 +205,7 @@ def _merger(
 
 
 def _shifted(
-    files: peft.PeftFiles, module: str, key: str, base: Checkpoint
+    files: peft_files.PeftFiles, module: str, key: str, base: Checkpoint
 ) -> Callable[[np.ndarray], _Parts]:
     """The bias of a layer with that of ``B`` added."""
     name, path = f"{module}.bias", files.tensors.path

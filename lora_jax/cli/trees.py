@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from lora_jax import peft, store
+from lora_jax import peft, peft_files, store
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.names import EXPERTS, Name, find
 from lora_jax.tensors import StrPath
@@ -59,7 +59,7 @@ def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
 
 def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of PEFT; the base is only shapes."""
-    files = peft.read(path)
+    files = peft_files.read(path)
     base: dict[str, Any] = {}
     for module, keys in files.modules.items():
         info = files.tensors.info
