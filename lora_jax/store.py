@@ -208,7 +208,10 @@ def load(
             )
         key = keys[leaf_path]
         if isinstance(node, Adapter | Shift):
-            check_fits(leaf_path, flat[key], node)
+            try:
+                check_fits(leaf_path, flat[key], node)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node)
         else:
             leaf = frozen.pop(key)

@@ -180,6 +180,24 @@ def test_biases_of_B(biased, model, tmp_path):
     assert np.array_equal(Tensors(tmp_path / "merged")["model.layers.1.up.bias"], bias)
 
 
+def test_a_shift_is_trained_as_in_peft(biased, model):
+    """Its gradient is s times that of the bias, and the bias may be in a box."""
+    frozen, adapters = load(biased, model)
+
+    def loss(adapters, frozen):
+        return jnp.sum(lora_jax.lora_apply(Model(), {"params": frozen}, adapters, IDS) ** 2)
+
+    got, bias = jax.grad(loss, argnums=(0, 1))(adapters, frozen)
+    for layer in ("heads", "conv"):
+        assert jnp.allclose(got[layer]["bias"].value, 1.5 * bias[layer]["bias"], rtol=1e-5)
+        assert jnp.abs(got[layer]["bias"].value).max() > 0
+    boxed = jax.tree.map(lambda x: x, frozen)
+    boxed["conv"]["bias"] = nn.Partitioned(frozen["conv"]["bias"], names=("model",))
+    merged = lora_jax.lora_merge(boxed, adapters)["conv"]["bias"]
+    assert isinstance(merged, nn.Partitioned)
+    chex.assert_trees_all_equal(merged.value, lora_jax.lora_merge(frozen, adapters)["conv"]["bias"])
+
+
 def test_a_shift_of_half_precision_is_rounded_once(biased, model):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model[0])
     frozen, adapters = lora_jax.peft.load(biased, half, names=NAMES, axes=model[1])
