@@ -25,6 +25,7 @@ from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
 from lora_jax.registry import register
 from lora_jax.rounding import Rounding, RoundingReport
+from lora_jax.stack import freeze_norm, stack
 from lora_jax.store import load, save
 from lora_jax.summary import Summary, summary
 from lora_jax.tree import lora_init, lora_merge, rounding
@@ -44,6 +45,7 @@ __all__ = [
     "Summary",
     "Whole",
     "export",
+    "freeze_norm",
     "kernel_axes",
     "load",
     "lora_apply",
@@ -53,5 +55,6 @@ __all__ = [
     "register",
     "rounding",
     "save",
+    "stack",
     "summary",
 ]

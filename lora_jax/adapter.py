@@ -24,14 +24,16 @@ class Adapter:
 
     Attributes:
       U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, wherever the kernel has
-        its stack axes; alike below.
+        its stack axes; alike below. Several adapters, as of :func:`lora_jax.stack`, have one axis
+        more in front.
       V: ``(r, k)``, output side.
       m: ``(k,)``, the magnitude of DoRA; ``None`` for LoRA.
-      variant: ``"lora"`` or ``"dora"``.
+      variant: ``"lora"`` or ``"dora"``; ``"scaled"`` after :func:`lora_jax.freeze_norm`.
       rank: ``r``.
       alpha: numerator of the scale.
       rslora: whether the scale is ``alpha / sqrt(r)``.
-      dropout: probability of dropping an input of the factors in training.
+      dropout: probability of dropping an input of the factors in training; ``None`` where several
+        adapters have several, so that it cannot be active.
       detach_norm: whether DoRA's norm is a constant in the gradient.
       axes: how the kernel is a matrix.
       substitute: whether ``W'`` stands in place of the parameter itself.
@@ -46,7 +48,7 @@ class Adapter:
     rank: int = flax.struct.field(pytree_node=False, default=1)
     alpha: float = flax.struct.field(pytree_node=False, default=1.0)
     rslora: bool = flax.struct.field(pytree_node=False, default=False)
-    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    dropout: float | None = flax.struct.field(pytree_node=False, default=0.0)
     detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
     axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
     substitute: bool = flax.struct.field(pytree_node=False, default=False)
@@ -57,6 +59,12 @@ class Adapter:
     def scale(self) -> float:
         """``s`` of ``W + s U V``."""
         return scale(self.rank, self.alpha, self.rslora)
+
+    @property
+    def count(self) -> int | None:
+        """How many adapters are here, on the axis in front; ``None`` for one alone."""
+        alone = len(self.axes.stacks) + (self.axes.fused > 1) + 2
+        return int(self.U.shape[0]) if self.U.ndim == alone + 1 else None
 
     def shapes(self, kernel_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes that ``U``, ``V`` and ``m`` have for a kernel of this shape."""

@@ -115,10 +115,9 @@ class Rule:
         for name in ("rslora", "detach_norm", "substitute"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}.")
-        if self.variant not in VARIANTS:
-            raise ValueError(
-                f"{where}: there is no variant {self.variant!r}; there are {sorted(VARIANTS)}."
-            )
+        trained = sorted(name for name, variant in VARIANTS.items() if variant.trained)
+        if self.variant not in trained:
+            raise ValueError(f"{where}: there is no variant {self.variant!r}; there are {trained}.")
         if self.zero not in ("U", "V"):
             raise ValueError(f"{where}: zero must be 'U' or 'V', got {self.zero!r}.")
         if not 0.0 <= self.dropout < 1.0:

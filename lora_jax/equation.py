@@ -106,6 +106,11 @@ class Equation:
         """The kernel as a matrix, contracted with its outputs: ``x W^T``."""
         return dataclasses.replace(self.axes, inputs=self.axes.outputs, outputs=self.axes.inputs)
 
+    def of_row(self, ndim: int) -> Equation:
+        """The equation of one row: without the first axes of ``x``, which ``y`` has too."""
+        y = "".join(c for c in self.y if c not in self.x[:ndim])
+        return Equation(self.x[ndim:], self.W, y, self.sizes[ndim:])
+
     @property
     def rows(self) -> int:
         """Number of rows of one matrix product: the product of the free sizes."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.equation import Equation
+from lora_jax.mixed import Rows, mixed_einsum, mixed_linear
 from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, factors_of
 
 
@@ -45,9 +46,10 @@ class AdaptedKernel:
         rng: chex.PRNGKey | None = None,
         observer: Observer | None = None,
         use: Callable[[], None] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
-        self._use = use
+        self._use, self._rows = use, rows
         self.value = self._cut(value)
 
     @property
@@ -105,19 +107,18 @@ class AdaptedKernel:
         except ValueError as error:
             self.refuse(str(error))
             return (base or functools.partial(jnp.einsum, equation, precision=precision))(x, W)
-        factors = self._factors(eq.transposed_axes if transposed else eq.axes, W)
+        factors, ids = self._factors(eq.transposed_axes if transposed else eq.axes, W)
         if factors is None:
             return eq.product(x, W, precision) if base is None else base(x, W)
-        return adapted_einsum(
-            eq,
-            x,
-            W,
-            factors,
-            base=base,
-            transposed=transposed,
-            precision=precision,
-            dropped_x=self._dropped(x),
-        )
+        options: dict[str, Any] = {
+            "base": base,
+            "transposed": transposed,
+            "precision": precision,
+            "dropped_x": self._dropped(x),
+        }
+        if ids is not None:
+            return mixed_einsum(eq, x, W, factors, ids, **options)
+        return adapted_einsum(eq, x, W, factors, **options)
 
     def linear(
         self,
@@ -129,6 +130,7 @@ class AdaptedKernel:
         base: Product | None = None,
         stacks: tuple[int, ...] = (),
         groups: int = 1,
+        batch: tuple[int, ...] | None = None,
     ) -> chex.Array:
         """``product(x, W')`` for a product that is linear in the kernel, such as a convolution.
 
@@ -143,6 +145,7 @@ class AdaptedKernel:
           base: the layer's own product, for ``W``; by default ``product``.
           stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
           groups: number of groups that the outputs are in, each with inputs of its own.
+          batch: sizes of the axes that the layer has made the first one of ``x`` from, if it has.
 
         Raises:
           ValueError: an adapter made for other axes of the kernel, more than one output axis.
@@ -167,19 +170,18 @@ class AdaptedKernel:
             )
             return base(x, W)
         axes = KernelAxes(inputs, outputs, stacks)
-        factors = self._factors(axes, W)
+        factors, ids = self._factors(axes, W)
         if factors is None:
             return base(x, W)
-        return adapted_linear(
-            product,
-            x,
-            W,
-            factors,
-            axes,
-            base=base,
-            groups=groups,
-            dropped_x=self._dropped(x),
-        )
+        options: dict[str, Any] = {
+            "base": base,
+            "groups": groups,
+            "dropped_x": self._dropped(x),
+        }
+        if ids is not None:
+            ids = ids if batch is None else _spread(ids, batch)
+            return mixed_linear(product, x, W, factors, axes, ids, **options)
+        return adapted_linear(product, x, W, factors, axes, **options)
 
     def refuse(self, reason: str) -> None:
         """Says that this layer cannot be adapted, in a handler that meets such a case.
@@ -202,18 +204,24 @@ class AdaptedKernel:
         """Zeros where only the use of the kernel is observed: see :mod:`lora_jax.discover`."""
         return W if self._observer is None else jnp.zeros_like(W)
 
-    def _factors(self, axes: KernelAxes, W: chex.Array) -> Factors | None:
-        """The factors of this layer, which must be for these axes of the kernel."""
+    def _factors(self, axes: KernelAxes, W: chex.Array) -> tuple[Factors | None, chex.Array | None]:
+        """The factors of this layer, which must be for these axes of the kernel.
+
+        And the ids of the rows, where they have adapters of their own: then the factors are those
+        of all adapters, on an axis in front.
+        """
         if self._observer is not None:
             self._observer.use(axes)
         if self._adapter is None:
-            return None
+            return None, None
         if self._use is not None:
             self._use()
         own = self._adapter.axes
         layer = own.in_layer(axes)
         if layer is not None:
-            return factors_of(self._sliced(layer, W), self._path)
+            adapter = self._sliced(layer, W)
+            ids = None if self._rows is None else self._rows.in_layer(layer, W.shape)
+            return factors_of(adapter, self._path), ids
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
             f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
@@ -227,9 +235,12 @@ class AdaptedKernel:
         if axes != adapter.axes:
             adapter = adapter.replace(axes=axes)  # type: ignore[attr-defined]
         arrays = {}
+        behind = len(axes.stack_shape(W.shape))
         for name, shape in adapter.shapes(W.shape).items():
-            arrays[name] = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
-            if arrays[name] is None:
+            if self._rows is not None:
+                shape = (*shape[:behind], self._rows.count, *shape[behind:])
+            array = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
+            if array is None:
                 raise ValueError(
                     f"In the layer of {self._path!r} the kernel is {W.shape}, so {name} should be "
                     f"{shape}, but a transform has left {jnp.shape(getattr(adapter, name))} of it. "
@@ -237,6 +248,7 @@ class AdaptedKernel:
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
+            arrays[name] = array if self._rows is None else jnp.moveaxis(array, behind, 0)
         if all(array is getattr(adapter, name) for name, array in arrays.items()):
             return adapter
         return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
@@ -244,7 +256,7 @@ class AdaptedKernel:
     def _dropped(self, x: chex.Array) -> chex.Array | None:
         if self._rng is None or self._adapter is None:
             return None
-        rate = self._adapter.dropout
+        rate = self._adapter.dropout or 0.0
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise ValueError(
                 f"The adapter of {self._path!r} has dropout, but its layer looks up {x.dtype} "
@@ -252,6 +264,14 @@ class AdaptedKernel:
             )
         keep = jax.random.bernoulli(self._rng, 1.0 - rate, x.shape)
         return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _spread(ids: chex.Array, batch: tuple[int, ...]) -> chex.Array:
+    """The ids of the rows, where more axes than those of the ids are made one."""
+    if ids.shape != batch[: ids.ndim]:
+        return ids  # which will not fit
+    ids = jnp.reshape(ids, (*ids.shape, *(1,) * (len(batch) - ids.ndim)))
+    return jnp.reshape(jnp.broadcast_to(ids, batch), -1)
 
 
 def _said(axes: KernelAxes) -> str:

@@ -68,6 +68,8 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
     _check(layer, kernel)
     if not layer.shared_weights:
         return _conv_local(layer, kernel, *args, **kwargs)
+    inputs = args[0] if args else kwargs["inputs"]
+    batch = inputs.shape[: inputs.ndim - kernel.value.ndim + 1]
 
     def with_adapter(own_conv: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
         def conv(x: chex.Array, W: chex.Array, *args: Any, **kwargs: Any) -> chex.Array:
@@ -78,6 +80,7 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
                 base=lambda x, W: own_conv(x, W, *args, **kwargs),
                 inputs=tuple(range(W.ndim - 1)),
                 groups=kwargs.get("feature_group_count", 1),
+                batch=batch,
             )
 
         return conv

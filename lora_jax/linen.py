@@ -10,12 +10,13 @@ cache of ``nn.jit`` sees it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import threading
 import types
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import chex
@@ -23,14 +24,18 @@ import flax.core.scope
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import empty_node
 
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.kernel import AdaptedKernel
+from lora_jax.mixed import BASE, Rows, checked_ids, taken
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
+from lora_jax.rowwise import OwnLeaves, beside, call_by_rows, own_leaves
 from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.
@@ -48,6 +53,7 @@ def lora_apply(
     adapters: chex.ArrayTree,
     /,
     *args: Any,
+    adapter_ids: Any = None,
     allow_unused: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -65,6 +71,12 @@ def lora_apply(
     method. So leave out the rng to switch it off in evaluation, or pass such an argument. (An rng
     by another name, on which Flax would fall back, is not one for adapters.)
 
+    With ``adapter_ids`` every example of the batch has an adapter of its own, of a stack
+    (:func:`lora_jax.stack`), or with the id -1 the base alone; the product with ``W`` is computed
+    once for all of them (:mod:`lora_jax.mixed`). The first axes of the input of every adapted layer
+    must be those of the batch. Ids may be traced: other ids, and other adapters of the same shapes,
+    are no other program. An id that is of no adapter is an error, or, traced, gives NaN in its row.
+
     Args:
       model: the model; it need not know of this library. A ``flax.linen`` module, or a Flax model
         of Hugging Face, which is called as ``model(*args, params=..., **kwargs)``.
@@ -72,6 +84,10 @@ def lora_apply(
         (``batch_stats``, ``cache``) as for ``model.apply``.
       adapters: the adapters from :func:`lora_jax.lora_init`.
       *args: for ``model.apply``.
+      adapter_ids: integers, ``(batch,)`` for one adapter for each example, ``(batch, tokens)`` for
+        one for each token; or one number, for one adapter for all. With it ``adapters`` are
+        stacked, and ``variables`` may have all parameters: a leaf that was trained whole is there
+        for the rows with the base alone.
       allow_unused: allow adapters that this call does not use, for a ``method`` that runs a part
         of the model. Otherwise they are an error: they would not be trained.
       **kwargs: for ``model.apply``: ``rngs``, ``mutable``, ``method``,
@@ -100,24 +116,55 @@ def lora_apply(
     check_model(model, variables, "lora_apply")
     dropout = _dropout_is_active(model, args, kwargs)
     nodes: dict[Key, _Placed] = {}
+    count = None if adapter_ids is None else _count(adapters)
+    ids = None if count is None else checked_ids(adapter_ids, count)
+    one_for_all = ids is not None and ids.ndim == 0
 
-    def place(key: Key, kernel: Any, adapter: Adapter | Shift) -> dict[Key, Any]:
-        if isinstance(adapter, Shift) or adapter.substitute:
-            return {key: merged_kernel(kernel, adapter)}
-        adapter = normalized(unbox(kernel), adapter)
+    def place(key: Key, kernel: Any, node: Adapter | Shift) -> dict[Key, Any]:
+        path, rows = path_of(key), None
+        if isinstance(node, Shift):  # never stacked
+            return {key: merged_kernel(kernel, node)}
+        adapter = node
+        if one_for_all:
+            adapter = jax.tree.map(lambda array: taken(array, ids, 0.0), adapter)
+        if adapter.substitute:
+            if ids is None:
+                return {key: merged_kernel(kernel, adapter)}
+            if not one_for_all:
+                raise ValueError(_SUBSTITUTED.format(path=path))
+            merged = merged_kernel(kernel, adapter)
+            return {key: jax.tree.map(lambda W_, W: jnp.where(ids == BASE, W, W_), merged, kernel)}
+        if dropout and adapter.dropout is None:
+            raise ValueError(
+                f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
+                f"active: train them apart, or call without the 'dropout' rng."
+            )
+        array = unbox(kernel)
+        adapter = normalized(array, adapter)
+        if one_for_all and adapter.m is not None:
+            adapter = adapter.replace(m=jnp.where(ids == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
+        arrays = {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}
+        if ids is not None and count is not None and not one_for_all:
+            rows = Rows.beside(ids, count, adapter.axes, array.shape)
+            behind = len(adapter.axes.stack_shape(array.shape))
+            arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in arrays.items()}
         arrays = {
-            name: adapter.axes.place(array, 1 if name == "m" else 2)
-            for name in ("U", "V", "m")
-            if (array := getattr(adapter, name)) is not None
+            name: adapter.axes.place(x, 1 if name == "m" else 2) for name, x in arrays.items()
         }
         # With dropout off it is off in the tree's structure, so that nn.jit traces again.
         rate = adapter.dropout if dropout else 0.0
-        own = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
-        nodes[key] = _Placed(own, path_of(key))
+        adapter = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
+        nodes[key] = _Placed(adapter, path, rows)
         return {key: kernel, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
-    placed = join(variables["params"], adapters, place)
-    calls = _Calls(nodes, kwargs.get("method"))
+    whole = None if ids is None else functools.partial(beside, ids=ids)
+    placed = join(variables["params"], adapters, place, count, whole)
+    own = {
+        leaf.path: leaf
+        for leaf in flatten(placed, "params").values()
+        if isinstance(leaf, OwnLeaves)
+    }
+    calls = _Calls(nodes, kwargs.get("method"), own)
     _ACTIVE.stack = [*_ACTIVE.stack, calls]
     try:
         with nn.intercept_methods(calls.intercept):
@@ -129,6 +176,26 @@ def lora_apply(
     if kwargs.get("mutable", False) is False:
         return out
     return _restored(out, variables["params"], placed)
+
+
+_SUBSTITUTED = (
+    "The adapters of {path!r} have substitute=True, and W' cannot be another one in every row. Map "
+    "over the rows instead: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, x[None], "
+    "adapter_ids=i)[0])(adapter_ids, x)."
+)
+
+
+def _count(adapters: chex.ArrayTree) -> int:
+    """How many adapters are stacked."""
+    nodes = [node for node in flatten(adapters, "adapters").values() if node is not empty_node]
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(nodes)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            "adapter_ids is for stacked adapters, of which every array has the number of adapters "
+            f"as its first size, and here these are {sorted(sizes)}: stack them with "
+            f"lora_jax.stack([...])."
+        )
+    return int(sizes.pop()[0])
 
 
 def check_model(model: Any, variables: Any, name: str) -> None:
@@ -209,6 +276,7 @@ class _Placed:
 
     adapter: Adapter
     path: str = flax.struct.field(pytree_node=False)
+    rows: Rows | None = None
 
 
 # Placed adapters that were used inside an nn.jit, of any call, by their structure: nn.jit does not
@@ -231,6 +299,7 @@ class _Calls:
 
     nodes: Mapping[Key, _Placed]
     method: Any
+    own: Mapping[str, OwnLeaves] = dataclasses.field(default_factory=dict)
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -251,6 +320,9 @@ class _Calls:
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
+        if self.own and context.method_name != "setup" and (own := own_leaves(module)):
+            self._note(module, own.values())
+            return call_by_rows(module, context.method_name, own, args, kwargs)
         entry = entry_of(context.orig_method)
         names = entry.names(module) if entry else ()
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
@@ -271,13 +343,16 @@ class _Calls:
         ):
             _refuse_mapped(module)
 
-        def use() -> None:
-            self.used.add(path)
-            if _is_in_jit(module):
-                _SEEN_IN_JIT.add(jax.tree.structure(placed))
-
         rng = self._dropout_rng(module, path) if adapter.dropout else None
-        return AdaptedKernel(path, value, adapter, rng, use=use)
+        use = functools.partial(self._note, module, [placed])
+        return AdaptedKernel(path, value, adapter, rng, use=use, rows=placed.rows)
+
+    def _note(self, module: nn.Module, placed: Iterable[_Placed | OwnLeaves]) -> None:
+        """These were used."""
+        for node in placed:
+            self.used.add(node.path)
+            if _is_in_jit(module):
+                _SEEN_IN_JIT.add(jax.tree.structure(node))
 
     def _dropout_rng(self, module: nn.Module, path: str) -> chex.PRNGKey:
         """A key from the module's own stream, which then goes on as if it had not been asked."""
@@ -297,13 +372,18 @@ class _Calls:
 
     def check_used(self, model: nn.Module) -> None:
         """Errors where an adapter had no part in the call."""
-        unused = [
-            key
-            for key, node in self.nodes.items()
-            if node.path not in self.used and jax.tree.structure(node) not in _SEEN_IN_JIT
-        ]
+        unused = [key for key, node in self.nodes.items() if not self._was_used(node)]
         if unused:
             raise ValueError(self._unused(unused, model))
+        for path, leaves in self.own.items():
+            if not self._was_used(leaves):
+                raise ValueError(
+                    f"{path!r} was trained whole and differs from row to row, but no module was "
+                    f"called that has it as a parameter of its own."
+                )
+
+    def _was_used(self, node: _Placed | OwnLeaves) -> bool:
+        return node.path in self.used or jax.tree.structure(node) in _SEEN_IN_JIT
 
     def _unused(self, unused: list[Key], model: nn.Module) -> str:
         key, method = unused[0], self.method

@@ -156,8 +156,10 @@ def config_of(modules: Mapping[str, Adapter], torches: Sequence[Torch]) -> dict[
         if len(values) > 1:
             raise ValueError(f"PEFT has no {what} in one adapter: save them as two.")
         same[name] = values.pop()
+    if same["variant"] == "scaled":
+        raise ValueError("PEFT has no adapters after freeze_norm: save those of before.")
     embeddings = {torch.module for torch in torches if torch.kind == "embedding"}
-    rates = {a.dropout for module, a in modules.items() if module not in embeddings}
+    rates = {a.dropout or 0.0 for module, a in modules.items() if module not in embeddings}
     if any(modules[module].dropout for module in embeddings):
         raise ValueError("PEFT has no dropout for embeddings.")
     if len(rates) > 1:

@@ -120,7 +120,7 @@ def adapted_einsum(
         "the adapter has dropout": dropped_x is not None,
     }
     U, V, a = factors.U, factors.V, factors.a
-    static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": _on_cpu()}
+    static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": on_cpu()}
     dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
     way = chosen(factors, dtype, equation.rows, precision, reasons)
     if way == "merged":
@@ -132,7 +132,7 @@ def adapted_einsum(
             x, dropped_x = (scaled(equation.on_x(a), array) for array in (x, dropped_x))
             a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
-    return _factored_product(y, dropped_x, U, V, a, outer=way == "outer", **static)
+    return factored_product(y, dropped_x, U, V, a, outer=way == "outer", **static)
 
 
 def adapted_linear(
@@ -160,8 +160,34 @@ def adapted_linear(
       groups: number of groups that the outputs are in, each with inputs of its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
-    if factors.way in ("merged", "outer"):
-        _refuse(factors, "the layer is no product of two matrices")
+    refuse_ways(factors)
+    x_of_factors = x if dropped_x is None else dropped_x
+    return low_rank_linear(linear, base(x, W), x_of_factors, W, factors, axes, groups=groups)
+
+
+def low_rank_linear(
+    linear: Product,
+    y: chex.Array,
+    x: chex.Array,
+    W: chex.Array,
+    factors: Factors,
+    axes: KernelAxes,
+    *,
+    groups: int = 1,
+    mask: chex.Array | None = None,
+) -> chex.Array:
+    """``a (y + s linear(x, U) V)``, and with a mask ``(r,)`` ``a (y + s (mask linear(x, U)) V)``.
+
+    Args:
+      linear: as for :func:`adapted_linear`, and so the others.
+      y: the layer's own product.
+      x: the input of the factors.
+      W: the kernel.
+      factors: of the adapter.
+      axes: how ``W`` is a matrix.
+      groups: number of groups.
+      mask: of the columns of ``U``.
+    """
     (out,) = axes.outputs
     U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
     rank = U.shape[-1]
@@ -169,8 +195,7 @@ def adapted_linear(
     kernel = axes.as_kernel(U, shape)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out)
-    y = base(x, W)
-    xU = factors.s * linear(x if dropped_x is None else dropped_x, kernel)
+    xU = factors.s * linear(x, kernel)
     if y.shape[-1:] != (W.shape[out],) or xU.shape != (*y.shape[:-1], groups * rank):
         raise ValueError(
             f"The result of a linear product must have its outputs last: with a kernel {W.shape} "
@@ -178,13 +203,16 @@ def adapted_linear(
         )
     if groups > 1:
         xU = jnp.reshape(xU, (*xU.shape[:-1], groups, rank))
+    if mask is not None:
+        xU = xU * mask.astype(xU.dtype)
+    if groups > 1:
         V = jnp.reshape(V, (rank, groups, -1))
         delta = jnp.einsum("...gr,rgk->...gk", xU, V)
     elif axes.stacks:
         stacks = "abcdefgh"[: len(axes.stacks)]
         delta = jnp.einsum(f"...{stacks}r,{stacks}rk->...{stacks}k", xU, V)
     else:
-        delta = _dot(_rows(xU, 0, _on_cpu()), V, -2, None)
+        delta = _dot(_rows(xU, 0, on_cpu()), V, -2, None)
     y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
     return y if factors.a is None else scaled(factors.a, y)
 
@@ -229,22 +257,30 @@ def chosen(
         wrong.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
     if factors.way == "merged":
         if wrong:
-            _refuse(factors, wrong[0])
+            refuse(factors, wrong[0])
         return factors.way
-    exact = _on_cpu() or precision in _EXACT
+    exact = on_cpu() or precision in _EXACT
     # A symbolic number of rows, of jax.export, is no int and cannot be compared.
     many = isinstance(rows, int) and rows >= factors.U.shape[-2]
     return "merged" if exact and not wrong and many else "factored"
 
 
-def _refuse(factors: Factors, reason: str) -> NoReturn:
+def refuse_ways(factors: Factors) -> None:
+    """Errors where the rule wants a way that is for products of two matrices only."""
+    if factors.way in ("merged", "outer"):
+        refuse(factors, "the layer is no product of two matrices")
+
+
+def refuse(factors: Factors, reason: str) -> NoReturn:
+    """Errors for a rule that wants what is not possible."""
     raise ValueError(
         f"The rule of {factors.path!r} says product={factors.way!r}, which is not possible, as "
         f"{reason}. Give it a rule with product='factored' or 'auto'."
     )
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether it is a CPU that computes."""
     return jax.default_backend() == "cpu"
 
 
@@ -259,7 +295,7 @@ _STATIC = ("equation", "s", "precision", "on_cpu")
 
 
 @functools.partial(jax.jit, static_argnames=("outer", *_STATIC))
-def _factored_product(
+def factored_product(
     y: chex.Array,
     x: chex.Array,
     U: chex.Array,
@@ -271,11 +307,14 @@ def _factored_product(
     s: float,
     precision: jax.lax.PrecisionLike,
     on_cpu: bool,
+    mask: chex.Array | None = None,
 ) -> chex.Array:
-    """``a (y + s (x U) V)``."""
+    """``a (y + s (x U) V)``; with a mask ``(r,)``, ``a (y + s (mask (x U)) V)``."""
     U, V = U.astype(x.dtype), V.astype(x.dtype)
     x = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
     xU = _skinny(x, U, precision, on_cpu)
+    if mask is not None:
+        xU = xU * mask.astype(xU.dtype)
     # The scale is where it moves the fewest bytes: that is how compilers fuse it.
     if outer:
         delta = _outer(s * xU, V, precision)
@@ -450,19 +489,16 @@ def normalized(kernel: chex.Array, adapter: Adapter) -> Adapter:
 
     Args:
       kernel: as it is stored.
-      adapter: its adapter.
+      adapter: its adapter, or several on an axis in front.
     """
-    if adapter.m is None:
+    if adapter.variant != "dora":
         return adapter
-    a = _ratio(
-        kernel,
-        adapter.U,
-        adapter.V,
-        adapter.m,
-        axes=adapter.axes,
-        s=adapter.scale,
-        detach_norm=adapter.detach_norm,
+    ratio = functools.partial(
+        _ratio, axes=adapter.axes, s=adapter.scale, detach_norm=adapter.detach_norm
     )
+    if adapter.count is not None:
+        ratio = jax.vmap(ratio, in_axes=(None, 0, 0, 0))
+    a = ratio(kernel, adapter.U, adapter.V, adapter.m)
     return adapter.replace(m=a)  # type: ignore[attr-defined, no-any-return]
 
 

@@ -138,6 +138,7 @@ def save(
             shifts[leaf_path] = float(node.scale)
             found = {leaf_path: node.value}
         elif isinstance(node, Adapter):
+            check_alone(leaf_path, node)
             entries[leaf_path] = _said(node)
             found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
         else:
@@ -300,6 +301,20 @@ def leaves_of(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
     return out
 
 
+def check_alone(path: str, adapter: Adapter) -> None:
+    """Errors for what is not one adapter with all its facts."""
+    if adapter.count is not None:
+        raise ValueError(
+            f"The adapter of {path!r} is a stack of {adapter.count}: save each one alone, "
+            f"jax.tree.map(lambda x: x[i], stacked)."
+        )
+    if adapter.dropout is None:
+        raise ValueError(
+            f"The adapter of {path!r} is out of a stack of adapters with several rates of dropout, "
+            f"and does not say its own: save it as it was before it was stacked."
+        )
+
+
 def _names(variant: str) -> tuple[str, ...]:
     return ("U", "V") if VARIANTS[variant].magnitude is None else ("U", "V", "m")
 
@@ -313,7 +328,7 @@ def _dtype(value: Any, path: str) -> str:
 def _said(adapter: Adapter) -> dict[str, Any]:
     """The fields of an adapter, as JSON has them."""
     said = {name: getattr(adapter, name) for name in _FIELDS if name != "axes"}
-    said["alpha"], said["dropout"] = float(adapter.alpha), float(adapter.dropout)
+    said["alpha"], said["dropout"] = float(adapter.alpha), float(adapter.dropout or 0.0)
     return said | {"axes": dataclasses.asdict(adapter.axes)}
 
 

@@ -104,7 +104,7 @@ def lora_init(
             _check_finite(path, kernel if adapter.m is None else adapter.m)
             adapters[key_] = adapter
         elif path in whole:
-            adapters[key_] = _raise_precision(path, frozen.pop(key_))
+            adapters[key_] = raise_precision(path, frozen.pop(key_))
     return unflatten(frozen, params), unflatten(adapters, params)
 
 
@@ -212,6 +212,8 @@ def join(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
     adapt: Callable[[Key, Any, Adapter | Shift], Mapping[Key, Any]],
+    count: int | None = None,
+    whole: Callable[[Key, Any, Any], Mapping[Key, Any]] | None = None,
 ) -> chex.ArrayTree:
     """Puts base and adapters together into one tree of parameters.
 
@@ -220,6 +222,9 @@ def join(
       adapters: the adapters.
       adapt: gives the leaves for an adapted kernel, or a shifted leaf, from its key, the leaf and
         the node of the adapters.
+      count: how many adapters there are, where they are stacked.
+      whole: gives the leaves for a stack of leaves that were trained whole, from their key, the
+        base's own leaf, if there is one, and the node.
 
     Raises:
       TypeError: a tree that is no nested dict, a node that is neither adapter nor array.
@@ -243,8 +248,10 @@ def join(
                     f"the adapters made for another model? Nearest paths of the base: "
                     f"{', '.join(nearest(path, base)) or 'none'}."
                 )
-            check_fits(path, flat[key], node)
+            check_fits(path, flat[key], node, count)
             flat |= adapt(key, flat[key], node)
+        elif node is not empty_node and whole is not None:
+            flat |= whole(key, flat.get(key), node)
         elif node is not empty_node:
             if flat.get(key, empty_node) is not empty_node:
                 raise ValueError(
@@ -293,8 +300,8 @@ def rebox(leaf: Any, array: chex.Array) -> Any:
     return jax.tree.map(lambda _: array, leaf)
 
 
-def check_fits(path: str, leaf: Any, adapter: Adapter | Shift) -> None:
-    """Errors where an adapter is not for a kernel of this shape."""
+def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None = None) -> None:
+    """Errors where an adapter, or a stack of so many, is not for a kernel of this shape."""
     shape = tuple(unbox(leaf).shape)
     if isinstance(adapter, Shift):
         found = tuple(jnp.shape(adapter.value))
@@ -317,6 +324,14 @@ def check_fits(path: str, leaf: Any, adapter: Adapter | Shift) -> None:
         )
     for name, expected in adapter.shapes(shape).items():
         found = tuple(jnp.shape(getattr(adapter, name)))
+        if count is not None:
+            expected = (count, *expected)
+        if found[1:] == expected and count is None:
+            raise ValueError(
+                f"The adapter for {path!r} is a stack of {found[0]}. Say which one each example of "
+                f"the batch shall have, lora_apply(..., adapter_ids=ids), or take one alone: "
+                f"jax.tree.map(lambda x: x[i], stacked)."
+            )
         if found != expected:
             raise ValueError(
                 f"The adapter for {path!r} does not fit the kernel {shape}: {name} is {found}, "
@@ -335,7 +350,7 @@ def _check_finite(path: str, array: chex.Array) -> None:
         )
 
 
-def _raise_precision(path: str, leaf: Any) -> Any:
+def raise_precision(path: str, leaf: Any) -> Any:
     """A leaf to train whole: at least float32, its own dtype kept in the structure.
 
     It is a copy, so that a train step may donate it and ``params`` stays whole.
@@ -349,7 +364,7 @@ def _raise_precision(path: str, leaf: Any) -> Any:
 
 
 def _lower_precision(path: str, node: Any) -> Any:
-    """The inverse of :func:`_raise_precision`."""
+    """The inverse of :func:`raise_precision`."""
     if isinstance(node, Whole):
         return jax.tree.map(lambda x: x.astype(node.dtype), node.value)
     if not hasattr(unbox(node), "dtype"):

@@ -86,6 +86,27 @@ def dora_kernel(
     return magnitude_ratio(m, norm)[..., None, :] * adapted
 
 
+def scaled_kernel(
+    W: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    m: chex.Array | None,
+    s: float,
+    detach_norm: bool,
+) -> chex.Array:
+    """DoRA with its norm computed before: ``W' = a (W + s U V)``, and ``m`` holds ``a``.
+
+    :func:`lora_jax.freeze_norm` makes it, ``a = m / ||W + s U V||_c``, for inference.
+    """
+    assert m is not None
+    return m[..., None, :] * lora_kernel(W, U, V, None, s, detach_norm)
+
+
+def no_scaling(W: chex.Array) -> chex.Array:
+    """The ``a`` that changes nothing: 1 for every column."""
+    return jnp.ones((*W.shape[:-2], W.shape[-1]), W.dtype)
+
+
 class Variant(NamedTuple):
     """What a variant must give.
 
@@ -93,15 +114,18 @@ class Variant(NamedTuple):
       magnitude: ``m`` at the start, ``(..., d, k) -> (..., k)``, or ``None`` where the variant
         has no ``m``.
       kernel: ``W'`` from ``(W, U, V, m, s, detach_norm)``.
+      trained: whether a rule may ask for it.
     """
 
     magnitude: Callable[[chex.Array], chex.Array] | None
     kernel: Callable[
         [chex.Array, chex.Array, chex.Array, chex.Array | None, float, bool], chex.Array
     ]
+    trained: bool = True
 
 
 VARIANTS = {
     "lora": Variant(magnitude=None, kernel=lora_kernel),
     "dora": Variant(magnitude=column_norm, kernel=dora_kernel),
+    "scaled": Variant(magnitude=no_scaling, kernel=scaled_kernel, trained=False),
 }

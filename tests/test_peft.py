@@ -198,6 +198,12 @@ def test_a_shift_is_trained_as_in_peft(biased, model):
     chex.assert_trees_all_equal(merged.value, lora_jax.lora_merge(frozen, adapters)["conv"]["bias"])
 
 
+def test_shifts_are_not_stacked(biased, model):
+    _, adapters = load(biased, model)
+    with pytest.raises(ValueError, match=r"adds something to '.*/bias' .*serve it apart"):
+        lora_jax.stack([adapters, adapters], model[0])
+
+
 def test_a_shift_of_half_precision_is_rounded_once(biased, model):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model[0])
     frozen, adapters = lora_jax.peft.load(biased, half, names=NAMES, axes=model[1])

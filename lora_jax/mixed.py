@@ -1,0 +1,291 @@
+"""Products of a batch in which every row has an adapter of its own, or none.
+
+The product with ``W`` is computed once, for the whole batch. What the adapters add is computed row
+by row, which ``jax.vmap`` makes batched products of, in one of two ways:
+
+    gather    s (x U_i) V_i, with the factors of each row's own adapter i
+    one-hot   s (x [U_0 | U_1 | ...]) * [0 | 1 | 0 ...] [V_0; V_1; ...], with all of them at once
+
+**gather** copies ``r (d + k)`` numbers for each row. **one-hot** copies nothing, but multiplies
+with the factors of all ``N`` adapters, ``N`` times the arithmetic: it is better with few adapters
+and few tokens in a row. ``docs/benchmarks.md`` has the numbers, and those of
+``jax.lax.ragged_dot``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.axes import KernelAxes
+from lora_jax.equation import Equation
+from lora_jax.product import (
+    Factors,
+    Product,
+    factored_product,
+    low_rank_linear,
+    on_cpu,
+    refuse,
+    refuse_ways,
+    scaled,
+)
+
+# The id of a row that has the base alone.
+BASE = -1
+
+# A number copied takes as long as this many multiplications.
+COPY = 16
+
+
+def checked_ids(adapter_ids: Any, count: int) -> chex.Array:
+    """Ids as an array of integers; where they are known, each must be that of an adapter, or -1."""
+    ids = adapter_ids if isinstance(adapter_ids, jax.Array) else np.asarray(adapter_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"adapter_ids must be integers, got {ids.dtype}.")
+    if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True):
+        wrong = [int(i) for i in np.unique(np.asarray(ids)) if not BASE <= i < count]
+        if wrong:
+            raise ValueError(
+                f"adapter_ids has {wrong[0]}, but there are {count} adapters: ids are 0 to "
+                f"{count - 1}, and {BASE} for the base alone."
+            )
+    return jnp.asarray(ids)
+
+
+def presence(ids: chex.Array, count: int) -> chex.Array:
+    """1 where there is such an adapter, 0 for the base, NaN for an id that is neither."""
+    return jnp.where(ids == BASE, 0.0, jnp.where((ids >= 0) & (ids < count), 1.0, jnp.nan))
+
+
+def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.Array:
+    """``array[ids]``, and the value for the base where the id is -1."""
+    rows = jnp.take(array, jnp.clip(ids, 0, array.shape[0] - 1), axis=0)
+    own = (...,) + (None,) * (rows.ndim - ids.ndim)
+    has = presence(ids, array.shape[0])[own].astype(array.dtype)
+    return jnp.where((ids == BASE)[own], jnp.asarray(base, array.dtype), rows * has)
+
+
+@flax.struct.dataclass
+class Rows:
+    """Which adapter each row of the batch has, beside a kernel.
+
+    Attributes:
+      ids: one for each row, repeated along the axes that stack the kernel, so that transforms slice
+        them alike.
+      shape: the sizes of the axes of the batch that the ids are for.
+      count: number of adapters.
+      row: the row that the layer sees, where it sees one only.
+    """
+
+    ids: Any
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    count: int = flax.struct.field(pytree_node=False)
+    row: Any = None
+
+    @classmethod
+    def beside(
+        cls, ids: chex.Array, count: int, axes: KernelAxes, kernel_shape: Sequence[int]
+    ) -> Rows:
+        """The ids in the place for a kernel of that shape."""
+        stacks = (kernel_shape[axis] for axis in axes.stacks)
+        repeated = jnp.broadcast_to(jnp.reshape(ids, -1), (*stacks, ids.size))
+        return cls(axes.place(repeated, 1), ids.shape, count)
+
+    def in_layer(self, axes: KernelAxes, kernel_shape: Sequence[int]) -> chex.Array:
+        """The ids, in a layer that sees these axes of the kernel."""
+        stacks = tuple(kernel_shape[axis] for axis in axes.stacks)
+        ids = axes.take(self.ids, 1, (*stacks, math.prod(self.shape)))
+        assert ids is not None  # as the factors, which are taken before, were
+        ids = jnp.reshape(ids[(0,) * len(stacks)], self.shape)
+        return ids if self.row is None else ids[self.row]
+
+
+def check_rows(ids: chex.Array, shape: Sequence[int], path: str) -> None:
+    """Errors where the first axes of a layer's input are not those of the ids."""
+    if tuple(shape[: ids.ndim]) != ids.shape:
+        raise ValueError(
+            f"adapter_ids is {ids.shape}, but the layer of {path!r} gets an input of shape "
+            f"{tuple(shape)}, whose first axes are not the rows of the batch. Map over the rows "
+            f"instead: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, x[None], "
+            f"adapter_ids=i)[0])(adapter_ids, x)."
+        )
+
+
+def over_rows(
+    function: Callable[..., Any], ndim: int, in_axes: Sequence[Any], out_axes: Sequence[int]
+) -> Callable[..., Any]:
+    """``jax.vmap`` over each of the axes of the ids.
+
+    Args:
+      function: of one row.
+      ndim: number of axes of the ids.
+      in_axes: for each argument ``None``, or the places of those axes in it.
+      out_axes: likewise, of the result.
+    """
+    for axis in reversed(range(ndim)):
+        # The axes before this one are mapped further out, and are gone here.
+        own = [None if axes is None else axes[axis] - _below(axes, axis) for axes in in_axes]
+        function = jax.vmap(function, tuple(own), out_axes[axis] - _below(out_axes, axis))
+    return function
+
+
+def _below(axes: Sequence[int], axis: int) -> int:
+    return sum(axes[i] < axes[axis] for i in range(axis))
+
+
+def way_for(ids: chex.Array, count: int, rows: Any, copied: int, multiplied: int) -> str:
+    """The way that takes less time.
+
+    Args:
+      ids: of the rows.
+      count: number of adapters.
+      rows: number of vectors that the layer multiplies, in all.
+      copied: size of the factors of one adapter.
+      multiplied: multiplications of one vector with them.
+
+    Example:
+      >>> way_for(jnp.zeros(32, int), 32, 32 * 128, copied=8 * 768, multiplied=8 * 768)
+      'gather'
+      >>> way_for(jnp.zeros(32, int), 4, 32, copied=8 * 768, multiplied=8 * 768)
+      'one-hot'
+    """
+    # A symbolic number of rows, of jax.export, cannot be compared.
+    if not isinstance(rows, int) or not isinstance(ids.size, int):
+        return "gather"
+    gather = ids.size * copied * COPY + rows * multiplied
+    return "gather" if gather < count * rows * multiplied else "one-hot"
+
+
+def mixed_einsum(
+    equation: Equation,
+    x: chex.Array,
+    W: chex.Array,
+    factors: Factors,
+    ids: chex.Array,
+    *,
+    base: Product | None = None,
+    transposed: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+    dropped_x: chex.Array | None = None,
+) -> chex.Array:
+    """:func:`lora_jax.product.adapted_einsum` of a batch of rows.
+
+    Args:
+      equation: ``x,W->y``.
+      x: the input, whose first axes are those of the ids.
+      W: the kernel in the compute dtype.
+      factors: of all adapters, on an axis in front.
+      ids: which adapter each row has.
+      base: as there; alike the others.
+      transposed: as there.
+      precision: as there.
+      dropped_x: as there.
+    """
+    if factors.way == "merged":
+        refuse(factors, "the rows of the batch have different adapters")
+    n = ids.ndim
+    rows = tuple(range(n))
+    letters = equation.x[:n]
+    fits = all(c in equation.y and c not in equation.W for c in letters)
+    check_rows(ids, x.shape if fits else (), factors.path)
+    in_y = tuple(equation.y.index(c) for c in letters)
+    one = equation.of_row(n)
+    U, V = factors.U, factors.V
+    a = None if factors.a is None else taken(factors.a, ids, 1.0)
+    dropped_x = x if dropped_x is None else dropped_x
+    if transposed:
+        U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
+        if a is not None:
+            scale = over_rows(lambda a, x: scaled(one.on_x(a), x), n, (rows, rows), rows)
+            x, dropped_x, a = scale(a, x), scale(a, dropped_x), None
+    y = equation.product(x, W, precision) if base is None else base(x, W)
+    count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
+    outer = factors.way == "outer"
+    size = U[0].size + V[0].size
+    way = way_for(ids, count, equation.rows, size, r * (d + k))
+    if way == "gather" or outer:
+        U, V, mask, shared = taken(U, ids, 0.0), taken(V, ids, 0.0), None, rows
+    else:
+        U, V, mask, shared = *side_by_side(U, V), one_hot(ids, count, r), None
+
+    def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
+        return factored_product(
+            y,
+            x,
+            U,
+            V,
+            a,
+            mask=mask,
+            outer=outer,
+            equation=one,
+            s=factors.s,
+            precision=precision,
+            on_cpu=on_cpu(),
+        )
+
+    in_axes = (in_y, rows, shared, shared, rows, rows)
+    return over_rows(product, n, in_axes, in_y)(y, dropped_x, U, V, a, mask)
+
+
+def mixed_linear(
+    linear: Product,
+    x: chex.Array,
+    W: chex.Array,
+    factors: Factors,
+    axes: KernelAxes,
+    ids: chex.Array,
+    *,
+    base: Product,
+    groups: int = 1,
+    dropped_x: chex.Array | None = None,
+) -> chex.Array:
+    """:func:`lora_jax.product.adapted_linear` of a batch of rows: see :func:`mixed_einsum`."""
+    refuse_ways(factors)
+    n = ids.ndim
+    rows = tuple(range(n))
+    y = base(x, W)
+    check_rows(ids, x.shape, factors.path)
+    check_rows(ids, y.shape, factors.path)
+    U, V = factors.U, factors.V
+    a = None if factors.a is None else taken(factors.a, ids, 1.0)
+    count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
+    looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
+    vectors = y.size // k if isinstance(y.size, int) else y.size
+    multiplied = r * (1 if looks_up else d) + r * k
+    if way_for(ids, count, vectors, U[0].size + V[0].size, multiplied) == "gather":
+        U, V, mask, shared = taken(U, ids, 0.0), taken(V, ids, 0.0), None, rows
+    else:
+        U, V, mask, shared = *side_by_side(U, V), one_hot(ids, count, r), None
+
+    def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
+        own = factors._replace(U=U, V=V, a=a)
+        batch = (None,) * n  # the layer may need to have them
+        y, x = y[batch], x[batch]
+        return low_rank_linear(linear, y, x, W, own, axes, groups=groups, mask=mask)[(0,) * n]
+
+    in_axes = (rows, rows, shared, shared, rows, rows)
+    x_of_factors = x if dropped_x is None else dropped_x
+    return over_rows(product, n, in_axes, rows)(y, x_of_factors, U, V, a, mask)
+
+
+def side_by_side(U: chex.Array, V: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """``[U_0 | U_1 | ...]`` and ``[V_0; V_1; ...]``, from an axis of adapters in front."""
+    U, V = jnp.moveaxis(U, 0, -2), jnp.moveaxis(V, 0, -3)
+    return (
+        jnp.reshape(U, (*U.shape[:-2], -1)),
+        jnp.reshape(V, (*V.shape[:-3], -1, V.shape[-1])),
+    )
+
+
+def one_hot(ids: chex.Array, count: int, r: int) -> chex.Array:
+    """``(*rows, N r)``: 1 at the columns of a row's own adapter."""
+    own = ids[..., None] == jnp.arange(count)
+    valid = jnp.where(ids == BASE, 0.0, presence(ids, count))[..., None]
+    return jnp.repeat(jnp.where(own | jnp.isnan(valid), valid, 0.0), r, axis=-1)

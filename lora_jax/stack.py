@@ -1,0 +1,305 @@
+"""Adapters of one base side by side, brought to common shapes without a change of what they do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import empty_node
+
+from lora_jax.adapter import Adapter, Shift
+from lora_jax.config import nearest
+from lora_jax.product import factored_norm, normalized
+from lora_jax.tree import Key, check_fits, flatten, path_of, raise_precision, unbox, unflatten
+from lora_jax.variants import float32_or_more
+
+
+def stack(
+    adapters: Sequence[chex.ArrayTree], params: chex.ArrayTree | None = None
+) -> chex.ArrayTree:
+    """Stacks adapters of one base on a new axis in front.
+
+    So one program serves them all, by ``lora_apply(..., adapter_ids=ids)``, or trains them all, by
+    ``jax.vmap``. Each computes what it computed alone. Ranks are padded with zeros, which stay zero
+    in training. An adapter that lacks a kernel that another one adapts gets a zero adapter there,
+    and one that lacks a leaf that another one trained whole gets the base's. Beside DoRA, LoRA gets
+    the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``. Where scales
+    differ, ``s`` is multiplied into ``U``: the same outputs, but other steps of an optimizer. (To
+    train several ranks side by side give them one scale, ``alpha = c * rank``.)
+
+    Adapters of equal structure, as from ``jax.vmap(lora_init, ...)`` over keys or a tree map of
+    ``jnp.stack``, need no more than that.
+
+    Args:
+      adapters: the adapters, each as from :func:`lora_init` or :func:`load`.
+      params: the model's parameters, all of them; needed only where one adapter lacks what another
+        one has, or where LoRA is beside DoRA.
+
+    Returns:
+      One tree: every array has the number of adapters as its first size. ``jax.tree.map(lambda x:
+      x[i], stacked)`` is adapter ``i`` alone.
+
+    Raises:
+      TypeError: trees of another kind.
+      ValueError: no adapters; adapters of different models, or that differ in what no padding can
+        hide; ``params`` is needed and missing. The message names the path.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model, x = nn.Dense(3), jnp.ones((4, 5))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> a, b = (
+      ...     lora_jax.lora_init(jax.random.key(r), params, lora_jax.LoraConfig([rule]))[1]
+      ...     for r, rule in enumerate([
+      ...         lora_jax.Rule("kernel", rank=1), lora_jax.Rule("kernel", rank=2, variant="dora")
+      ...     ])
+      ... )
+      >>> stacked = lora_jax.stack([a, b], params)
+      >>> stacked["kernel"].U.shape, stacked["kernel"].m.shape
+      ((2, 5, 2), (2, 3))
+      >>> ids = jnp.array([1, 0, -1, 1])  # -1 is the base alone
+      >>> lora_jax.lora_apply(model, {"params": params}, stacked, x, adapter_ids=ids).shape
+      (4, 3)
+    """
+    trees = nodes_of(adapters)
+    base = {} if params is None else flatten(params, "params")
+    out: dict[Key, Any] = {}
+    for key in dict.fromkeys(key for tree in trees for key in tree):
+        nodes, leaf = [tree.get(key) for tree in trees], base.get(key)
+        like = template(path_of(key), [node for node in nodes if node is not None])
+        same = [conformed(path_of(key), node, like, leaf, base) for node in nodes]
+        out[key] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *same)
+    return unflatten(out, adapters[0])
+
+
+def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
+    """Computes DoRA's norm once, for inference: ``m`` becomes ``a = m / ||W + s U V||_c``.
+
+    Outputs stay the same, and a call of the model no longer computes a norm of every kernel, for
+    each adapter that there is. What is left is ``W' = a (W + s U V)``, which trains otherwise than
+    DoRA, and which PEFT does not have: keep the adapters themselves.
+
+    Args:
+      frozen: the base, or all parameters of the model.
+      adapters: one adapter, or several from :func:`stack`. LoRA stays as it is.
+
+    Raises:
+      ValueError: adapters that do not fit the base.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((4, 2))}
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1, variant="dora")])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> lora_jax.freeze_norm(frozen, adapters)["kernel"].m
+      Array([1., 1.], dtype=float32)
+    """
+    base = flatten(frozen, "frozen")
+    out = flatten(adapters, "adapters")
+    for key, node in out.items():
+        if isinstance(node, Adapter) and node.variant == "dora":
+            kernel = _kernel(path_of(key), base.get(key), base)
+            check_fits(path_of(key), kernel, node, node.count)
+            out[key] = _frozen(kernel, node)
+    return unflatten(out, adapters)
+
+
+def nodes_of(adapters: Sequence[chex.ArrayTree]) -> list[dict[Key, Any]]:
+    """The nodes of each tree by their keys."""
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+        raise TypeError(f"stack takes a list of adapters, got {type(adapters).__name__}.")
+    trees = [
+        {k: node for k, node in flatten(tree, f"adapters[{i}]").items() if node is not empty_node}
+        for i, tree in enumerate(adapters)
+    ]
+    if not trees:
+        raise ValueError("There is nothing to stack: the list of adapters is empty.")
+    for i, tree in enumerate(trees):
+        for key, node in tree.items():
+            if isinstance(node, Shift):
+                raise ValueError(
+                    f"adapters[{i}] adds something to {path_of(key)!r} (PEFT's lora_bias), which "
+                    f"cannot be stacked: serve it apart."
+                )
+            if isinstance(node, Adapter) and node.count is not None:
+                raise ValueError(
+                    f"adapters[{i}] is a stack of {node.count} adapters already, at "
+                    f"{path_of(key)!r}: stack adapters that are alone."
+                )
+    return trees
+
+
+# Facts of an adapter that are part of what it computes, and that nothing can hide.
+_ALIKE = ("substitute", "untied")
+
+
+def template(path: str, nodes: Sequence[Any]) -> Any:
+    """What adapters of one kernel can all be brought to; nodes of leaves trained whole as they are.
+
+    Returns:
+      The static fields that they shall have, as an :class:`Adapter` whose ``U`` and ``V`` are of
+      the shapes of one; or, for a leaf trained whole, any of the nodes.
+    """
+    first = nodes[0]
+    if not all(isinstance(node, Adapter) == isinstance(first, Adapter) for node in nodes):
+        raise ValueError(
+            f"{path!r} is adapted in one of the adapters and trained whole in another, so they "
+            f"cannot be stacked: merge the one into its parameter, or serve them apart."
+        )
+    if not isinstance(first, Adapter):
+        return first
+    variants = {node.variant for node in nodes}
+    variant = next(name for name in ("scaled", "dora", "lora") if name in variants)
+    wholes = {dataclasses.replace(node.axes, parts=()) for node in nodes}
+    alike = {name: {getattr(node, name) for node in nodes} for name in _ALIKE} | {"axes": wholes}
+    if variant == "dora":
+        alike["detach_norm"] = {node.detach_norm for node in nodes if node.variant == "dora"}
+    for name, values in alike.items():
+        if len(values) > 1:
+            hint = (
+                "apply lora_jax.freeze_norm to each first, which has no gradient to differ in"
+                if name == "detach_norm"
+                else "they cannot be stacked"
+            )
+            raise ValueError(
+                f"The adapters of {path!r} differ in {name}, {' and '.join(map(str, values))}: "
+                f"{hint}."
+            )
+    parts = sorted({part for node in nodes for part in node.axes.parts})
+    rank, scales = max(node.rank for node in nodes), {node.scale for node in nodes}
+    dropouts, products = {node.dropout for node in nodes}, {node.product for node in nodes}
+    if {(node.rank, node.alpha, node.rslora) for node in nodes} == {
+        (rank, first.alpha, first.rslora)
+    }:
+        alpha, rslora = first.alpha, first.rslora
+    else:
+        alpha, rslora = rank * (scales.pop() if len(scales) == 1 else 1.0), False
+    return first.replace(  # type: ignore[attr-defined]
+        variant=variant,
+        rank=rank,
+        alpha=alpha,
+        rslora=rslora,
+        detach_norm=any(alike.get("detach_norm", ())),
+        axes=dataclasses.replace(first.axes, parts=tuple(parts)),
+        dropout=dropouts.pop() if len(dropouts) == 1 else None,
+        product=products.pop() if len(products) == 1 else "auto",
+    )
+
+
+def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any]) -> Any:
+    """A node with the structure of ``like``, which computes the same.
+
+    Args:
+      path: of the parameter.
+      node: an adapter, a leaf trained whole, or ``None`` where there is neither.
+      like: of :func:`template`.
+      leaf: the parameter, or ``None``.
+      base: all parameters, for messages.
+    """
+    if not isinstance(like, Adapter):
+        if node is None:
+            node = raise_precision(path, _kernel(path, leaf, base))
+        wholes = [str(jax.tree.map(jnp.shape, x)) for x in (node, like)]
+        if wholes[0] != wholes[1]:
+            raise ValueError(
+                f"{path!r} was trained whole, in different shapes or dtypes: "
+                f"{' and '.join(wholes)}."
+            )
+        return node
+    if node is None:
+        node = _nothing(like)
+    elif _matrices(node) != _matrices(like):
+        found = _matrices(node), _matrices(like)
+        raise ValueError(
+            f"The adapters of {path!r} are for kernels of different shapes, {found[0]} and "
+            f"{found[1]}. Are they for one model?"
+        )
+    same = {name: getattr(like, name) for name in ("rank", "alpha", "rslora", "axes")}
+    if (
+        like.m is None
+        and like.variant == "lora"
+        and all(getattr(node, name) == value for name, value in same.items())
+    ):
+        return like.replace(U=jnp.asarray(node.U), V=jnp.asarray(node.V))  # type: ignore[attr-defined]
+    s = node.scale / like.scale
+    U = jnp.asarray(node.U) if s == 1.0 else s * jnp.asarray(node.U)
+    parts = [like.axes.parts.index(part) for part in node.axes.parts]
+    pad = like.rank - node.rank
+    U = _spread(_padded(U, -1, pad), parts, like, -3)
+    V = _spread(_padded(jnp.asarray(node.V), -2, pad), parts, like, -3)
+    padded = like.replace(U=U, V=V, m=None)  # type: ignore[attr-defined]
+    if like.variant == "lora":
+        return padded
+    everywhere = parts == list(range(len(like.axes.parts)))
+    if like.variant == node.variant and everywhere:
+        return padded.replace(m=jnp.asarray(node.m))
+    if like.variant == "scaled":
+        m = jnp.ones((*V.shape[:-2], V.shape[-1]), V.dtype)
+        if node.variant == "dora":
+            node = _frozen(_kernel(path, leaf, base), node)
+    else:
+        W = like.axes.as_matrix(_kernel(path, leaf, base))
+        m = factored_norm(W.astype(float32_or_more(W.dtype)), U, V, like.scale)
+    if node.m is not None:
+        m = jnp.asarray(node.m) if everywhere else m.at[..., parts, :].set(node.m)
+    return padded.replace(m=m)
+
+
+def _matrices(adapter: Adapter) -> tuple[int, ...]:
+    """``(*stacks, d, k)``."""
+    stacks = adapter.U.shape[: len(adapter.axes.stacks)]
+    return (*stacks, adapter.U.shape[-2], adapter.V.shape[-1])
+
+
+def _nothing(like: Adapter) -> Adapter:
+    """An adapter that adds nothing, of rank 1."""
+    U = jnp.zeros((*like.U.shape[:-1], 1), jnp.float32)
+    V = jnp.zeros((*like.V.shape[:-2], 1, like.V.shape[-1]), jnp.float32)
+    nothing: Adapter = like.replace(  # type: ignore[attr-defined]
+        U=U, V=V, m=None, variant="lora", rank=1, alpha=1.0, rslora=False
+    )
+    if like.axes.fused > 1:
+        first = dataclasses.replace(like.axes, parts=like.axes.parts[:1])
+        nothing = nothing.replace(U=U[..., :1, :, :], V=V[..., :1, :, :], axes=first)  # type: ignore[attr-defined]
+    return nothing
+
+
+def _padded(array: chex.Array, axis: int, by: int) -> chex.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, by)
+    return jnp.pad(array, widths) if by else array
+
+
+def _spread(array: chex.Array, parts: list[int], like: Adapter, axis: int) -> chex.Array:
+    """The parts that an adapter has, among all that the stack has, and zeros."""
+    count = len(like.axes.parts)
+    if like.axes.fused == 1 or parts == list(range(count)):
+        return array
+    array = jnp.moveaxis(array, axis, 0)
+    zeros = jnp.zeros((count, *array.shape[1:]), array.dtype)
+    return jnp.moveaxis(zeros.at[np.array(parts)].set(array), 0, axis)
+
+
+def _frozen(kernel: chex.Array, adapter: Adapter) -> Adapter:
+    scaled = normalized(kernel, adapter)
+    return scaled.replace(variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
+
+
+def _kernel(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:
+    if leaf is None and not base:
+        raise ValueError(
+            f"Not all of the adapters have {path!r}, or they are of different variants there: pass "
+            f"the model's parameters too, lora_jax.stack(adapters, params)."
+        )
+    if leaf is None:
+        paths = list(map(path_of, base))
+        raise ValueError(
+            f"There is an adapter for {path!r}, which the model's parameters lack. Nearest paths: "
+            f"{', '.join(nearest(path, paths)) or 'none'}."
+        )
+    return jnp.asarray(unbox(leaf))
