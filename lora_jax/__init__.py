@@ -16,7 +16,7 @@ files. `kernel_axes` finds the `KernelAxes` of every kernel, together a `ModelAx
 """
 
 from lora_jax import peft
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.approximation import Approximation, ApproximationReport
 from lora_jax.arithmetic import combine, compress
 from lora_jax.axes import KernelAxes, ModelAxes
@@ -46,6 +46,7 @@ __all__ = [
     "Rounding",
     "RoundingReport",
     "Rule",
+    "Shift",
     "Summary",
     "Whole",
     "combine",

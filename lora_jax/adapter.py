@@ -1,4 +1,4 @@
-"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, and a leaf trained whole."""
+"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, a shift, a leaf trained whole."""
 
 from __future__ import annotations
 
@@ -82,6 +82,26 @@ class Adapter:
         formula = VARIANTS[self.variant].kernel
         adapted = formula(W, self.U, self.V, self.m, self.scale, self.detach_norm)
         return self.axes.from_matrix(adapted, kernel)
+
+
+@flax.struct.dataclass
+class Shift:
+    """What is added to a leaf that stays in the base: ``b' = b + s v``, as PEFT's ``lora_bias``.
+
+    With ``b`` the bias of an adapted layer it is ``x W + b + s ((x U) V + v)``. Kept apart from
+    ``b``, ``v`` comes back from a file and goes into one as it is, trained further or not.
+
+    Attributes:
+      value: ``v``, of the leaf's own shape, in float32.
+      scale: ``s``; of a bias, that of the adapter of its layer.
+    """
+
+    value: Any
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    def effective_kernel(self, leaf: chex.Array) -> chex.Array:
+        """``b'`` in float32."""
+        return leaf.astype(float32_or_more(leaf.dtype)) + self.scale * self.value
 
 
 @flax.struct.dataclass

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.approximation import Approximation, ApproximationReport
 from lora_jax.combined import Plan, combine_kernel, combine_whole
 from lora_jax.config import nearest
@@ -168,6 +168,11 @@ def _combine(
         if not found:
             flat[key] = empty_node
             continue
+        if any(isinstance(node, Shift) for node in found.values()):
+            raise ValueError(
+                f"Something is added to {path!r} (PEFT's lora_bias), of which there is no "
+                f"arithmetic: merge such an adapter into its base."
+            )
         _check_nodes(path, found, plan)
         leaf = _base_leaf(path, key, base)
         if not plan.exact and isinstance(unbox(leaf), jax.core.Tracer):

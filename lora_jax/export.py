@@ -10,7 +10,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
 from lora_jax.names import Name, Torch, as_names
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
@@ -63,7 +63,7 @@ def export(
       {'dense.weight': (2, 3), 'dense.bias': (2,)}
     """
     base, found = leaves_of(frozen, "frozen"), leaves_of(adapters, "adapters")
-    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter)}
+    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | Shift)}
     for leaf_path, adapter in kernels.items():
         if leaf_path not in base:
             raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
@@ -86,7 +86,7 @@ def export(
         torches = {p: Torch(p, p, (), "plain") for p in leaves}
     else:
         model = TorchParams(leaves, as_names(names), axes)
-        torches = {torch.name: torch for p in leaves for torch in model.torch(p)}
+        torches = {torch.name: torch for p in leaves for torch in model.complete(p)}
     rows: dict[str, Rounding] = {}
     last: dict[str, Any] = {}  # what is stacked in one leaf is merged once
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import peft, store
-from lora_jax.adapter import Adapter
+from lora_jax import peft_files, store
+from lora_jax.adapter import Adapter, Shift
 from lora_jax.config import scale
 from lora_jax.names import EXPERTS
 from lora_jax.peft_config import CONFIG, PeftConfig
@@ -22,6 +22,8 @@ from lora_jax.tensors import StrPath
 from lora_jax.torch_layout import to_factors
 
 Array = np.ndarray[Any, Any]
+
+ADDED = " (added)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Opened:
     Attributes:
       format: ``"lora_jax"`` or ``"PEFT"``.
       factors: by path, or by the name of the module in PyTorch; of stacked kernels each.
-      whole: parameters that were trained whole.
+      whole: parameters that were trained whole; and what is added to one of the base's, its scale
+        multiplied, by a name that says so.
       facts: what else the files say.
     """
 
@@ -104,8 +107,11 @@ def _open_own(path: StrPath) -> Opened:
     whole = {
         name: np.asarray(getattr(node, "value", node))
         for name, node in stored.adapters.items()
-        if not isinstance(node, Adapter)
+        if not isinstance(node, Adapter | Shift)
     }
+    for name, node in stored.adapters.items():
+        if isinstance(node, Shift):
+            whole[name + ADDED] = node.scale * node.value
     facts = {"written by": f"lora_jax {stored.library}"}
     facts |= {key: str(value) for key, value in stored.metadata.items()}
     facts["hashes of the base"] = str(len(stored.base)) if stored.base else "none"
@@ -113,8 +119,8 @@ def _open_own(path: StrPath) -> Opened:
 
 
 def _open_peft(path: StrPath) -> Opened:
-    files = peft.read(path)
-    factors = {}
+    files = peft_files.read(path)
+    factors, whole = {}, {}
     for module, keys in files.modules.items():
         arrays = {role: files.tensors[key] for role, key in keys.items() if role != "bias"}
         A, B = arrays["A"], arrays["B"]
@@ -141,7 +147,10 @@ def _open_peft(path: StrPath) -> Opened:
             )
         both = to_factors("conv" if A.ndim > 2 else "linear", arrays, matrix, r, 1)
         factors[module] = Factors(both["U"], both["V"], both.get("m"), s)
-    whole = {name: files.tensors[key] for name, key in files.whole.items()}
+        if "bias" in keys:
+            added = files.tensors[keys["bias"]].astype(np.float32)
+            whole[f"{module}.bias{ADDED}"] = files.scale(module) * added
+    whole |= {name: files.tensors[key] for name, key in files.whole.items()}
     config = files.config
     facts = {"r": str(config.r), "lora_alpha": f"{config.alpha:g}"}
     facts |= {n: str(getattr(config, n)) for n in ("rslora", "dora") if getattr(config, n)}

@@ -30,7 +30,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
-from lora_jax.adapter import Adapter
+from lora_jax.adapter import Adapter, Shift
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.mixed import BASE, MAP_ROWS, Rows, checked_ids, taken
 from lora_jax.product import normalized
@@ -120,8 +120,11 @@ def lora_apply(
     ids = None if count is None else checked_ids(adapter_ids, count)
     one_for_all = ids is not None and ids.ndim == 0
 
-    def place(key: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+    def place(key: Key, kernel: Any, node: Adapter | Shift) -> dict[Key, Any]:
         path, rows = path_of(key), None
+        if isinstance(node, Shift):  # never stacked
+            return {key: merged_kernel(kernel, node)}
+        adapter = node
         if one_for_all:
             adapter = jax.tree.map(lambda array: taken(array, ids, 0.0), adapter)
         if adapter.substitute:

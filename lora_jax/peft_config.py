@@ -84,6 +84,15 @@ _WITHOUT_MEANING = {
 }
 
 
+# What to do about fields that say something else than how training went.
+_INSTEAD = {
+    "ensure_weight_tying": "It ties what is trained of an embedding to its other uses. Where no "
+    "embedding is adapted or saved whole it does nothing: set it to false there.",
+    "trainable_token_indices": "Some rows of an embedding were trained: merge them into the base "
+    "in PEFT, with merge_and_unload, or train the embedding whole, with modules_to_save.",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
     """The fields of PEFT's ``LoraConfig`` that this library has an equal for.
@@ -192,7 +201,12 @@ def read_config(folder: Path) -> PeftConfig:
     if not 0 <= config.dropout < 1:
         raise ValueError(f"{file}: lora_dropout must be in [0, 1), got {config.dropout}.")
     if config.lora_bias and config.dora:
-        raise ValueError(f"{file}: lora_bias with use_dora has no equal here.")
+        raise ValueError(f"{file}: lora_bias with use_dora makes no sense in PEFT.")
+    if config.lora_bias and config.bias != "none":
+        raise ValueError(
+            f"{file}: lora_bias with bias={config.bias!r} trains every bias twice, for which there "
+            f"is no equal here: train it again with one of the two."
+        )
     if config.target_parameters and (config.dora or config.lora_bias or config.dropout):
         raise ValueError(
             f"{file}: target_parameters with use_dora, lora_bias or lora_dropout makes no sense in "
@@ -207,7 +221,10 @@ def read_config(folder: Path) -> PeftConfig:
         )
     for name, value in said.items():
         if name not in get.read and name not in _WITHOUT_MEANING and value not in _INERT:
-            raise ValueError(f"{file}: {name} is {value!r}, for which there is no equal here.")
+            instead = f" {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise ValueError(
+                f"{file}: {name} is {value!r}, for which there is no equal here.{instead}"
+            )
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -129,19 +129,38 @@ def measure(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> 
       rounded: ``W'`` as it comes out.
       base: ``W``, where it is known.
     """
-    largest, mean, vanished = _errors(exact, rounded, base)
-    dtype = jnp.dtype(rounded.dtype).name
-    return Rounding(
-        dtype, float(largest), float(mean), None if vanished is None else float(vanished)
-    )
+    return measure_parts([(exact, rounded, base)])
+
+
+def measure_parts(
+    parts: Iterable[tuple[chex.Array, chex.Array, chex.Array | None]],
+) -> Rounding:
+    """The rounding of one parameter of which parts of one size come one after another.
+
+    Args:
+      parts: of each, what :func:`measure` takes.
+    """
+    dtype, largest, means, vanished, changed = "", 0.0, [], 0, 0
+    known = True
+    for exact, rounded, base in parts:
+        dtype = jnp.dtype(rounded.dtype).name
+        most, mean, counts = _errors(exact, rounded, base)
+        largest = max(largest, float(most))
+        means.append(float(mean))
+        if counts is None:
+            known = False
+        else:
+            vanished, changed = vanished + int(counts[0]), changed + int(counts[1])
+    share = vanished / max(changed, 1) if known else None
+    return Rounding(dtype, largest, sum(means) / len(means), share)
 
 
 @jax.jit  # so that nothing of the parameter's size is made
 def _errors(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> Any:
     wide = float32_or_more(rounded.dtype)
     error = jnp.abs(rounded.astype(wide) - exact)
-    vanished = None
+    counts = None
     if base is not None:
         changed = exact != base.astype(wide)
-        vanished = jnp.sum(changed & (rounded == base)) / jnp.maximum(jnp.sum(changed), 1)
-    return jnp.max(error), jnp.mean(error), vanished
+        counts = jnp.sum(changed & (rounded == base)), jnp.sum(changed)
+    return jnp.max(error), jnp.mean(error), counts

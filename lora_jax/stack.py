@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter import Adapter, Shift
 from lora_jax.config import nearest
 from lora_jax.product import factored_norm, normalized
 from lora_jax.tree import Key, check_fits, flatten, path_of, raise_precision, unbox, unflatten
@@ -121,6 +121,11 @@ def nodes_of(adapters: Sequence[chex.ArrayTree]) -> list[dict[Key, Any]]:
         raise ValueError("There is nothing to stack: the list of adapters is empty.")
     for i, tree in enumerate(trees):
         for key, node in tree.items():
+            if isinstance(node, Shift):
+                raise ValueError(
+                    f"adapters[{i}] adds something to {path_of(key)!r} (PEFT's lora_bias), which "
+                    f"cannot be stacked: serve it apart."
+                )
             if isinstance(node, Adapter) and node.count is not None:
                 raise ValueError(
                     f"adapters[{i}] is a stack of {node.count} adapters already, at "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
 from lora_jax.config import Rule, nearest
 from lora_jax.tensors import (
@@ -25,6 +26,7 @@ from lora_jax.tensors import (
     Tensors,
     check_name,
     encode,
+    is_floating,
     is_ints,
     json_bytes,
     read_json,
@@ -62,6 +64,8 @@ _INDEX = {
     "metadata": dict,
     "checksum": str,
 }
+# What an index has only where the adapters have such nodes.
+_OPTIONAL = {"shifts": dict}
 _TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
@@ -70,8 +74,8 @@ class Stored:
     """What a folder holds.
 
     Attributes:
-      adapters: every :class:`Adapter`, and every leaf that was trained whole, by its path; leaves
-        that the model has in another dtype are :class:`Whole`.
+      adapters: every :class:`Adapter` and :class:`Shift`, and every leaf that was trained whole, by
+        its path; leaves that the model has in another dtype are :class:`Whole`.
       base: a hash of every frozen parameter by its path; empty where none were taken.
       metadata: what the user gave to :func:`save`.
       library: version of lora_jax that wrote it.
@@ -122,15 +126,19 @@ def save(
 
     entries: dict[str, Any] = {}
     whole: dict[str, str] = {}
+    shifts: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
     base = None if frozen is None else leaves_of(frozen, "frozen")
     for leaf_path, node in leaves_of(adapters, "adapters").items():
-        if isinstance(node, Adapter):
+        if isinstance(node, Adapter | Shift) and base is not None:
+            if leaf_path not in base:
+                raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
+            check_fits(leaf_path, base[leaf_path], node)
+        if isinstance(node, Shift):
+            shifts[leaf_path] = float(node.scale)
+            found = {leaf_path: node.value}
+        elif isinstance(node, Adapter):
             check_alone(leaf_path, node)
-            if base is not None:
-                if leaf_path not in base:
-                    raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
-                check_fits(leaf_path, base[leaf_path], node)
             entries[leaf_path] = _said(node)
             found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
         else:
@@ -154,7 +162,7 @@ def save(
         "whole": whole,
         "base": {} if base is None else {p: fingerprint(leaf, p) for p, leaf in base.items()},
         "metadata": _checked_metadata(metadata or {}),
-    }
+    } | ({"shifts": shifts} if shifts else {})
     index["checksum"] = _checksum(index)
     folder.mkdir(parents=True, exist_ok=True)
     old, new = _tensors_of(folder), folder / file
@@ -200,8 +208,11 @@ def load(
                 f"another model? Nearest paths: {', '.join(nearest(leaf_path, keys)) or 'none'}."
             )
         key = keys[leaf_path]
-        if isinstance(node, Adapter):
-            check_fits(leaf_path, flat[key], node)
+        if isinstance(node, Adapter | Shift):
+            try:
+                check_fits(leaf_path, flat[key], node)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node)
         else:
             leaf = frozen.pop(key)
@@ -363,7 +374,8 @@ def _index(folder: Path) -> dict[str, Any]:
             f"{file} is of version {index.get('version')!r} of the format, and this lora_jax reads "
             f"version {VERSION}: install a newer one."
         )
-    _check_types(index, _INDEX, str(file))
+    more = {name: kind for name, kind in _OPTIONAL.items() if name in index}
+    _check_types(index, _INDEX | more, str(file))
     if index["checksum"] != _checksum(index):
         raise ValueError(
             f"{file} is damaged, or was edited: its checksum is not that of its content. Save the "
@@ -391,7 +403,8 @@ def _check_types(said: object, types: Mapping[str, type], where: str) -> None:
 
 def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
     """The adapters that the index describes and the tensors hold, all of them and no more."""
-    expected = set(index["whole"])
+    shifts = index.get("shifts", {})
+    expected = set(index["whole"]) | set(shifts)
     for path, said in index["adapters"].items():
         where = f"{file}: {path!r}"
         _check_types(said, _FIELDS, where)
@@ -409,6 +422,8 @@ def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
     for path, dtype in index["whole"].items():
         array = tensors[path]
         adapters[path] = array if array.dtype.name == dtype else Whole(array, dtype)
+    for path, s in shifts.items():
+        adapters[path] = _shift(s, tensors[path], path, f"{file}: {path!r}", adapters)
     for path in adapters:
         check_name(path, str(file))
         parents = path.split("/")[:-1]
@@ -440,6 +455,17 @@ def _adapter(
     adapter = Adapter(**(fields | dict(arrays)), axes=kernel_axes)
     _check_arrays(adapter, where)
     return adapter
+
+
+def _shift(s: object, array: np.ndarray, path: str, where: str, others: Mapping[str, Any]) -> Shift:
+    """A shift, when what is said of it makes sense."""
+    if type(s) is not float or not (math.isfinite(s) and s > 0):
+        raise ValueError(f"{where}: the scale of a shift must be a positive number, got {s!r}.")
+    if not is_floating(array):
+        raise ValueError(f"{where}: a shift is of dtype {array.dtype}.")
+    if path in others:
+        raise ValueError(f"{where} is described twice.")
+    return Shift(array, s)
 
 
 def _check_arrays(adapter: Adapter, where: str) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import empty_node
 
-from lora_jax.adapter import Adapter, Whole
+from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign
 from lora_jax.table import text_table
@@ -248,8 +248,9 @@ def summary(
 
 
 def _leaves(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
-    flat = flatten(tree, name).items()
-    return {path_of(key): unbox(leaf) for key, leaf in flat if leaf is not empty_node}
+    flat = {path_of(k): leaf for k, leaf in flatten(tree, name).items() if leaf is not empty_node}
+    # A shift has one array too, and is no box.
+    return {p: leaf if isinstance(leaf, Shift) else unbox(leaf) for p, leaf in flat.items()}
 
 
 def _rules(
@@ -293,7 +294,11 @@ def _row(path: str, node: Any, kernel: Any) -> Row:
             _zero_columns(node, kernel),
             node.product,
         )
-    shape = tuple(unbox(node.value if isinstance(node, Whole) else node).shape)
+    shape = tuple(unbox(node.value if isinstance(node, Whole | Shift) else node).shape)
+    if isinstance(node, Shift):
+        if kernel is None:
+            raise ValueError(f"Something is added to {path!r}, which the base lacks.")
+        return Row(path, shape, "shift", None, node.scale, trained, trained, nbytes)
     return Row(path, shape, "whole", None, None, trained, trained, nbytes)
 
 

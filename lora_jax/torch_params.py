@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.names import EXPERTS, Name, Torch, axes_of, torch_names
+from lora_jax.names import EXPERTS, Name, Torch, axes_of, find, torch_names
 from lora_jax.store import host
 from lora_jax.torch_layout import from_kernel, to_kernel
 from lora_jax.tree import unbox
@@ -29,7 +30,7 @@ class TorchParams:
       leaves: the parameters by their paths.
       names: their names in PyTorch.
       axes: those of the model's kernels, where they are known.
-      own: axes that an adapter has said, which come first.
+      own: axes that an adapter has, which come first.
     """
 
     def __init__(
@@ -50,9 +51,19 @@ class TorchParams:
         return tuple(self.leaves[path].shape)
 
     def axes(self, path: str) -> KernelAxes | None:
-        """How a leaf is a matrix, where it is one."""
+        """How a leaf is a matrix, where it is one; of fused kernels, all parts that have a name."""
         own = self._own.get(path)
-        return own or axes_of(path, len(self.shape(path)), self._names, self._axes)
+        said = axes_of(path, len(self.shape(path)), self._names, self._axes)
+        axes = own or said
+        if axes is None or axes.fused == 1:
+            return axes
+        # Which of them are adapted, the adapter says; here it is those that the name counts.
+        name = find(path, self._names)
+        count = len(name.counted[-1].split("|")) if name is not None and name.counted else 0
+        for one in (said, own):
+            if one is not None and one.fused == axes.fused and len(one.parts) == count:
+                return dataclasses.replace(axes, parts=one.parts)
+        return dataclasses.replace(axes, parts=()) if count == axes.fused else axes
 
     def stack_axes(self, path: str) -> tuple[int, ...]:
         """The axes that stack a leaf, where that is known."""
@@ -92,6 +103,45 @@ class TorchParams:
                 )
             self._torch[path] = found
         return self._torch[path]
+
+    def complete(self, path: str) -> list[Torch]:
+        """PyTorch's parameters for a leaf, which together are all of it.
+
+        Raises:
+          ValueError: no name is for it, or for some of the kernels that are fused in it.
+        """
+        axes = self.axes(path)
+        if axes is not None and axes.fused > len(axes.parts):
+            raise ValueError(
+                f"{path!r} has {axes.fused} kernels side by side, of which names names "
+                f"{len(axes.parts)}: name all of them, as {{q|k|v}} does."
+            )
+        return self.torch(path)
+
+    def adapted(self, path: str, axes: KernelAxes) -> dict[Torch, tuple[int, ...]]:
+        """PyTorch's parameters that an adapter is for, with their index in its arrays.
+
+        Args:
+          path: the kernel's.
+          axes: the adapter's; of fused kernels it may have some.
+
+        Raises:
+          ValueError: no name is for one of them.
+        """
+        named = self.axes(path)
+        if axes.fused == 1 or named is None:
+            return {torch: torch.index for torch in self.torch(path)}
+        if lost := sorted(set(axes.parts) - set(named.parts)):
+            raise ValueError(
+                f"names has no name in PyTorch for part {lost[0]} of {path!r}: name all parts that "
+                f"are adapted, as {{q|k|v}} does."
+            )
+        places = {torch: named.parts[torch.index[-1]] for torch in self.torch(path)}
+        return {
+            torch: (*torch.index[:-1], axes.parts.index(part))
+            for torch, part in places.items()
+            if part in axes.parts
+        }
 
     @property
     def by_name(self) -> Mapping[str, Torch]:
@@ -143,7 +193,7 @@ class TorchParams:
         Raises:
           ValueError: arrays that do not fit.
         """
-        torches = {torch.index: torch for torch in self.torch(path)}
+        torches = {torch.index: torch for torch in self.complete(path)}
         first = torches[min(torches)]
         shape, axes = self.shape(path), self.axes(path)
         try:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
-from lora_jax.adapter import Adapter, Whole, init_adapter
+from lora_jax.adapter import Adapter, Shift, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, assign, nearest
 from lora_jax.resolve import check_read, resolve_axes
@@ -129,7 +129,7 @@ def lora_merge(
 
     Raises:
       TypeError: a tree that is no nested dict.
-      ValueError: adapters that do not fit this base.
+      ValueError: adapters, or shifts, that do not fit this base.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -141,7 +141,7 @@ def lora_merge(
              [1., 1.]], dtype=float32)
     """
 
-    def merge(key_: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+    def merge(key_: Key, kernel: Any, adapter: Adapter | Shift) -> dict[Key, Any]:
         path = path_of(key_)
         check_merges(path, adapter)
         return {key_: merged_kernel(kernel, adapter, None if key is None else key_for(key, path))}
@@ -177,7 +177,7 @@ def rounding(
     """
     rows: dict[str, Rounding] = {}
 
-    def look(key_: Key, kernel: Any, adapter: Adapter) -> dict[Key, Any]:
+    def look(key_: Key, kernel: Any, adapter: Adapter | Shift) -> dict[Key, Any]:
         path, W = path_of(key_), jnp.asarray(unbox(kernel))
         check_merges(path, adapter)
         exact = adapter.effective_kernel(W)
@@ -193,17 +193,17 @@ def rounding(
     return RoundingReport(rows)
 
 
-def check_merges(path: str, adapter: Adapter) -> None:
+def check_merges(path: str, adapter: Adapter | Shift) -> None:
     """Errors for an adapter that no merged parameter is equal to."""
-    if adapter.untied:
+    if isinstance(adapter, Adapter) and adapter.untied:
         raise ValueError(
             f"The adapter of {path!r} has tied='untie': it adapts one of several uses of the "
             f"parameter, so no merged parameter gives the same model."
         )
 
 
-def merged_kernel(kernel: Any, adapter: Adapter, key: chex.PRNGKey | None = None) -> Any:
-    """``W'`` in the dtype and the box of the kernel."""
+def merged_kernel(kernel: Any, adapter: Adapter | Shift, key: chex.PRNGKey | None = None) -> Any:
+    """``W'`` in the dtype and the box of the kernel; of a shift, the leaf with it."""
     W = jnp.asarray(unbox(kernel))
     return rebox(kernel, round_to(adapter.effective_kernel(W), W.dtype, key))
 
@@ -211,7 +211,7 @@ def merged_kernel(kernel: Any, adapter: Adapter, key: chex.PRNGKey | None = None
 def join(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
-    adapt: Callable[[Key, Any, Adapter], Mapping[Key, Any]],
+    adapt: Callable[[Key, Any, Adapter | Shift], Mapping[Key, Any]],
     count: int | None = None,
     whole: Callable[[Key, Any, Any], Mapping[Key, Any]] | None = None,
 ) -> chex.ArrayTree:
@@ -220,7 +220,8 @@ def join(
     Args:
       frozen: the base.
       adapters: the adapters.
-      adapt: gives the leaves for an adapted kernel, from its key, the kernel and the adapter.
+      adapt: gives the leaves for an adapted kernel, or a shifted leaf, from its key, the leaf and
+        the node of the adapters.
       count: how many adapters there are, where they are stacked.
       whole: gives the leaves for a stack of leaves that were trained whole, from their key, the
         base's own leaf, if there is one, and the node.
@@ -240,7 +241,7 @@ def join(
                 f"tree read from a file has arrays only: load it into the tree that lora_init "
                 f"gives for the same config, as with flax.serialization.from_bytes."
             )
-        if isinstance(node, Adapter):
+        if isinstance(node, Adapter | Shift):
             if key not in flat:
                 raise ValueError(
                     f"There is an adapter for {path!r}, but the base has no such kernel. Were "
@@ -263,7 +264,7 @@ def join(
 
 def check_base(flat: Mapping[Any, Any]) -> None:
     """Errors where the base has adapters in it."""
-    if any(isinstance(leaf, Adapter) for leaf in flat.values()):
+    if any(isinstance(leaf, Adapter | Shift) for leaf in flat.values()):
         raise TypeError(
             "The base has adapters in it. It comes first, then the adapters: were they swapped?"
         )
@@ -299,9 +300,17 @@ def rebox(leaf: Any, array: chex.Array) -> Any:
     return jax.tree.map(lambda _: array, leaf)
 
 
-def check_fits(path: str, leaf: Any, adapter: Adapter, count: int | None = None) -> None:
+def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None = None) -> None:
     """Errors where an adapter, or a stack of so many, is not for a kernel of this shape."""
     shape = tuple(unbox(leaf).shape)
+    if isinstance(adapter, Shift):
+        found = tuple(jnp.shape(adapter.value))
+        if found != shape:
+            raise ValueError(
+                f"What is added to {path!r} is {found}, but the base has {shape} there. Was it "
+                f"made for another model?"
+            )
+        return
     if len(shape) != adapter.axes.ndim:
         raise ValueError(
             f"The adapter for {path!r} is for a kernel of {adapter.axes.ndim} axes, but the base "

@@ -1,8 +1,11 @@
 """The command: what it says of adapters is right, what it writes is what Python writes."""
 
 import json
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import chex
 import jax
@@ -17,7 +20,7 @@ from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import __main__ as cli
 from lora_jax.cli import commands
 from lora_jax.factors import difference, open_adapter
-from lora_jax.tensors import Tensors
+from lora_jax.tensors import Info, Tensors, write_tensors
 
 KEY = jax.random.key(0)
 
@@ -101,6 +104,38 @@ def test_convert_both_ways(folders, call, tmp_path):
     assert "exists" in out
 
 
+def with_biases_of_B(split):
+    """The same without DoRA, and with what PEFT's lora_bias adds."""
+    adapters = {
+        name: {
+            "kernel": split[1][name]["kernel"].replace(m=None, variant="lora", detach_norm=False),
+            "bias": lora_jax.Shift(random_like(split[0][name]["bias"], scale=1.0), 1.5),
+        }
+        for name in "ab"
+    }
+    return split[0], adapters
+
+
+def test_biases_of_B_convert_and_differ(split, folders, call, tmp_path):
+    frozen, adapters = with_biases_of_B(split)
+    lora_jax.save(tmp_path / "o", adapters, frozen=frozen)
+    assert call("convert", tmp_path / "o", tmp_path / "p")[0] == 0
+    assert call("convert", tmp_path / "p", tmp_path / "again")[0] == 0
+    params = frozen
+    chex.assert_trees_all_equal(lora_jax.load(tmp_path / "again", params)[1], adapters)
+    code, out = call("inspect", tmp_path / "p")
+    assert code == 0
+    assert "a.bias (added)" in out
+    adapters["a"]["bias"] = adapters["a"]["bias"].replace(value=jnp.zeros(8))
+    lora_jax.save(tmp_path / "other", adapters)
+    lora_jax.peft.save(tmp_path / "other-p", frozen, adapters)
+    for one, other in (("o", "other"), ("p", "other-p")):
+        assert call("diff", tmp_path / one, tmp_path / one)[0] == 0
+        code, out = call("diff", tmp_path / one, tmp_path / other)
+        assert code == 1
+        assert "bias (added)" in out
+
+
 def test_convert_with_own_names(folders, call, tmp_path):
     names = tmp_path / "names.json"
     names.write_text(json.dumps([["{layer}/kernel", "model.{layer}.weight"]]))
@@ -168,6 +203,198 @@ def test_merge_into_bfloat16_says_what_vanishes(split, folders, call, tmp_path):
     near, chance = Tensors(tmp_path / "m")["a/kernel"], Tensors(tmp_path / "s")["a/kernel"]
     assert near.dtype == chance.dtype == jnp.bfloat16
     assert np.array_equal(near, Tensors(tmp_path / "16.safetensors")["a/kernel"])
+
+
+@pytest.mark.parametrize("form", ["own", "peft"])
+@pytest.mark.parametrize("base", ["flax", "torch"])
+def test_merge_of_biases_of_B(split, folders, call, tmp_path, form, base):
+    frozen, adapters = with_biases_of_B(split)
+    if form == "own":
+        lora_jax.save(tmp_path / "x", adapters)
+    else:
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters)
+    code, text = call("merge", tmp_path / "x", folders / f"{base}.safetensors", tmp_path / "m")
+    if (form, base) == ("peft", "flax"):
+        assert code == 1
+        assert "has no such array" in text
+        return
+    assert code == 0
+    names = "transformers" if base == "torch" else None
+    lora_jax.export(tmp_path / "expected", frozen, adapters, names=names)
+    for name, array in Tensors(tmp_path / "expected").items():
+        assert relative_error(Tensors(tmp_path / "m")[name], array) < 1e-6
+    assert f"a{'/' if base == 'flax' else '.'}bias" in text
+
+
+def test_merge_of_a_bias_of_B_needs_a_bias(split, folders, call, tmp_path):
+    frozen, adapters = with_biases_of_B(split)
+    lora_jax.peft.save(tmp_path / "x", frozen, adapters)
+    arrays = dict(Tensors(folders / "torch.safetensors"))
+    for change, message in (
+        (lambda t: t.update({"a.bias": np.ones(3, np.float32)}), "(8,), but"),
+        (lambda t: t.pop("a.bias"), "no 'a.bias' that it could be added to"),
+    ):
+        change(arrays)
+        safetensors.numpy.save_file(arrays, tmp_path / "base.safetensors")
+        code, out = call("merge", tmp_path / "x", tmp_path / "base.safetensors", tmp_path / "m")
+        assert code == 1
+        assert message in out
+        assert not (tmp_path / "m").exists()
+
+
+# Shapes of experts, in and out: alike, square, each the other's transpose, and as in Mixtral.
+SHAPES = {
+    "alike": (5, 6, 5, 6),
+    "square": (5, 5, 5, 5),
+    "mutual": (5, 6, 6, 5),
+    "one": (5, 8, 4, 5),
+}
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """Makes adapters of experts in both formats, and their base with both names."""
+
+    def make(shapes, transposed=False):
+        a, b, c, d = SHAPES[shapes]
+        params = {
+            "moe": {"up": jnp.ones((3, a, b)), "down": jnp.ones((3, c, d))},
+            "dense": {"kernel": jnp.ones((5, 4))},
+        }
+        kind = "experts_transposed" if transposed else "experts"
+        names = [(f"moe/{n}", f"model.moe.{n}", kind) for n in ("up", "down")]
+        names += [("dense/kernel", "model.dense.weight")]
+        axes = {f"moe/{n}": lora_jax.KernelAxes((1,), (2,), (0,)) for n in ("up", "down")}
+        rules = [lora_jax.Rule("moe/.*", rank=2, alpha=3.0), lora_jax.Rule("dense/.*", rank=1)]
+        config = lora_jax.LoraConfig(rules)
+        split = lora_jax.lora_init(KEY, random_like(params), config, axes=axes)
+        frozen, adapters = split[0], random_like(split[1], scale=1.0)
+        lora_jax.save(tmp_path / "own", adapters)
+        lora_jax.peft.save(tmp_path / "peft", frozen, adapters, names=names, axes=axes)
+        lora_jax.export(tmp_path / "base", frozen, {}, names=names, axes=axes)
+        lora_jax.export(tmp_path / "expected", frozen, adapters, names=names, axes=axes)
+        (tmp_path / "names.json").write_text(json.dumps(names))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out by in", "in by out"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_merge_of_experts(experts, call, shapes, transposed):
+    folder = experts(shapes, transposed)
+
+    def check(out, *options):
+        code, text = call("merge", *options[:2], folder / out, *options[2:])
+        assert code == 0, text
+        expected, merged = Tensors(folder / "expected"), Tensors(folder / out)
+        assert set(merged) == set(expected)
+        for name, array in expected.items():
+            assert relative_error(merged[name], array) < 1e-6
+        assert "model.moe.up" in text
+
+    check("of own", folder / "own", folder / "base", "--names", folder / "names.json")
+    order = ("--experts", "up", "down")
+    layout = ("--layout", "in-out" if transposed else "out-in")
+    check("by order", folder / "peft", folder / "base", *order, *layout)
+    code, out = call("merge", folder / "peft", folder / "base", folder / "m")
+    if shapes == "one":
+        assert code == 0
+        assert (folder / "m").read_bytes() == (folder / "by order").read_bytes()
+    else:
+        assert code == 1
+        assert "in several ways, and the files do not say which" in out
+    if shapes in ("mutual", "alike"):
+        check("by order alone", folder / "peft", folder / "base", *order)
+
+
+def test_merge_of_experts_rounds_each_by_chance(experts, call):
+    folder = experts("square")
+    base = {n: x.astype(jnp.bfloat16) for n, x in Tensors(folder / "base").items()}
+    safetensors.numpy.save_file(base, folder / "16")
+    options = ("--experts", "up", "down", "--layout", "out-in")
+    for out, seed in (("a", ()), ("b", ("--seed", "0"))):
+        assert call("merge", folder / "peft", folder / "16", folder / out, *options, *seed)[0] == 0
+    near, chance = (Tensors(folder / n)["model.moe.up"].astype(np.float32) for n in "ab")
+    expected = Tensors(folder / "expected")["model.moe.up"]
+    assert relative_error(near, expected) < 2**-7
+    assert relative_error(chance, expected) < 2**-6
+    assert not np.array_equal(near, chance)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layout", "in-out"), "said of the parameters that --experts names"),
+        (("--experts", "gate"), "--experts names 'gate', of which"),
+        (("--experts", "down", "up", "--layout", "out-in"), "do not fit the base's"),
+    ],
+)
+def test_experts_that_do_not_fit(experts, call, options, message):
+    folder = experts("one")
+    code, out = call("merge", folder / "peft", folder / "base", folder / "m", *options)
+    assert code == 1
+    assert message in out
+
+
+def test_experts_that_are_missing(experts, call):
+    folder = experts("one")
+    file = folder / "peft" / "adapter_model.safetensors"
+    tensors = {n: x for n, x in Tensors(file).items() if ".base_layer." not in n}
+    safetensors.numpy.save_file(tensors, file)
+    code, out = call("merge", folder / "peft", folder / "base", folder / "m")
+    assert code == 1
+    assert "has 1 adapters of 'model.moe', but by target_parameters" in out
+
+
+MIB = 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("count", "rows"), [(40, 2048), (20, 4096)], ids=["32 MiB", "64 MiB"])
+def test_memory_of_a_merge(tmp_path, count, rows):
+    """What the command holds is Python, JAX and about four matrices, however large the base is.
+
+    Pages of files that are mapped do not count: they go when others need the memory.
+    """
+    shape, rank = (rows, 4096), 8
+    size = 4 * rows * 4096
+    rng = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": rank, "target_modules": ["linear"]}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config))
+    factors = {"lora_A": (rank, 4096), "lora_B": (rows, rank)}
+    tensors = {
+        f"base_model.model.layers.{i}.linear.{name}.weight": rng.standard_normal(one, np.float32)
+        for i in range(count)
+        for name, one in factors.items()
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "x" / "adapter_model.safetensors")
+    base, kernel = tmp_path / "base.safetensors", rng.standard_normal(shape, np.float32)
+    info = {f"layers.{i}.linear.weight": Info(kernel.dtype, shape) for i in range(count)}
+    write_tensors(base, info, lambda name: kernel)
+
+    arguments = ["merge", tmp_path / "x", base, tmp_path / "merged.safetensors"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_jax.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        peak, status = 0, Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            anonymous = re.search(r"RssAnon:\s*(\d+) kB", status.read_text())
+            peak = max(peak, 1024 * int(anonymous[1]) if anonymous else 0)
+            time.sleep(0.002)
+        assert process.returncode == 0, process.stdout.read()
+    name = f"layers.{count - 1}.linear"
+    A, B = (tensors[f"base_model.model.{name}.{n}.weight"] for n in factors)
+    merged = Tensors(tmp_path / "merged.safetensors")[f"{name}.weight"]
+    assert relative_error(merged, kernel + 1.0 * B @ A) < 1e-5
+    assert peak > 100 * MIB  # it was measured
+    assert peak < 450 * MIB + 4 * size, f"{peak / MIB:.0f} MiB"
+    assert peak < 0.6 * count * size, f"{peak / MIB:.0f} MiB"
 
 
 def test_diff(split, folders, call, tmp_path):

@@ -34,10 +34,12 @@ VALUES = (
 )
 
 
-def write_adapter(folder, kind):
-    rule = lora_jax.Rule(".*/kernel", rank=2, variant="dora", detach_norm=True)
-    config = lora_jax.LoraConfig([rule], trainable=[])
+def write_adapter(folder, kind, biases=False):
+    options = {} if biases else {"variant": "dora", "detach_norm": True}
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*/kernel", rank=2, **options)], trainable=[])
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), PARAMS, config)
+    for name in adapters if biases else ():
+        adapters[name]["bias"] = lora_jax.Shift(PARAMS[name]["bias"])
     adapters = random_like(adapters)
     if kind == "own":
         lora_jax.save(folder, adapters)
@@ -120,10 +122,11 @@ def reseal(folder, file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True], ids=["", "sealed"])
+@pytest.mark.parametrize("biases", [False, True], ids=["dora", "biases"])
 @pytest.mark.parametrize("kind", ["own", "peft"])
-def test_mutated_files(tmp_path, kind, sealed):
+def test_mutated_files(tmp_path, kind, biases, sealed):
     """Checksums find damage; who makes them right again gets adapters that fit, or none."""
-    adapters = write_adapter(tmp_path, kind)
+    adapters = write_adapter(tmp_path, kind, biases)
     files = {file: file.read_bytes() for file in tmp_path.iterdir()}
     names = sorted(files)
     rng = np.random.default_rng(sum(map(ord, kind)) + sealed)
@@ -167,7 +170,7 @@ def check_fit(adapters):
                 shapes = node.shapes(expected)
                 assert {n: getattr(node, n).shape for n in shapes} == shapes
             else:
-                assert node.shape == expected
+                assert getattr(node, "value", node).shape == expected
 
 
 # --- anything at all, as hypothesis finds it ---

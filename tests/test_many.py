@@ -33,7 +33,9 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(self.block, {"params": 0}, split_rngs={"params": True, "dropout": True}, length=2)
+        scan = nn.scan(
+            self.block, {"params": 0}, split_rngs={"params": True, "dropout": True}, length=2
+        )
         x, _ = scan(self.decode, name="blocks")(x, None)
         return nn.Dense(3, name="head")(x)
 

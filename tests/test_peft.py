@@ -18,7 +18,7 @@ from helpers import random_like, random_variables
 import lora_jax
 from lora_jax.names import Name
 from lora_jax.peft_config import by_pattern, first_match
-from lora_jax.tensors import Tensors
+from lora_jax.tensors import Tensors, encode
 
 NAMES = [
     ("layers/{name}/kernel", "model.layers.{i}.{name}.weight"),
@@ -52,6 +52,8 @@ class Model(nn.Module):
 
 
 IDS = jnp.array([[1, 5, 3, 2]])
+FILE = "adapter_model.safetensors"
+UP = "base_model.model.model.layers.0.up"
 RULES = {
     "lora": [lora_jax.Rule("(layers/up|heads|conv)/kernel", rank=2, alpha=3.0)],
     "patterns": [
@@ -122,6 +124,154 @@ def test_biases(model, tmp_path):
     frozen, adapters = adapted(model, RULES["lora"], ["(layers/up|heads)/bias"])
     with pytest.raises(ValueError, match=r"biases of adapted modules.*'conv/bias' is not"):
         lora_jax.peft.save(tmp_path, frozen, adapters, names=NAMES, axes=model[1])
+
+
+ADAPTED = ("layers.0.up", "layers.1.up", "layers.2.up", "heads", "conv")
+
+
+@pytest.fixture
+def biased(model, tmp_path):
+    """A folder as PEFT writes it with lora_bias=True."""
+    folder = tmp_path / "biased"
+    frozen, adapters = adapted(model, RULES["lora"])
+    lora_jax.peft.save(folder, frozen, adapters, names=NAMES, axes=model[1])
+    rng = np.random.default_rng(1)
+    added = {
+        f"base_model.model.model.{module}.lora_B.bias": rng.standard_normal(6, np.float32)
+        for module in ADAPTED
+    }
+    tensors = dict(Tensors(folder / FILE)) | added
+    (folder / FILE).write_bytes(encode(tensors, {"format": "pt"}))
+    file = folder / "adapter_config.json"
+    file.write_bytes(file.read_bytes().replace(b'"lora_bias": false', b'"lora_bias": true'))
+    return folder
+
+
+def test_biases_of_B(biased, model, tmp_path):
+    """They come back bit for bit, trained further or not, and compute W x + b + s (B A x + b_B)."""
+    params, axes = model
+    frozen, adapters = load(biased, model)
+    assert frozen["layers"]["up"]["bias"] is params["layers"]["up"]["bias"]
+    shift = adapters["layers"]["up"]["bias"]
+    assert shift.scale == adapters["layers"]["up"]["kernel"].scale == 1.5
+    lora_jax.peft.save(tmp_path / "again", frozen, adapters, names=NAMES, axes=axes)
+    for file in biased.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+    merged = lora_jax.lora_merge(frozen, adapters)
+    expected = params["layers"]["up"]["bias"] + 1.5 * shift.value
+    chex.assert_trees_all_equal(merged["layers"]["up"]["bias"], expected)
+    logits = lora_jax.lora_apply(Model(), {"params": frozen}, adapters, IDS)
+    assert jnp.allclose(logits, Model().apply({"params": merged}, IDS), atol=1e-5)
+    row = lora_jax.summary(frozen, adapters).rows[-2]
+    assert (row.path, row.variant, row.scale, row.trained) == ("layers/up/bias", "shift", 1.5, 18)
+    assert lora_jax.rounding(frozen, adapters)["heads/bias"].largest == 0
+
+    trained = random_like(adapters, seed=3)
+    lora_jax.peft.save(tmp_path / "trained", frozen, trained, names=NAMES, axes=axes)
+    chex.assert_trees_all_equal(load(tmp_path / "trained", model)[1], trained)
+    lora_jax.save(tmp_path / "own", trained, frozen=frozen)
+    again = lora_jax.load(tmp_path / "own", params, verify=True)
+    chex.assert_trees_all_equal(again, (frozen, trained))
+    assert jax.tree.structure(again[1]) == jax.tree.structure(trained)
+    lora_jax.export(tmp_path / "merged", frozen, trained, names=NAMES, axes=axes)
+    lora_jax.export(tmp_path / "plain", lora_jax.lora_merge(frozen, trained), {})
+    bias = Tensors(tmp_path / "plain")["layers/up/bias"][1]
+    assert np.array_equal(Tensors(tmp_path / "merged")["model.layers.1.up.bias"], bias)
+
+
+def test_a_shift_is_trained_as_in_peft(biased, model):
+    """Its gradient is s times that of the bias, and the bias may be in a box."""
+    frozen, adapters = load(biased, model)
+
+    def loss(adapters, frozen):
+        return jnp.sum(lora_jax.lora_apply(Model(), {"params": frozen}, adapters, IDS) ** 2)
+
+    got, bias = jax.grad(loss, argnums=(0, 1))(adapters, frozen)
+    for layer in ("heads", "conv"):
+        assert jnp.allclose(got[layer]["bias"].value, 1.5 * bias[layer]["bias"], rtol=1e-5)
+        assert jnp.abs(got[layer]["bias"].value).max() > 0
+    boxed = jax.tree.map(lambda x: x, frozen)
+    boxed["conv"]["bias"] = nn.Partitioned(frozen["conv"]["bias"], names=("model",))
+    merged = lora_jax.lora_merge(boxed, adapters)["conv"]["bias"]
+    assert isinstance(merged, nn.Partitioned)
+    chex.assert_trees_all_equal(merged.value, lora_jax.lora_merge(frozen, adapters)["conv"]["bias"])
+
+
+def test_shifts_are_not_stacked(biased, model):
+    _, adapters = load(biased, model)
+    with pytest.raises(ValueError, match=r"adds something to '.*/bias' .*serve it apart"):
+        lora_jax.stack([adapters, adapters], model[0])
+
+
+def test_a_shift_of_half_precision_is_rounded_once(biased, model):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model[0])
+    frozen, adapters = lora_jax.peft.load(biased, half, names=NAMES, axes=model[1])
+    shift, base = adapters["heads"]["bias"], frozen["heads"]["bias"]
+    merged = lora_jax.lora_merge(frozen, adapters)["heads"]["bias"]
+    assert shift.value.dtype == jnp.float32
+    assert jnp.array_equal(
+        merged, (base.astype(jnp.float32) + 1.5 * shift.value).astype(jnp.bfloat16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["heads"].pop("bias"), "for all adapted modules .* a bias of 'model.heads'"),
+        (lambda a: a["heads"].update(bias=a["heads"]["bias"].replace(scale=2.0)), "one for both"),
+        (lambda a: a["head"].update(bias=a["conv"]["bias"]), r"is \(6,\), but the base has \(4,\)"),
+        (
+            lambda a: a["head"].update(bias=lora_jax.Shift(jnp.ones(4), 1.5)),
+            "added to 'head/bias', which PEFT has for biases of adapted",
+        ),
+        (lambda a: a.update(new={"bias": lora_jax.Shift(jnp.ones(4))}), "which frozen lacks"),
+    ],
+)
+def test_shifts_that_peft_has_not(biased, model, tmp_path, change, message):
+    frozen, adapters = load(biased, model)
+    frozen["head"] = model[0]["head"]
+    del adapters["head"]
+    adapters["head"] = {}
+    change(adapters)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path / "new", frozen, adapters, names=NAMES, axes=model[1])
+
+
+def test_dora_has_no_biases_of_B(saved, model, tmp_path):
+    _, frozen, adapters = saved
+    for name in ("heads", "conv"):
+        adapters[name]["bias"] = lora_jax.Shift(jnp.ones(model[0][name]["bias"].shape))
+    with pytest.raises(ValueError, match="no DoRA with lora_bias"):
+        lora_jax.peft.save(tmp_path / "new", frozen, adapters, names=NAMES, axes=model[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ({"bias": "all"}, lambda t: None, "trains every bias twice"),
+        ({}, lambda t: t.pop(f"{UP}.lora_B.bias"), "'model.layers.0.up' has A, B, but by"),
+        ({}, lambda t: t.update({f"{UP}.lora_B.bias": np.ones(5)}), "'model.layers.0.up.bias' is"),
+        ({"modules_to_save": ["head", "up"]}, lambda t: None, "lacks .*of modules_to_save"),
+        (
+            {"alpha_pattern": {"layers.0.up": 4}, "rank_pattern": {"layers.0.up": 2}},
+            lambda t: None,
+            "different ranks and alphas",
+        ),
+    ],
+)
+def test_biases_of_B_that_do_not_fit(biased, model, config, change, message):
+    edit_config(biased, **config)
+    edit_tensors(biased, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(biased, model)
+    assert str(biased) in str(caught.value)
+
+
+def test_a_layer_without_a_bias_says_so(biased, model):
+    names = [name for name in NAMES if "bias" not in name[0]]
+    with pytest.raises(ValueError, match=r"no bias that it could be added to.*use_bias=True"):
+        lora_jax.peft.load(biased, model[0], names=names, axes=model[1])
 
 
 @pytest.mark.parametrize(
@@ -332,9 +482,6 @@ def test_a_rank_above_the_matrix_comes_back(tmp_path):
 
 # --- damaged and hostile folders ---
 
-FILE = "adapter_model.safetensors"
-UP = "base_model.model.model.layers.0.up"
-
 
 def edit_config(folder, **change):
     file = folder / "adapter_config.json"
@@ -361,11 +508,13 @@ def edit_config(folder, **change):
         ({"use_rslora": 1}, "must be true or false"),
         ({"lora_dropout": 1.0}, r"\[0, 1\)"),
         ({"bias": "some"}, "one of none, all, lora_only"),
-        ({"lora_bias": True}, "has no equal here"),
+        ({"lora_bias": True}, "makes no sense in PEFT"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 1]]}, "no equal here"),
-        ({"trainable_token_indices": [1]}, "no equal here"),
+        ({"trainable_token_indices": [1]}, "no equal here. Some rows of an embedding"),
+        ({"trainable_token_indices": {"embed": [1]}}, "no equal here. Some rows of an embedding"),
+        ({"ensure_weight_tying": True}, "no equal here. It ties what is trained"),
         ({"of_the_future": {"x": 1}}, "of_the_future"),
         ({"modules_to_save": None}, "neither of an adapter nor of modules_to_save"),
         ({"modules_to_save": ["head", "embed"]}, "lacks 'model.embed.weight', of modules_to_save"),
@@ -523,6 +672,116 @@ def test_names_of_fused_kernels():
     assert name.match("l_3/q", (2,)) is None
     with pytest.raises(ValueError, match="names 2"):
         name.match("l_3/kv", (3,))
+
+
+# --- kernels side by side, of which some are adapted ---
+
+QKV = [
+    ("{path*}/qkv/kernel", "{path*}.{q|k|v}_proj.weight", "linear", lora_jax.KernelAxes(fused=3))
+]
+
+
+def keys_of(folder):
+    return {k.removeprefix("base_model.model.").split(".lora")[0] for k in Tensors(folder / FILE)}
+
+
+@pytest.mark.parametrize("parts", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_parts_of_a_fused_kernel(parts, variant, tmp_path):
+    """They are chosen from what is in the file, and go back as the same keys."""
+    params = {
+        "a": {"qkv": {"kernel": jnp.ones((4, 9))}},
+        "b": {"qkv": {"kernel": jnp.ones((4, 9))}},
+    }
+    params = random_like(params)
+    options = {"variant": variant, "detach_norm": variant == "dora", "fused": 3}
+    rules = [
+        lora_jax.Rule("a/qkv/kernel", rank=2, parts=parts, **options),
+        lora_jax.Rule("b/qkv/kernel", rank=2, **options),
+    ]
+    frozen, adapters = lora_jax.lora_init(
+        jax.random.key(0), params, lora_jax.LoraConfig(rules), axes=None
+    )
+    adapters = random_like(adapters)
+    lora_jax.peft.save(tmp_path / "one", frozen, adapters, names=QKV)
+    expected = {f"a.{'qkv'[part]}_proj" for part in parts} | {f"b.{x}_proj" for x in "qkv"}
+    assert keys_of(tmp_path / "one") == expected
+    said = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert said["target_modules"] == sorted(expected)
+
+    frozen, again = lora_jax.peft.load(tmp_path / "one", params, names=QKV)
+    assert again["a"]["qkv"]["kernel"].axes.parts == tuple(sorted(parts))
+    assert again["b"]["qkv"]["kernel"].axes.parts == (0, 1, 2)
+    chex.assert_trees_all_close(
+        lora_jax.lora_merge(frozen, again), lora_jax.lora_merge(frozen, adapters), atol=1e-6
+    )
+    lora_jax.peft.save(tmp_path / "two", frozen, again, names=QKV)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_parts_of_fused_kernels_in_a_scan(tmp_path):
+    """Every layer has the same ones, or it is refused."""
+    axes = lora_jax.KernelAxes((1,), (2,), (0,), fused=3)
+    names = [("layers/qkv", "layers.{i}.{q|k|v}_proj.weight", "linear", axes)]
+    params = random_like({"layers": {"qkv": jnp.ones((2, 4, 9))}})
+    model_axes = {"layers/qkv": lora_jax.KernelAxes((1,), (2,), (0,))}
+    rule = lora_jax.Rule("layers/qkv", rank=2, fused=3, parts=(0, 2))
+    frozen, adapters = lora_jax.lora_init(
+        jax.random.key(0), params, lora_jax.LoraConfig([rule]), axes=model_axes
+    )
+    adapters = random_like(adapters)
+    lora_jax.peft.save(tmp_path, frozen, adapters, names=names)
+    assert keys_of(tmp_path) == {f"layers.{i}.{x}_proj" for i in (0, 1) for x in "qv"}
+    chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path, params, names=names)[1], adapters)
+    edit_tensors(tmp_path, lambda t: [t.pop(k) for k in list(t) if "1.q_proj" in k])
+    edit_config(tmp_path, target_modules=[])
+    with pytest.raises(ValueError, match=r"lacks 'layers\.1\.q_proj\.weight'"):
+        lora_jax.peft.load(tmp_path, params, names=names)
+
+
+def test_a_part_that_should_be_there(tmp_path):
+    params = random_like({"a": {"qkv": {"kernel": jnp.ones((4, 9))}}})
+    rule = lora_jax.Rule(".*", rank=2, fused=3, parts=(0, 2))
+    split = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig([rule]))
+    lora_jax.peft.save(tmp_path, *split, names=QKV)
+    edit_config(tmp_path, target_modules=["q_proj", "k_proj", "v_proj"])
+    with pytest.raises(ValueError, match=r"lacks 'a\.k_proj', of target_modules"):
+        lora_jax.peft.load(tmp_path, params, names=QKV)
+    # A list of names may name some of the kernels only: those that are adapted.
+    axes = lora_jax.KernelAxes(fused=3, parts=(0, 2))
+    some = [("a/qkv/kernel", "a.{q|v}_proj.weight", "linear", axes)]
+    lora_jax.peft.save(tmp_path / "two", *split, names=some)
+    assert keys_of(tmp_path / "two") == {"a.q_proj", "a.v_proj"}
+    chex.assert_trees_all_equal(
+        lora_jax.peft.load(tmp_path / "two", params, names=some)[1], split[1]
+    )
+    rule = lora_jax.Rule(".*", rank=2, fused=3, parts=(1,))
+    split = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig([rule]))
+    with pytest.raises(ValueError, match="no name in PyTorch for part 1 of 'a/qkv/kernel'"):
+        lora_jax.peft.save(tmp_path / "three", *split, names=some)
+    with pytest.raises(ValueError, match="3 kernels side by side, of which names names 2"):
+        lora_jax.export(tmp_path / "merged", *split, names=some)
+
+
+@pytest.mark.parametrize("parts", [(0,), (1,), (0, 1)])
+def test_gemmas_keys_and_values(parts, tmp_path):
+    params = {"layer_0": {"attn": {"kv_einsum": {"w": jnp.ones((2, 2, 6, 3))}}}}
+    params = random_like(params)
+    axes = lora_jax.KernelAxes((2,), (0, 1, 3))
+    rule = lora_jax.Rule(".*", rank=2, fused=2, parts=parts)
+    frozen, adapters = lora_jax.lora_init(
+        jax.random.key(0),
+        params,
+        lora_jax.LoraConfig([rule]),
+        axes={"layer_0/attn/kv_einsum/w": axes},
+    )
+    adapters = random_like(adapters)
+    lora_jax.peft.save(tmp_path, frozen, adapters, names="gemma")
+    assert keys_of(tmp_path) == {f"model.layers.0.self_attn.{'kv'[part]}_proj" for part in parts}
+    chex.assert_trees_all_equal(
+        lora_jax.peft.load(tmp_path, params, names="gemma"), (frozen, adapters)
+    )
 
 
 @pytest.mark.parametrize("names", ["llama9", 3])

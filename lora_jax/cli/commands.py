@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax import peft, store
+from lora_jax import peft, peft_files, store
 from lora_jax.approximation import nearest
 from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, trees
+from lora_jax.cli.experts import order_of
 from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter
 from lora_jax.names import as_names
 from lora_jax.rounding import RoundingReport
@@ -108,6 +109,8 @@ def merge(
     out: Folder,
     names: str = "transformers",
     seed: int | None = None,
+    experts: tuple[str, ...] = (),
+    layout: Literal["in-out", "out-in"] | None = None,
 ) -> int:
     """Merges an adapter into the safetensors of a base, one matrix at a time.
 
@@ -118,20 +121,26 @@ def merge(
         out: the new file or folder; it must not exist.
         names: as for convert; used where the adapter is lora_jax's and the base PyTorch's.
         seed: round by chance with this seed; by default to the nearest.
+        experts: where PEFT's adapter is for parameters (target_parameters) whose shapes are alike:
+            their names in their module, in the order in which its class makes them.
+        layout: whether these are stored (experts, in, out) or (experts, out, in), where their
+            shapes do not say it.
     """
     _new(out)
+    _check_experts(adapter, experts, layout)
     checkpoint = Checkpoint(base)
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
         if is_peft(adapter):
-            updates = merging.of_peft(adapter, checkpoint)
+            order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
+            updates = merging.of_peft(adapter, checkpoint, order)
         elif set(store.read(adapter).adapters) <= set(checkpoint):
             updates = merging.of_own(adapter, checkpoint)
         else:
             table = as_names(_names(names))
             frozen, tree = trees.from_own(adapter, table)
             peft.save(scratch, frozen, tree, names=table)
-            updates = merging.of_peft(scratch, checkpoint)
+            updates = merging.of_peft(scratch, checkpoint, order_of(table))
         with _bar("merging") as bar:
             task = bar.add_task("merging", total=len(checkpoint))
 
@@ -290,6 +299,16 @@ def _names(names: str) -> Any:
             raise ValueError(f"{names} must be a list of [Flax's path, PyTorch's name, kind].")
         return [tuple(one) for one in said]
     return names
+
+
+def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) -> None:
+    """Errors where these options would have no effect."""
+    if layout is not None and not experts:
+        raise ValueError("--layout is said of the parameters that --experts names.")
+    targets = peft_files.read(adapter).config.target_parameters if is_peft(adapter) else ()
+    for name in experts:
+        if name not in {target.rpartition(".")[2] for target in targets}:
+            raise ValueError(f"--experts names {name!r}, of which {adapter} is no adapter of PEFT.")
 
 
 def _new(path: Path) -> None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from lora_jax import peft, store
-from lora_jax.adapter import Adapter
+from lora_jax import peft, peft_files, store
+from lora_jax.adapter import Adapter, Shift
 from lora_jax.names import EXPERTS, Name, find
 from lora_jax.tensors import StrPath
 
@@ -52,20 +52,21 @@ def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
                     f"convert it in Python, with lora_jax.peft.save and the model."
                 )
             base[name] = jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32)
+        elif isinstance(node, Shift):
+            base[name] = jax.ShapeDtypeStruct(node.value.shape, jnp.float32)
     return nested(base), nested(found)
 
 
 def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of PEFT; the base is only shapes."""
-    files = peft.read(path)
+    files = peft_files.read(path)
     base: dict[str, Any] = {}
     for module, keys in files.modules.items():
         info = files.tensors.info
         A, B = info[keys["A"]].shape, info[keys["B"]].shape
         if "bias" in keys:
-            raise ValueError(
-                f"{path}: {keys['bias']!r} goes into the bias of the base: load it in Python."
-            )
+            flax, _ = _flax_path(f"{module}.bias", names, str(path))
+            base[flax] = jax.ShapeDtypeStruct(info[keys["bias"]].shape, jnp.float32)
         flax, name = _flax_path(f"{module}.weight", names, str(path))
         if name.counted or name.kind in EXPERTS:
             raise ValueError(

@@ -14,6 +14,7 @@ from helpers import random_like, random_variables, relative_error
 
 import lora_jax
 from examples import minilm
+from lora_jax.cli import commands
 from lora_jax.peft_config import DEFAULTS
 from lora_jax.tensors import Tensors, encode
 
@@ -212,15 +213,41 @@ def test_config_is_what_peft_writes():
     }
 
 
-# PEFT takes every bias of B for a part of a matrix.
-@pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape.*lora_B.bias")
-def test_bias_of_B(params, tmp_path):
-    """It has an equal in Flax, which PEFT then has in another form."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS[:1], lora_bias=True)
-    model = peft.get_peft_model(TorchModel(params), config)
-    noisy(model).save_pretrained(tmp_path)
-    frozen, adapters = lora_jax.peft.load(tmp_path, params, names=NAMES)
-    assert relative_error(flax_logits(frozen, adapters), torch_logits(model)) < 1e-5
+def test_bias_of_B(params, axes, tmp_path):
+    """It comes back as it was, or trained further; PEFT also adds it to a layer without one."""
+    target = ["layer.0", "layer.2", "conv1", "conv2"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=target, lora_bias=True)
+    options = {"names": NAMES, "axes": axes}
+    adapters = check_both_ways(
+        lambda: TorchModel(params), config, flax_logits, torch_logits, params, tmp_path, **options
+    )
+    theirs, ours = (json.loads((tmp_path / n / CONFIG).read_text()) for n in ("theirs", "ours"))
+    assert (ours["lora_bias"], ours["bias"]) == (theirs["lora_bias"], "none") == (True, "none")
+
+    frozen, _ = lora_jax.peft.load(tmp_path / "theirs", params, **options)
+    trained = random_like(adapters)
+    lora_jax.peft.save(tmp_path / "trained", frozen, trained, **options)
+    back = peft.PeftModel.from_pretrained(TorchModel(params), tmp_path / "trained").eval()
+    assert relative_error(flax_logits(frozen, trained), torch_logits(back)) < 1e-5
+
+    # Layer 1 has none: with one of zeros it is what PEFT computes, and the same file.
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS, lora_bias=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = noisy(peft.get_peft_model(TorchModel(params), config))
+        model.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="the layer of 'layer_1/kernel' has no bias"):
+        lora_jax.peft.load(tmp_path / "none", params, **options)
+    zeros = params | {"layer_1": params["layer_1"] | {"bias": jnp.zeros(8)}}
+    split = lora_jax.peft.load(tmp_path / "none", zeros, names=NAMES)
+    layer = lora_jax.lora_merge(*split)["layer_1"]
+    x = random_like(jnp.zeros((5, 8)), scale=1.0)
+    with torch.no_grad():
+        expected = model.base_model.model.layer[1](torch.from_numpy(np.array(x))).numpy()
+    assert relative_error(x @ layer["kernel"] + layer["bias"], expected) < 1e-5
+    lora_jax.peft.save(tmp_path / "again", *split, names=NAMES)
+    before, after = (dict(Tensors(tmp_path / n / WEIGHTS)) for n in ("none", "again"))
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -332,6 +359,38 @@ def test_scanned_layers_are_one_key_each(params, config, tmp_path):
     )
 
 
+def check_command_merges(base, folder, out, **options):
+    """The command writes what PEFT's merge_and_unload gives."""
+    file = out / "base.safetensors"
+    state = {name: x.detach().numpy() for name, x in base().state_dict().items()}
+    file.write_bytes(encode(state, {"format": "pt"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base(), folder).merge_and_unload()
+    commands.merge(folder, file, out / "merged.safetensors", **options)
+    merged, expected = Tensors(out / "merged.safetensors"), model.state_dict()
+    assert set(merged) == set(expected)
+    for name, array in expected.items():
+        assert relative_error(merged[name], array.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["layer.0", "layer.2", "conv1", "conv2"], "lora_bias": True},
+        {"target_modules": [*LAYERS, "conv2", "embed"], "use_dora": True},
+        {"target_modules": LAYERS, "bias": "all", "modules_to_save": ["norm"]},
+    ],
+    ids=["biases of B", "dora", "saved whole"],
+)
+def test_command_merges_as_peft(params, config, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(TorchModel(params), peft.LoraConfig(r=3, **config))
+        noisy(model).save_pretrained(tmp_path / "adapter")
+    check_command_merges(lambda: TorchModel(params), tmp_path / "adapter", tmp_path)
+
+
 # --- models of Hugging Face ---
 
 SMALL = {
@@ -428,6 +487,82 @@ def test_models(case, tmp_path):
         tmp_path,
         axes=lora_jax.kernel_axes(flax_model, {"params": params}, case.input),
     )
+
+
+GEMMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["k_proj", "up_proj"],
+        "all-linear",
+        r".*0\.self_attn\.v_proj|.*gate_proj",
+    ],
+    ids=["q and v", "k and up", "all", "one layer"],
+)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_gemma(targets, dora, tmp_path):
+    """Kernels that Google's gemma has side by side are adapted where PEFT adapts them."""
+    config = transformers.GemmaConfig(
+        vocab_size=99,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        intermediate_size=10,
+    )
+    torch.manual_seed(0)
+    state = transformers.GemmaForCausalLM(config).state_dict()
+
+    def base():
+        model = transformers.GemmaForCausalLM(config)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def flax(state):
+        """As gemma stores them: by hand, and not with what is tested."""
+        params = {}
+        for i in range(2):
+            one = {n: state[f"model.layers.{i}.{m}.{n}.weight"].numpy().T for m, n in modules}
+            q, k, v = (one[n].reshape(12, -1, 4).swapaxes(0, 1) for n in GEMMA[:3])
+            params[f"layer_{i}"] = {
+                "attn": {
+                    "q_einsum": {"w": q},
+                    "kv_einsum": {"w": np.stack([k, v])},
+                    "attn_vec_einsum": {"w": one["o_proj"].reshape(4, 4, 12)},
+                },
+                "mlp": {
+                    "gating_einsum": np.stack([one["gate_proj"].T, one["up_proj"].T]),
+                    "linear": one["down_proj"],
+                },
+            }
+        return jax.tree.map(jnp.asarray, params)
+
+    modules = [("self_attn" if n in GEMMA[:4] else "mlp", n) for n in GEMMA]
+    peft_config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=dora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = noisy(peft.get_peft_model(base(), peft_config))
+        model.save_pretrained(tmp_path / "theirs")
+    params = flax(state)
+    frozen, adapters = lora_jax.peft.load(tmp_path / "theirs", params, names="gemma")
+    lora_jax.peft.save(tmp_path / "ours", frozen, adapters, names="gemma")
+    before, after = (dict(Tensors(tmp_path / name / WEIGHTS)) for name in ("theirs", "ours"))
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+
+    with torch.no_grad():
+        expected = model(torch.from_numpy(TOKENS)).logits.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert relative_error(back(torch.from_numpy(TOKENS)).logits.numpy(), expected) < 1e-6
+    merged = lora_jax.lora_merge(frozen, adapters)
+    plain = flax(model.merge_and_unload().state_dict())
+    assert max(jax.tree.leaves(jax.tree.map(relative_error, merged, plain))) < 1e-5
 
 
 # --- real weights ---
@@ -547,12 +682,15 @@ def test_experts(config, transposed, tmp_path):
         for name in ("up", "down")
     }
 
+    def base():
+        return TorchMoe(params, transposed)
+
     def logits(model):
         with torch.no_grad():
             return model(torch.from_numpy(np.array(x))).numpy()
 
     check_both_ways(
-        lambda: TorchMoe(params, transposed),
+        base,
         peft.LoraConfig(r=3, lora_alpha=5, **config),
         lambda frozen, a: FlaxMoe().apply({"params": lora_jax.lora_merge(frozen, a)}, x),
         logits,
@@ -566,3 +704,7 @@ def test_experts(config, transposed, tmp_path):
         ],
         axes=axes,
     )
+    # Its experts are each the other's transposes, so that their shapes do not say which they are.
+    names = {t.rpartition(".")[2] for t in config["target_parameters"]}
+    order = tuple(name for name in ("up", "down", "weight") if name in names)
+    check_command_merges(base, tmp_path / "theirs", tmp_path, experts=order)

@@ -1,0 +1,115 @@
+"""A folder of PEFT without a model: its config and the names of its tensors, which must agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.config import scale
+from lora_jax.peft_config import CONFIG, PeftConfig, read_config
+from lora_jax.tensors import StrPath, Tensors
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# How the name of a tensor of an adapter ends, behind the module's name.
+_ROLES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
+    "lora_B.bias": "bias",
+}
+
+# Copies of modules that are saved whole.
+_COPY = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftFiles:
+    """What a folder holds, by PyTorch's names and without a model.
+
+    Attributes:
+      config: what the config says.
+      tensors: the file of arrays.
+      modules: for each adapted module the keys of its tensors by ``"A"``, ``"B"``, ``"m"`` and
+        ``"bias"``.
+      whole: for each parameter that is saved whole its key.
+    """
+
+    config: PeftConfig
+    tensors: Tensors
+    modules: Mapping[str, Mapping[str, str]]
+    whole: Mapping[str, str]
+
+    def scale(self, module: str) -> float:
+        """``s`` of a module."""
+        config = self.config
+        return scale(config.rank_of(module), config.alpha_of(module), config.rslora)
+
+
+def read(path: StrPath) -> PeftFiles:
+    """Reads the config and the names of a folder, and checks that they fit each other.
+
+    Raises:
+      FileNotFoundError: there is no such adapter.
+      ValueError: files that are damaged, or hold what has no equal here.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(
+            f"{folder} has its weights as a pickle, adapter_model.bin, which can run any code: "
+            f"convert it with PEFT's save_pretrained(..., safe_serialization=True)."
+        )
+    tensors = Tensors(folder / WEIGHTS)
+    modules: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for key in tensors:
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{tensors.path}: {key!r} does not begin with {PREFIX!r}.")
+        name = key.removeprefix(PREFIX)
+        plain = _COPY.sub("", name) if config.modules_to_save else name
+        if plain != name:  # a copy, which PEFT writes beside with bias="all"
+            other = PREFIX + plain
+            same = other in tensors and np.array_equal(tensors[key], tensors[other])
+            if not same and ".original_module." not in name:
+                raise ValueError(f"{tensors.path}: {key!r} is no copy of {other!r}.")
+            continue
+        end = next((end for end in _ROLES if name.endswith(f".{end}")), None)
+        if end is None:
+            if re.search(r"\.lora_(A|B|embedding_A|embedding_B)\.", name):
+                raise ValueError(
+                    f"{tensors.path}: {key!r} has the adapter's name in it: save it with PEFT's "
+                    f"save_pretrained."
+                )
+            whole[name] = key
+        elif (
+            modules.setdefault(name.removesuffix(f".{end}"), {}).setdefault(_ROLES[end], key) != key
+        ):
+            raise ValueError(f"{tensors.path}: {key!r} is there in two forms.")
+    needed = {"A", "B", *(("m",) if config.dora else ()), *(("bias",) if config.lora_bias else ())}
+    for module, roles in modules.items():
+        # Embeddings have no bias, whatever the config says.
+        lacks = needed - set(roles) - ({"bias"} if "embedding" in roles.get("A", "") else set())
+        if lacks or set(roles) - needed:
+            raise ValueError(
+                f"{tensors.path}: {module!r} has {', '.join(sorted(roles))}, but by {CONFIG} it "
+                f"should have {', '.join(sorted(needed))}."
+                + (" Were the magnitudes of DoRA dropped?" if lacks == {"m"} else "")
+            )
+    for name, key in whole.items():
+        biases = config.bias != "none" and name.endswith(".bias")
+        # PEFT also saves weights that it does not train, such as embeddings of a new size.
+        if not (biases or config.saves(name) or name.endswith(".weight")):
+            raise ValueError(
+                f"{tensors.path}: {key!r} is neither of an adapter nor of modules_to_save in "
+                f"{CONFIG}."
+            )
+    return PeftFiles(config, tensors, modules, whole)
