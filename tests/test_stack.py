@@ -184,6 +184,14 @@ def test_what_a_stack_cannot_say_is_not_made_up(tmp_path):
         lora_jax.save(tmp_path / "a", first)
 
 
+def test_what_is_added_to_a_bias_is_neither_stacked_nor_summed():
+    tree = {"layers_0": {"bias": lora_jax.Shift(jnp.ones(6), 2.0)}}
+    with pytest.raises(ValueError, match=r"adapters\[0\] adds something to 'layers_0/bias'"):
+        lora_jax.stack([tree])
+    with pytest.raises(ValueError, match=r"Something is added to 'layers_0/bias'.*no arithmetic"):
+        lora_jax.combine([tree], [1.0])
+
+
 def test_frozen_norms_are_for_inference(tmp_path):
     frozen = lora_jax.freeze_norm(PARAMS, one(variant="dora"))
     with pytest.raises(ValueError, match="'layers_0/kernel' is of freeze_norm: save the adapter"):
