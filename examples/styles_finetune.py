@@ -38,7 +38,7 @@ class Options:
     variant: Literal["lora", "dora"] = "lora"
     """The kind of the adapters."""
     quick: bool = False
-    """Under a minute, with three steps: shows that it works, not how well."""
+    """About a minute, with three steps: shows that it works, not how well."""
     steps: int = 80
     """How many batches to train on."""
     batch: int = 8
