@@ -11,12 +11,13 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 styles test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
+.PHONY: help demo demo-r8 styles serve test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
 	@echo "make demo-r8   the same on topics of Reuters news"
 	@echo "make styles    teach a small language model two styles of English"
+	@echo "make serve     serve them side by side, in one batch"
 	@echo "make test      the tests and doctests"
 	@echo "make test-slow the thorough tests that take long"
 	@echo "make test-oldest  the same with the oldest versions of jax and flax that are supported"
@@ -37,6 +38,9 @@ demo-r8: $(VENV)/.examples $(VENV)/.r8
 
 styles: $(VENV)/.examples $(VENV)/.smollm2
 	$(BIN)/python -m examples.styles_finetune $(ARGS)
+
+serve: $(VENV)/.examples $(VENV)/.smollm2
+	$(BIN)/python -m examples.serve $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2
