@@ -45,7 +45,7 @@ serve: $(VENV)/.examples $(VENV)/.smollm2
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 test-oldest: $(OLDEST_VENV)/.oldest

@@ -26,6 +26,7 @@ from lora_jax.export import export
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
 from lora_jax.optimizer import each_adapter
+from lora_jax.pool import AdapterPool
 from lora_jax.registry import register
 from lora_jax.rounding import Rounding, RoundingReport
 from lora_jax.stack import freeze_norm, stack
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedKernel",
     "Adapter",
+    "AdapterPool",
     "Approximation",
     "ApproximationReport",
     "KernelAxes",
