@@ -28,9 +28,13 @@ def stack(
     ``jax.vmap``. Each computes what it computed alone. Ranks are padded with zeros, which stay zero
     in training. An adapter that lacks a kernel that another one adapts gets a zero adapter there,
     and one that lacks a leaf that another one trained whole gets the base's. Beside DoRA, LoRA gets
-    the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``. Where scales
-    differ, ``s`` is multiplied into ``U``: the same outputs, but other steps of an optimizer. (To
-    train several ranks side by side give them one scale, ``alpha = c * rank``.)
+    the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``.
+
+    That is for what they compute. How they train is one way for all: beside DoRA, LoRA trains its
+    ``m`` too; where some have ``detach_norm``, all have the exact gradient; where scales differ,
+    ``s`` is multiplied into ``U``, and an optimizer's steps are others. (So to train several ranks
+    side by side give them one scale, ``alpha = c * rank``.) Where rates of dropout differ, that it
+    is active is an error.
 
     Adapters of equal structure, as from ``jax.vmap(lora_init, ...)`` over keys or a tree map of
     ``jnp.stack``, need no more than that.
@@ -157,18 +161,11 @@ def template(path: str, nodes: Sequence[Any]) -> Any:
     variant = next(name for name in ("scaled", "dora", "lora") if name in variants)
     wholes = {dataclasses.replace(node.axes, parts=()) for node in nodes}
     alike = {name: {getattr(node, name) for node in nodes} for name in _ALIKE} | {"axes": wholes}
-    if variant == "dora":
-        alike["detach_norm"] = {node.detach_norm for node in nodes if node.variant == "dora"}
     for name, values in alike.items():
         if len(values) > 1:
-            hint = (
-                "apply lora_jax.freeze_norm to each first, which has no gradient to differ in"
-                if name == "detach_norm"
-                else "they cannot be stacked"
-            )
             raise ValueError(
                 f"The adapters of {path!r} differ in {name}, {' and '.join(map(str, values))}: "
-                f"{hint}."
+                f"they cannot be stacked."
             )
     parts = sorted({part for node in nodes for part in node.axes.parts})
     rank, scales = max(node.rank for node in nodes), {node.scale for node in nodes}
@@ -184,7 +181,7 @@ def template(path: str, nodes: Sequence[Any]) -> Any:
         rank=rank,
         alpha=alpha,
         rslora=rslora,
-        detach_norm=any(alike.get("detach_norm", ())),
+        detach_norm=all(node.detach_norm for node in nodes if node.variant == variant),
         axes=dataclasses.replace(first.axes, parts=tuple(parts)),
         dropout=dropouts.pop() if len(dropouts) == 1 else None,
         product=products.pop() if len(products) == 1 else "auto",

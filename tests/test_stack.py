@@ -47,6 +47,10 @@ CASES = {
         one(seed=1, pattern="layers_0/kernel", trainable=["layers_2/bias"]),
         one("layers_0/kernel", seed=2),
     ],
+    "how they are trained": [
+        one(variant="dora", product="factored"),
+        one(variant="dora", detach_norm=True, dropout=0.1, seed=1),
+    ],
     "parts": [
         one("layers_0/kernel", rank=1, fused=3, parts=(0, 2)),
         one("layers_0/kernel", rank=2, fused=3, parts=(2, 1), alpha=3.0, seed=1),
@@ -132,12 +136,6 @@ ERRORS = {
         None,
         ValueError,
         "differ in axes",
-    ),
-    "gradients": (
-        [one(variant="dora"), one(variant="dora", detach_norm=True)],
-        None,
-        ValueError,
-        "differ in detach_norm, .*freeze_norm",
     ),
     "another model": (
         [one("layers_0/kernel"), one("layers_0/kernel", params=OTHER)],
