@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter import Adapter, Shift
 from lora_jax.config import nearest
 from lora_jax.stack import conformed, nodes_of, template
 from lora_jax.tree import Key, check_fits, flatten, path_of, unflatten
@@ -101,7 +101,12 @@ class Form:
         try:
             found = flatten(adapters, "it")
             nodes = {key: node for key, node in found.items() if node is not empty_node}
-            for key in nodes:
+            for key, node in nodes.items():
+                if isinstance(node, Shift):
+                    raise ValueError(
+                        f"it adds something to {path_of(key)!r} (PEFT's lora_bias), which cannot "
+                        f"be stacked: serve it apart."
+                    )
                 if key not in self._nodes:
                     paths = list(map(path_of, self._nodes))
                     raise ValueError(

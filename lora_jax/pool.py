@@ -1,24 +1,15 @@
 """Many adapters, of which a few are in memory at a time, for a program that never retraces.
 
-The adapters in memory are in the slots of one stack. Its structure and shapes never change
-(:mod:`lora_jax.form`), and its arrays are never written to: to load an adapter makes new arrays, in
-which one slot differs. Who has the arrays of before has them as they were.
-
-One lock guards which name is in which slot. Nobody holds it who reads a file or waits; the update
-of a slot is in it, since of two updates of the same stack one would be lost, and is compiled when
-the pool is made. A request takes all the slots that it needs at once or none, so that no two
-requests can wait for each other.
+The adapters in memory are in the slots of one stack (:mod:`lora_jax.slots`). Its structure and
+shapes never change (:mod:`lora_jax.form`), and its arrays are never written to: to load an adapter
+makes new arrays, in which one slot differs. Who has the arrays of before has them as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -28,21 +19,8 @@ import numpy as np
 from lora_jax.folders import from_folders
 from lora_jax.form import Form
 from lora_jax.mixed import BASE
+from lora_jax.slots import PoolStats, Slots, check_adapter_name
 from lora_jax.tensors import StrPath
-
-
-class PoolStats(NamedTuple):
-    """What a pool has done so far.
-
-    Attributes:
-      hits: names asked for that were in memory.
-      loads: adapters that were loaded.
-      evictions: adapters that made room for others.
-    """
-
-    hits: int = 0
-    loads: int = 0
-    evictions: int = 0
 
 
 class AdapterPool:
@@ -112,23 +90,23 @@ class AdapterPool:
                 f"Not one adapter fits the pool: one has {one} bytes, and slots={slots}, "
                 f"max_bytes={max_bytes}."
             )
-        self._load = load
+        source = load
         if root is not None:
-            self._load = from_folders(root, params, names=names, axes=axes)
-        self._free = list(range(count))
-        self._resident: OrderedDict[str, _Entry] = OrderedDict()  # the last used one last
-        self._loads: dict[str, _Load] = {}
-        self._stats = PoolStats()
-        self._changed = threading.Condition()
+            source = from_folders(root, params, names=names, axes=axes)
         nothing = jax.device_put(self._form.base_alone())
-        self._index = [jax.device_put(np.int32(slot)) for slot in range(count)]
         stacked = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), nothing)
-        self._stacked = _updated(stacked, nothing, self._index[0])  # compiles it
+        index = [jax.device_put(np.int32(slot)) for slot in range(count)]
+        self._slots = Slots(
+            count,
+            _updated(stacked, nothing, index[0]),  # compiles it
+            update=lambda stacked, tree, slot: _updated(stacked, tree, index[slot]),
+            load=None if source is None else lambda name: self._formed(name, source(name)),
+        )
 
     @property
     def slots(self) -> int:
         """How many adapters there is room for."""
-        return len(self._index)
+        return self._slots.count
 
     @property
     def nbytes(self) -> int:
@@ -138,20 +116,17 @@ class AdapterPool:
     @property
     def resident(self) -> tuple[str, ...]:
         """The names in memory, from the one used longest ago to the one used last."""
-        with self._changed:
-            return tuple(self._resident)
+        return self._slots.names()
 
     @property
     def stats(self) -> PoolStats:
         """Counts since the pool was made."""
-        with self._changed:
-            return self._stats
+        return self._slots.stats
 
     @property
     def stacked(self) -> chex.ArrayTree:
         """The stack as it is now, in which a :class:`Lease` has its ``id``."""
-        with self._changed:
-            return self._stacked
+        return self._slots.value
 
     @contextlib.contextmanager
     def use(
@@ -178,12 +153,12 @@ class AdapterPool:
         if isinstance(names, str):
             raise TypeError(f"use takes a list of names, one for each row, not {names!r}.")
         names = list(names)
-        entries, stacked = self._take(names, timeout)
+        entries, stacked = self._slots.take(names, timeout)
         try:
             slots = [BASE if name is None else entries[name].slot for name in names]
             yield stacked, np.array(slots, np.int32)
         finally:
-            self._give_back(entries.values())
+            self._slots.give_back(entries.values())
 
     def acquire(self, name: str | None, *, timeout: float | None = 30.0) -> Lease:
         """Holds one adapter in memory, for a row that lasts over many batches.
@@ -199,11 +174,11 @@ class AdapterPool:
         Raises:
           As :meth:`use`.
         """
-        entries, _ = self._take([name], timeout)
+        entries, _ = self._slots.take([name], timeout)
         if name is None:
             return Lease(None, BASE, lambda: None)
         entry = entries[name]
-        return Lease(name, entry.slot, lambda: self._give_back([entry]))
+        return Lease(name, entry.slot, lambda: self._slots.give_back([entry]))
 
     def put(self, name: str, adapters: chex.ArrayTree, *, timeout: float | None = 30.0) -> None:
         """Adds an adapter, or replaces the one of that name, in memory only.
@@ -222,16 +197,8 @@ class AdapterPool:
           TypeError: no tree of adapters.
           ValueError: adapters that do not fit.
         """
-        _check_name(name)
-        tree, deadline = self._formed(name, adapters), _deadline(timeout)
-        with self._changed:
-            while True:
-                old = self._resident.get(name)
-                if (old is not None and not old.uses) or self._room(()):
-                    break
-                self._wait(deadline, f"put {name!r}")
-            self._forget(name)
-            self._place(name, tree, ())
+        check_adapter_name(name)
+        self._slots.put(name, self._formed(name, adapters), timeout)
 
     def remove(self, name: str) -> bool:
         """Drops an adapter from memory, so that it is loaded when it is asked for next.
@@ -241,147 +208,10 @@ class AdapterPool:
         Returns:
           Whether it was in memory.
         """
-        with self._changed:
-            return self._forget(name)
-
-    # --- what is done with the lock held, but for loading ---
-
-    def _take(
-        self, names: Sequence[str | None], timeout: float | None
-    ) -> tuple[dict[str, _Entry], chex.ArrayTree]:
-        """Pins the adapters of the names, all at once, and loads those that are not there."""
-        for name in names:
-            if name is not None:
-                _check_name(name)
-        wanted = list(dict.fromkeys(name for name in names if name is not None))
-        if len(wanted) > self.slots:
-            raise ValueError(
-                f"{len(wanted)} adapters are asked for at once, and the pool has {self.slots} "
-                f"slots: make it larger, or the batch smaller."
-            )
-        deadline, held = _deadline(timeout), dict[str, _Load]()
-        with self._changed:
-            self._count(hits=sum(name in self._resident for name in wanted))
-        try:
-            while True:
-                with self._changed:
-                    new = self._step(wanted, held, deadline)
-                    if new is None:
-                        entries = {name: self._resident[name] for name in wanted}
-                        for name, entry in entries.items():
-                            entry.uses += 1
-                            self._resident.move_to_end(name)
-                        return entries, self._stacked
-                self._run(new, held[new])
-        finally:
-            with self._changed:
-                for name, load in held.items():
-                    self._leave(name, load)
-
-    def _step(
-        self, wanted: Sequence[str], held: dict[str, _Load], deadline: float | None
-    ) -> str | None:
-        """Waits until there is something to load, and says its name, or until all are resident."""
-        while True:
-            for name in [name for name, load in held.items() if load.outdated]:
-                self._leave(name, held.pop(name))
-            absent = [name for name in wanted if name not in self._resident]
-            for name in absent:
-                if name in held and (error := held[name].error) is not None:
-                    raise error
-            if len(absent) > self._room(wanted):
-                # Before anything is loaded, so that what waits takes no memory.
-                self._wait(deadline, f"use {len(wanted)} adapters")
-                continue
-            new = next((name for name in absent if name not in held), None)
-            if new is not None:
-                mine = new not in self._loads
-                held[new] = self._loads.setdefault(new, _Load())
-                held[new].waiting += 1
-                if mine:
-                    return new
-            elif any(held[name].tree is None for name in absent):
-                self._wait(deadline, f"use {absent[0]!r}, which another thread is loading")
-            else:
-                for name in absent:
-                    self._place(name, held[name].tree, wanted)
-                return None
-
-    def _run(self, name: str, load: _Load) -> None:
-        """Loads, without the lock."""
-        try:
-            if self._load is None:
-                raise LookupError(
-                    f"There are no adapters {name!r} in the pool, which was made without root= and "
-                    f"load=: pool.put({name!r}, adapters)."
-                )
-            load.tree = self._formed(name, self._load(name))
-        except Exception as error:
-            load.error = error
-        finally:
-            with self._changed:
-                load.outdated |= load.tree is None and load.error is None  # interrupted
-                if load.tree is None and self._loads.get(name) is load:
-                    del self._loads[name]
-                self._count(loads=int(load.tree is not None))
-                self._changed.notify_all()
+        return self._slots.remove(name)
 
     def _formed(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
         return jax.device_put(self._form.fit(name, adapters))
-
-    def _room(self, keep: Sequence[str]) -> int:
-        """How many slots could be had without those that are in use, or of these names."""
-        unused = (name for name, entry in self._resident.items() if not entry.uses)
-        return len(self._free) + sum(name not in keep for name in unused)
-
-    def _place(self, name: str, tree: chex.ArrayTree, keep: Sequence[str]) -> None:
-        """Writes an adapter into a slot, for which there must be room."""
-        if not self._free:
-            oldest = next(n for n, e in self._resident.items() if not e.uses and n not in keep)
-            self._free.append(self._resident.pop(oldest).slot)
-            self._count(evictions=1)
-        slot = self._free[-1]
-        self._stacked = _updated(self._stacked, tree, self._index[slot])
-        self._free.pop()
-        self._resident[name] = _Entry(name, slot)
-        self._loads.pop(name, None)
-        self._changed.notify_all()
-
-    def _forget(self, name: str) -> bool:
-        if (load := self._loads.pop(name, None)) is not None:
-            load.outdated = True  # it may have read what is no longer there
-        entry = self._resident.pop(name, None)
-        if entry is not None and not entry.uses:
-            self._free.append(entry.slot)
-        self._changed.notify_all()
-        return entry is not None
-
-    def _give_back(self, entries: Any) -> None:
-        with self._changed:
-            for entry in entries:
-                entry.uses -= 1
-                if not entry.uses and self._resident.get(entry.name) is not entry:
-                    self._free.append(entry.slot)
-            self._changed.notify_all()
-
-    def _leave(self, name: str, load: _Load) -> None:
-        load.waiting -= 1
-        if not load.waiting and self._loads.get(name) is load:
-            del self._loads[name]
-
-    def _wait(self, deadline: float | None, what: str) -> None:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is None or left > 0:
-            self._changed.wait(left)
-            return
-        used = self.slots - self._room(())
-        raise TimeoutError(
-            f"It took too long to {what}: {used} of {self.slots} slots are in use. Release leases "
-            f"that are not needed, make the pool larger, or wait longer, timeout=."
-        )
-
-    def _count(self, **more: int) -> None:
-        self._stats = PoolStats(*(n + more.get(k, 0) for k, n in self._stats._asdict().items()))
 
 
 class Lease:
@@ -408,37 +238,9 @@ class Lease:
         self.release()
 
 
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """An adapter in a slot, and how many use it. One that was replaced lasts while it is used."""
-
-    name: str
-    slot: int
-    uses: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Load:
-    """An adapter that is being loaded, or is loaded and waits for a slot."""
-
-    waiting: int = 0
-    tree: Any = None
-    error: Exception | None = None
-    outdated: bool = False
-
-
 @jax.jit
 def _updated(stacked: chex.ArrayTree, one: chex.ArrayTree, slot: chex.Array) -> chex.ArrayTree:
     """The stack with another adapter in a slot. It is a copy: others may still have the old one."""
     return jax.tree.map(
         lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, slot, 0), stacked, one
     )
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"The name of adapters must be a string, got {name!r}.")
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
