@@ -106,6 +106,43 @@ def mixed(case: Case, counts: tuple[int, ...]) -> Jobs:
     return jobs
 
 
+def ways(case: Case, count: int) -> Jobs:
+    """What the adapters of one kernel add, in the ways that there are, and the product with it."""
+    d, k, r = case.width, case.ff, case.rank
+    rng = np.random.default_rng(case.seed)
+
+    def noise(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    x, W = noise(ROWS, case.length, d), noise(d, k)
+    U, V, ids = noise(count, d, r), noise(count, r, k), jnp.asarray(ids_of(count))
+
+    @jax.jit
+    def gather(x: Any, U: Any, V: Any, ids: Any) -> Any:
+        return jax.vmap(lambda x, i: (x @ U[i]) @ V[i])(x, ids)
+
+    @jax.jit
+    def one_hot(x: Any, U: Any, V: Any, ids: Any) -> Any:
+        mask = jnp.repeat(jax.nn.one_hot(ids, count), r, axis=-1)[:, None]
+        xU = x @ jnp.moveaxis(U, 0, 1).reshape(d, -1)
+        return (xU * mask) @ V.reshape(-1, k)
+
+    @jax.jit
+    def ragged(x: Any, U: Any, V: Any, ids: Any) -> Any:
+        order = jnp.argsort(ids)
+        sizes = jnp.bincount(ids, length=count) * case.length
+        rows = jnp.reshape(x[order], (-1, d))
+        y = jax.lax.ragged_dot(jax.lax.ragged_dot(rows, U, sizes), V, sizes)
+        return jnp.reshape(y, (*x.shape[:2], k))[jnp.argsort(order)]
+
+    product = jax.jit(jnp.matmul)
+    jobs = {"x W": timed(lambda: product(x, W))}
+    for way in (gather, one_hot, ragged):
+        name = f"{way.__name__.replace('_', '-')}, {count}"
+        jobs[name] = timed(functools.partial(way, x, U, V, ids))
+    return jobs
+
+
 def switches(case: Case) -> Jobs:
     """From one adapter to another, and the next answer: by id, by merging, by a new trace."""
     model, params = models.make(case), models.params(case)
@@ -247,6 +284,15 @@ def main(options: Options) -> None:
         )
         if torch:
             torch.quit()
+    for length in (1, *options.lengths):
+        here = dataclasses.replace(case, length=length)
+        done(
+            f"ways, {length} tokens",
+            f"What the adapters of one kernel {case.width} x {case.ff} of rank {case.rank} add, for "
+            f"{ROWS} rows of {length} tokens.",
+            {"": "x W"},
+            {name: job for n in options.counts for name, job in ways(here, n).items()},
+        )
     here = dataclasses.replace(case, batch=1, length=16)
     torch = Torch(here, options.counts) if options.torch else None
     done(

@@ -22,6 +22,7 @@ import lora_jax
 from examples import chat, generate, smollm2
 from examples.assets import MissingAsset
 from examples.styles_finetune import SAMPLES
+from lora_jax.pool import Lease
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def serve(
       most: tokens of an answer at most.
       end: the token that ends an answer; it is left out.
     """
-    waiting, running = deque(requests), dict[int, tuple[Request, lora_jax.Lease]]()
+    waiting, running = deque(requests), dict[int, tuple[Request, Lease]]()
     cache = smollm2.empty_cache(model, rows)
     last, ids = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
     put_row = jax.jit(smollm2.put_row, donate_argnames="cache")

@@ -9,7 +9,8 @@ by row, which ``jax.vmap`` makes batched products of, in one of two ways:
 **gather** copies ``r (d + k)`` numbers for each row. **one-hot** copies nothing, but multiplies
 with the factors of all ``N`` adapters, ``N`` times the arithmetic: it is better with few adapters
 and few tokens in a row. ``docs/benchmarks.md`` has the numbers, and those of
-``jax.lax.ragged_dot``.
+``jax.lax.ragged_dot``. A row that is not finite stays alone in both, but in the gradient of one-hot
+it reaches all adapters of the batch.
 """
 
 from __future__ import annotations
@@ -74,8 +75,11 @@ def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.
     """``array[ids]``, and the value for the base where the id is -1."""
     rows = jnp.take(array, jnp.clip(ids, 0, array.shape[0] - 1), axis=0)
     own = (...,) + (None,) * (rows.ndim - ids.ndim)
+    base = jnp.asarray(base, array.dtype)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return jnp.where((ids == BASE)[own], base, rows)
     has = presence(ids, array.shape[0])[own].astype(array.dtype)
-    return jnp.where((ids == BASE)[own], jnp.asarray(base, array.dtype), rows * has)
+    return jnp.where((ids == BASE)[own], base, rows * has)
 
 
 @flax.struct.dataclass
@@ -223,7 +227,7 @@ def mixed_einsum(
     if way == "gather" or outer:
         U, V, mask, shared = taken(U, ids, 0.0), taken(V, ids, 0.0), None, rows
     else:
-        U, V, mask, shared = *side_by_side(U, V), one_hot(ids, count, r), None
+        (U, V, mask), shared = all_at_once(U, V, ids), None
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         return factored_product(
@@ -272,7 +276,7 @@ def mixed_linear(
     if way_for(ids, count, vectors, U[0].size + V[0].size, multiplied) == "gather":
         U, V, mask, shared = taken(U, ids, 0.0), taken(V, ids, 0.0), None, rows
     else:
-        U, V, mask, shared = *side_by_side(U, V), one_hot(ids, count, r), None
+        (U, V, mask), shared = all_at_once(U, V, ids), None
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         own = factors._replace(U=U, V=V, a=a)
@@ -285,17 +289,25 @@ def mixed_linear(
     return over_rows(product, n, in_axes, rows)(y, x_of_factors, U, V, a, mask)
 
 
-def side_by_side(U: chex.Array, V: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """``[U_0 | U_1 | ...]`` and ``[V_0; V_1; ...]``, from an axis of adapters in front."""
+def all_at_once(
+    U: chex.Array, V: chex.Array, ids: chex.Array
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """``[U_0 | U_1 | ...]``, ``[V_0; V_1; ...]`` and which columns a row has, ``(*rows, N r)``.
+
+    An adapter that is not finite would reach into all rows, as ``0 * NaN`` is NaN: it is zero here,
+    and its own rows are NaN.
+
+    Args:
+      U: ``(N, *stack, d, r)``.
+      V: ``(N, *stack, r, k)``.
+      ids: of the rows.
+    """
+    count, r = len(U), U.shape[-1]
+    finite = jnp.isfinite(U).reshape(count, -1).all(1) & jnp.isfinite(V).reshape(count, -1).all(1)
+    U, V = (jnp.where(finite[(...,) + (None,) * (x.ndim - 1)], x, 0) for x in (U, V))
+    known = jnp.where(taken(finite, ids, True), presence(ids, count), jnp.nan)[..., None]
+    own = (ids[..., None] == jnp.arange(count)) | jnp.isnan(known)
+    mask = jnp.repeat(jnp.where(own, known, 0.0), r, axis=-1)
     U, V = jnp.moveaxis(U, 0, -2), jnp.moveaxis(V, 0, -3)
-    return (
-        jnp.reshape(U, (*U.shape[:-2], -1)),
-        jnp.reshape(V, (*V.shape[:-3], -1, V.shape[-1])),
-    )
-
-
-def one_hot(ids: chex.Array, count: int, r: int) -> chex.Array:
-    """``(*rows, N r)``: 1 at the columns of a row's own adapter."""
-    own = ids[..., None] == jnp.arange(count)
-    valid = jnp.where(ids == BASE, 0.0, presence(ids, count))[..., None]
-    return jnp.repeat(jnp.where(own | jnp.isnan(valid), valid, 0.0), r, axis=-1)
+    U = jnp.reshape(U, (*U.shape[:-2], -1))
+    return U, jnp.reshape(V, (*V.shape[:-3], -1, V.shape[-1])), mask

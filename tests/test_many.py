@@ -83,7 +83,14 @@ def mixed(stacked, x=X, ids=IDS, model=MODEL, **kwargs):
     return lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=ids, **kwargs)
 
 
-@pytest.mark.parametrize("transform", [lambda cls: cls, nn.remat, nn.jit])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(lambda cls: cls, marks=pytest.mark.slow),
+        pytest.param(nn.remat, marks=pytest.mark.slow),
+        nn.jit,
+    ],
+)
 def test_leaves_trained_whole_differ_from_row_to_row(transform):
     model = Model(block=transform(Block))
     adapters = several("head/.*", ".*norm/(scale|bias)", ".*mlp/bias", ".*query/bias")
@@ -93,6 +100,7 @@ def test_leaves_trained_whole_differ_from_row_to_row(transform):
         assert relative_error(y[b : b + 1], alone(adapters, i, X[b : b + 1])) < 1e-5, (b, i)
 
 
+@pytest.mark.slow
 def test_gradient_of_leaves_trained_whole_is_that_of_their_rows():
     stacked = lora_jax.stack(several("head/.*", ".*norm/scale"), PARAMS)
     weights = random_like(jnp.zeros((5, 4, 3)), seed=4)
@@ -206,6 +214,23 @@ def test_an_id_of_no_adapter_is_an_error_or_nan():
         mixed(stacked, ids=np.ones(5))
     with pytest.raises(ValueError, match=r"is \(4,\), but the layer of 'blocks/attention/"):
         mixed(stacked, ids=np.zeros(4, int))
+
+
+@pytest.mark.parametrize("count", [2, 40])  # one-hot, gather
+@pytest.mark.parametrize("broken", ["U", "V", "m"])
+def test_a_broken_adapter_does_not_reach_into_other_rows(count, broken):
+    model, x = nn.Dense(4), random_like(jnp.zeros((3, 2, WIDTH)))
+    variables = random_variables(model, x)
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", 2, variant="dora")])
+    tree = random_like(lora_jax.lora_init(jax.random.key(0), variables["params"], config)[1])
+    nan = jnp.full_like(getattr(tree["kernel"], broken), jnp.nan)
+    bad = {"kernel": tree["kernel"].replace(**{broken: nan})}
+    stacked = lora_jax.stack([tree, bad, *[tree] * (count - 2)])
+
+    y = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=np.array([0, 1, -1]))
+    assert jnp.isnan(y[1]).all()
+    assert relative_error(y[:1], lora_jax.lora_apply(model, variables, tree, x[:1])) < 1e-6
+    assert relative_error(y[2:], model.apply(variables, x[2:])) < 1e-6
 
 
 def test_what_cannot_be_mixed_says_what_can():
@@ -324,6 +349,7 @@ def test_adapters_that_are_not_in_the_batch_stay_bit_identical():
         before = new
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_trains_each_as_alone():
     trees = several()
     stacked = lora_jax.stack(trees, PARAMS)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import random_like
+from helpers import random_like, random_variables
 from test_smollm2 import MODEL, TINY
 
 import lora_jax
@@ -13,9 +13,7 @@ END = 3
 
 
 def test_rows_that_come_and_go_answer_as_alone():
-    params = random_like(
-        jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    )
+    params = random_variables(MODEL, jnp.zeros((1, 4), jnp.int32))["params"]
     adapters = {}
     for name, rank, variant in (("a", 1, "lora"), ("b", 2, "dora"), ("c", 3, "lora")):
         rule = lora_jax.Rule(r".*_proj/kernel", rank=rank, variant=variant)
@@ -30,9 +28,7 @@ def test_rows_that_come_and_go_answer_as_alone():
     pool = lora_jax.AdapterPool(params, list(adapters.values()), slots=2, load=adapters.get)
     apply = serve.cached_apply(MODEL)
     before = generate.step._cache_size()
-    answered = list(
-        serve.serve(MODEL, apply, params, pool, requests, rows=3, most=6, end=END)
-    )
+    answered = list(serve.serve(MODEL, apply, params, pool, requests, rows=3, most=6, end=END))
     # One program for all rows, and one for a prompt, whichever adapters are in them.
     assert generate.step._cache_size() - before == 2
     assert sorted(map(id, answered)) == sorted(map(id, requests))
