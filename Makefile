@@ -72,6 +72,7 @@ guard: $(VENV)/.dev
 bench: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm base decoder $(ARGS)
 	$(BENCH_VENV)/bin/python -m benchmarks.overheads
+	$(BENCH_VENV)/bin/python -m benchmarks.many
 	JAX_PLATFORMS=cpu USE_FLAX=0 $(BENCH_VENV)/bin/python -m benchmarks.operations
 	$(BENCH_VENV)/bin/python -m benchmarks.report
 

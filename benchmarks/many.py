@@ -288,8 +288,8 @@ def main(options: Options) -> None:
         here = dataclasses.replace(case, length=length)
         done(
             f"ways, {length} tokens",
-            f"What the adapters of one kernel {case.width} x {case.ff} of rank {case.rank} add, for "
-            f"{ROWS} rows of {length} tokens.",
+            f"What the adapters of one kernel {case.width} x {case.ff} of rank {case.rank} add, "
+            f"for {ROWS} rows of {length} tokens.",
             {"": "x W"},
             {name: job for n in options.counts for name, job in ways(here, n).items()},
         )

@@ -207,6 +207,26 @@ def overheads(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def many(results: dict[str, Any]) -> str:
+    """Many adapters of one base."""
+    parts = []
+    for name, result in results.items():
+        parts.append(f"### {name}\n\n{result['what']} {shape(result['case'])}.")
+        rows = [
+            [key, milliseconds(one), "1" if key == one["base"] else interval(one["to_base"])]
+            for key, one in result["times"].items()
+        ]
+        bases = list(dict.fromkeys(one["base"] for one in result["times"].values()))
+        parts.append(markdown(("", "ms", f"of {', or '.join(bases)} (quartiles)"), rows))
+        if "memory" in result:
+            sizes = result["memory"]
+            header = ("memory of weights, MiB", f"{sizes['adapters']} use cases")
+            keys = ("base", "adapter", "base and adapters", "merged models")
+            rows = [[key, f"{sizes[key] / 2**20:,.1f}"] for key in keys]
+            parts.append(markdown(header, rows))
+    return "\n\n".join(parts)
+
+
 def operations(results: dict[str, Any]) -> str:
     """Operations one at a time, of the model in XLA and PyTorch and of adapters in XLA."""
     parts = []
@@ -337,6 +357,9 @@ def main(options: Options) -> None:
     once = stats.read(options.results / "overheads.json")
     if once:
         parts.append(f"## What is paid once\n\n{places(once)}\n\n{overheads(once)}")
+    served = stats.read(options.results / "many.json")
+    if served:
+        parts.append(f"## Many adapters of one base\n\n{places(served)}\n\n{many(served)}")
     alone = stats.read(options.results / "operations.json")
     if alone:
         parts.append(f"## Where the time of a step goes\n\n{places(alone)}\n\n{operations(alone)}")
