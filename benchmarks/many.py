@@ -267,7 +267,9 @@ def main(options: Options) -> None:
     case = dataclasses.replace(CASES[options.case], batch=ROWS)
     results = stats.read(options.out)
 
-    def done(name: str, what: str, bases: dict[str, str], jobs: Jobs, **facts: Any) -> None:
+    def done(
+        name: str, case: Case, what: str, bases: dict[str, str], jobs: Jobs, **facts: Any
+    ) -> None:
         print(name)
         seconds = alternate(jobs, options.rounds, options.seed)
         results[name] = entry(what, bases, seconds) | {"case": dataclasses.asdict(case)} | facts
@@ -278,6 +280,7 @@ def main(options: Options) -> None:
         torch = Torch(here, options.counts) if options.torch else None
         done(
             f"mixed, {length} tokens",
+            here,
             f"A forward pass of {ROWS} rows of {length} tokens over so many adapters.",
             {"PEFT": "PyTorch, base", "PyTorch": "PyTorch, base", "": "base"},
             mixed(here, options.counts) | (torch.jobs("P") if torch else {}),
@@ -288,6 +291,7 @@ def main(options: Options) -> None:
         here = dataclasses.replace(case, length=length)
         done(
             f"ways, {length} tokens",
+            here,
             f"What the adapters of one kernel {case.width} x {case.ff} of rank {case.rank} add, "
             f"for {ROWS} rows of {length} tokens.",
             {"": "x W"},
@@ -297,6 +301,7 @@ def main(options: Options) -> None:
     torch = Torch(here, options.counts) if options.torch else None
     done(
         "switch",
+        here,
         "Another adapter, and a forward pass of 1 row of 16 tokens with it.",
         {"switch": "switch, PyTorch, none", "": "no switch"},
         switches(here) | (torch.jobs("switch") if torch else {}),
@@ -308,6 +313,7 @@ def main(options: Options) -> None:
         here = dataclasses.replace(case, batch=max(tokens // 128, 1), length=min(tokens, 128))
         done(
             f"training, {tokens} tokens",
+            here,
             f"A step of AdamW of 8 adapters, each with {tokens} tokens of its own.",
             {"": "8 steps"},
             training(here),
