@@ -93,8 +93,18 @@ def setup(name, variant):
     )
 
 
-# What these test in one model, quicker cases test alone.
+# What these test in one model, or in another dtype, quicker cases test alone.
 SLOW = (
+    "every layer, jit",
+    "scan of scan, axes 1, 1",
+    "jit of remat",
+    "Conv, remat and jit",
+    "attention in bfloat16",
+    "float16 compute",
+    "Conv, bfloat16 parameters",
+    "ConvTranspose, bfloat16 parameters",
+    "Einsum, bfloat16 parameters",
+    "Embed, bfloat16 parameters",
     "every layer, scan, axis 1, remat",
     "every layer, vmap, axis -1",
     "attention, scan, axis -1, remat",

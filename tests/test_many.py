@@ -179,6 +179,7 @@ def test_decoding_with_a_cache_is_that_of_each_row():
         assert relative_error(y[:, 0], whole[:, t]) < 1e-5
 
 
+@pytest.mark.slow
 def test_each_token_may_have_its_own():
     stacked = lora_jax.stack(several(), PARAMS)
     dense = nn.Dense(WIDTH)
@@ -290,6 +291,7 @@ def loss_of(y):
     return jnp.mean(jnp.square(y - 1.0), axis=(1, 2))
 
 
+@pytest.mark.slow
 def test_training_many_in_one_step_is_training_each():
     """A sweep over ranks, seeds and learning rates, with data of their own."""
     trees = [random_like(adapter(i, rank=i + 1)[1], seed=i) for i in range(3)]

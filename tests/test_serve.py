@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import random_like, random_variables
 from test_smollm2 import MODEL, TINY
 
@@ -12,6 +13,7 @@ from examples import generate, serve
 END = 3
 
 
+@pytest.mark.slow
 def test_rows_that_come_and_go_answer_as_alone():
     params = random_variables(MODEL, jnp.zeros((1, 4), jnp.int32))["params"]
     adapters = {}

@@ -96,6 +96,7 @@ def test_a_full_row_leaves_its_neighbours_and_itself_alone(params, expected):
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.slow
 def test_adapters_go_through_the_cache(params):
     """What a merged model generates is what the adapted one generates."""
     rule = lora_jax.Rule(styles_finetune.KERNELS, rank=2, variant="dora")
@@ -421,6 +422,7 @@ def test_only_answers_count():
     assert tokens[0, -2:].tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(params):
     tokens = np.asarray(TOKENS)
     texts = np.repeat(tokens, 4, 0), np.broadcast_to(np.arange(12) >= 8, (12, 12))
