@@ -184,6 +184,19 @@ class AdaptedKernel:
             return mixed_linear(product, x, W, factors, axes, ids, **options)
         return adapted_linear(product, x, W, factors, axes, **options)
 
+    def check_batch(self, batch: tuple[int, ...]) -> None:
+        """Says which sizes of the input are of the batch, in a layer that mixes those behind them.
+
+        Raises:
+          ValueError: in a mixed batch positions in those have adapters of their own.
+        """
+        if self.rows is not None and len(self.rows.shape) > max(len(batch), 1):
+            raise ValueError(
+                f"adapter_ids is {self.rows.shape}, but the layer of {self._path!r} convolves the "
+                f"axes behind {batch}, so that no position in them can have an adapter of its own: "
+                f"give one number for each example."
+            )
+
     def refuse(self, reason: str) -> None:
         """Says that this layer cannot be adapted, in a handler that meets such a case.
 

@@ -66,10 +66,10 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
     """``nn.Conv``, through its ``conv_general_dilated``: ``x`` convolved with ``U``; then ``V``."""
     (kernel,) = kernels
     _check(layer, kernel)
+    inputs = args[0] if args else kwargs["inputs"]
+    batch = _batch(kernel, inputs)
     if not layer.shared_weights:
         return _conv_local(layer, kernel, *args, **kwargs)
-    inputs = args[0] if args else kwargs["inputs"]
-    batch = inputs.shape[: inputs.ndim - kernel.value.ndim + 1]
 
     def with_adapter(own_conv: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
         def conv(x: chex.Array, W: chex.Array, *args: Any, **kwargs: Any) -> chex.Array:
@@ -89,6 +89,13 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
         return call(*args, **kwargs)
 
 
+def _batch(kernel: AdaptedKernel, inputs: chex.Array) -> tuple[int, ...]:
+    """The sizes in front of those that are convolved."""
+    batch = tuple(inputs.shape[: inputs.ndim - kernel.value.ndim + 1])
+    kernel.check_batch(batch)
+    return batch
+
+
 def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.Array:
     """``nn.ConvLocal``: a matrix for every pixel, ``(*pixels, d, k)``."""
     x, W, bias = _promoted(layer, kernel, inputs)
@@ -103,6 +110,7 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array
     del call
     (kernel,) = kernels
     _check(layer, kernel)
+    _batch(kernel, inputs)
     x, W, bias = _promoted(layer, kernel, inputs)
     out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
     contracted = tuple(axis for axis in range(W.ndim) if axis != out)

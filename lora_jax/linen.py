@@ -167,7 +167,8 @@ def lora_apply(
         for leaf in flatten(placed, "params").values()
         if isinstance(leaf, OwnLeaves)
     }
-    calls = _Calls(nodes, kwargs.get("method"), own)
+    batch = None if ids is None or ids.ndim == 0 else ids.shape[0]
+    calls = _Calls(nodes, kwargs.get("method"), own, batch=batch)
     _ACTIVE.stack = [*_ACTIVE.stack, calls]
     try:
         with nn.intercept_methods(calls.intercept):
@@ -299,6 +300,8 @@ class _Calls:
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
+    batch: Any = None
+    mapped: set[Key] = dataclasses.field(default_factory=set)
 
     def intercept(
         self,
@@ -316,7 +319,9 @@ class _Calls:
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
+        self._note_mapped(module, (args, kwargs))
         if self.own and context.method_name != "setup" and (own := own_leaves(module)):
+            self._check_mapped(module, [leaf.leaves for leaf in own.values()])
             self._note(module, own.values())
             return call_by_rows(module, context.method_name, own, args, kwargs)
         entry = entry_of(context.orig_method)
@@ -325,9 +330,29 @@ class _Calls:
             return next_fun(*args, **kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
         for kernel in kernels:
-            if kernel is not None and kernel.rows is not None and args:
-                _check_mapped(module, args[0], kernel.rows)
+            if kernel is not None and kernel.rows is not None:
+                self._check_mapped(module, kernel.rows.ids)
         return entry.handler(module, kernels, next_fun, *args, **kwargs)
+
+    def _note_mapped(self, module: nn.Module, given: Any) -> None:
+        """Notes that an nn.vmap seems to have taken the axis of the batch off what is given."""
+        assert module.scope is not None
+        if self.batch is None or not any("vmap(" in part for part in module.scope.debug_path):
+            return
+        for x in jax.tree.leaves(given):
+            axis = getattr(x, "batch_dim", None)
+            if axis is not None and x.val.shape[axis] == self.batch:
+                self.mapped.add(module.path)
+
+    def _check_mapped(self, module: nn.Module, own: Any) -> None:
+        """Errors where this module, or one around it, was noted, and the ids are not mapped."""
+        inside = any(module.path[: len(path)] == path for path in self.mapped)
+        if inside and not any(hasattr(x, "batch_dim") for x in jax.tree.leaves(own)):
+            raise ValueError(
+                f"The layer {path_of(module.path)!r} is inside an nn.vmap over an axis of the size "
+                f"of adapter_ids, {self.batch}, so the first axis of its input may not be the "
+                f"batch. {MAP_ROWS}"
+            )
 
     def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
         if not module.has_variable("params", name):
@@ -442,25 +467,6 @@ def is_mapped(module: nn.Module) -> bool:
 def _is_in_jit(module: nn.Module) -> bool:
     assert module.scope is not None
     return any("jit(" in part for part in module.scope.debug_path)
-
-
-def _check_mapped(module: nn.Module, x: Any, rows: Rows) -> None:
-    """Errors where an ``nn.vmap`` seems to have taken the axis of the batch off the input.
-
-    The next axis would be taken for it where it has the same size.
-    """
-    assert module.scope is not None
-    if not any("vmap(" in part for part in module.scope.debug_path):
-        return
-    axis = getattr(x, "batch_dim", None)
-    if axis is None or hasattr(rows.ids, "batch_dim"):
-        return
-    if x.val.shape[axis] == rows.shape[0]:
-        raise ValueError(
-            f"The layer {path_of(module.path)!r} is inside an nn.vmap over an axis of the size of "
-            f"adapter_ids, {rows.shape[0]}, so the first axis of its input may not be the batch. "
-            f"{MAP_ROWS}"
-        )
 
 
 def _refuse_mapped(module: nn.Module) -> None:

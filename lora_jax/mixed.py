@@ -63,7 +63,8 @@ def checked_ids(adapter_ids: Any, count: int) -> chex.Array:
                 f"adapter_ids has {wrong[0]}, but there are {count} adapters: ids are 0 to "
                 f"{count - 1}, and {BASE} for the base alone."
             )
-    return jnp.asarray(ids)
+    # In 8 bits -1 may be 255, and there may be no 200.
+    return jnp.asarray(ids).astype(jnp.int32)
 
 
 def presence(ids: chex.Array, count: int) -> chex.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.mixed import checked_ids
+
 
 def each_adapter(
     optimizer: optax.GradientTransformation,
@@ -64,7 +66,8 @@ def each_adapter(
         if adapter_ids is None:
             return new, new_state
         count = jax.tree.leaves(updates)[0].shape[0]
-        present = (jnp.reshape(adapter_ids, (-1, 1)) == jnp.arange(count)).any(axis=0)
+        ids = checked_ids(adapter_ids, count)
+        present = (jnp.reshape(ids, (-1, 1)) == jnp.arange(count)).any(axis=0)
 
         def chosen(new: chex.Array, old: chex.Array) -> chex.Array:
             return jnp.where(jnp.reshape(present, (count, *(1,) * (new.ndim - 1))), new, old)

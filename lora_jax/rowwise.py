@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
+import flax.core.scope
+import flax.errors
 import flax.linen as nn
 import flax.struct
 import jax
@@ -59,13 +61,26 @@ def beside(key: Key, leaf: Any, node: Any, ids: chex.Array) -> dict[Key, Any]:
             f"{path!r} was trained whole, and the base lacks it, so no row can have the base alone "
             f"(id {BASE}): pass all of the model's parameters as {{'params': params}}."
         )
+    shape = jnp.shape(unbox(box))
+    if leaf is not None and jnp.shape(unbox(leaf)) != shape[1:]:
+        raise ValueError(
+            f"{path!r} was trained whole: its stack is {shape}, but the base has "
+            f"{jnp.shape(unbox(leaf))} there. Was it made for another model?"
+        )
+    if not all(isinstance(n, int) for n in ids.shape):
+        raise ValueError(
+            f"{path!r} was trained whole, which needs a batch of a known size, and adapter_ids is "
+            f"{ids.shape}."
+        )
     base = jnp.nan if leaf is None else unbox(leaf)
     rows = jax.tree.map(lambda array: taken(array, ids, base).astype(dtype), box)
     if ids.ndim == 0:
         return {key: rows}
     leaves = tuple(jax.tree.map(lambda array, b=b: array[b], rows) for b in range(len(ids)))
     own = OwnLeaves(leaves, path)
-    return {key: leaves[0], (*key[:-1], key[-1] + SUFFIX): own}
+    # Who reads the parameter past its module must not get that of the first row.
+    unread = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), leaves[0])
+    return {key: unread, (*key[:-1], key[-1] + SUFFIX): own}
 
 
 def own_leaves(module: nn.Module) -> dict[str, OwnLeaves]:
@@ -99,12 +114,23 @@ def call_by_rows(
     count = len(first.leaves)
     ids = jnp.arange(count)
     leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
-    # The first argument must have the rows; what else has them is mapped with it.
-    arrays = [i for i, leaf in enumerate(leaves) if getattr(leaf, "ndim", 0)]
-    check_rows(ids, leaves[arrays[0]].shape if arrays else (), first.path)
-    mapped = [i for i in arrays if leaves[i].shape[0] == count]
+    inputs = jax.tree.leaves([*args, *kwargs.values()])  # in the order of the call
+    x = next((_shape(leaf) for leaf in inputs if _shape(leaf)), ())
+    check_rows(ids, x, first.path)
+    mapped = [i for i, leaf in enumerate(leaves) if _shape(leaf)[:1] == (count,)]
+    unlike = [_shape(leaves[i]) for i in mapped if len(_shape(leaves[i])) != len(x)]
+    if unlike:
+        raise ValueError(
+            f"{first.path!r} was trained whole and differs from row to row. Its module is given an "
+            f"array {unlike[0]} beside its input {x}, and whether its first axis is that of the "
+            f"rows cannot be told. {MAP_ROWS}"
+        )
+    assert module.scope is not None
+    mutable = module.scope.mutable
+    if mutable is not False:
+        mutable = flax.core.scope.subtract_filters(mutable, "params")
     alone = module.clone(parent=None, name=None)
-    rngs = {name: jax.random.split(module.make_rng(name), count) for name in _rngs(module)}
+    rngs = {name: jax.random.split(module.make_rng(name), count) for name in module.scope.rngs}
 
     def one(b: chex.Array, own: Mapping[str, Any], rngs: Any, mapped_leaves: list[Any]) -> Any:
         given = dict(zip(mapped, mapped_leaves, strict=True))
@@ -117,7 +143,21 @@ def call_by_rows(
             for name, value in params.items()
             if not isinstance(value, OwnLeaves)
         }
-        out = alone.apply({"params": {**here, **own}}, *args, method=method, rngs=rngs, **kwargs)
+        variables = {"params": {**here, **own}}
+        try:
+            out = alone.apply(variables, *args, method=method, rngs=rngs, mutable=mutable, **kwargs)
+        except flax.errors.FlaxError as error:
+            raise ValueError(
+                f"{first.path!r} was trained whole and differs from row to row, but its module "
+                f"cannot be applied alone. {MAP_ROWS}"
+            ) from error
+        if mutable is not False:
+            out, changed = out
+            if jax.tree.leaves(changed):
+                raise ValueError(
+                    f"{first.path!r} was trained whole and differs from row to row, but its module "
+                    f"also writes to {', '.join(map(repr, changed))}. {MAP_ROWS}"
+                )
         return jax.tree.map(lambda y: _without_batch(y, first.path), out)
 
     stacked = {
@@ -126,9 +166,8 @@ def call_by_rows(
     return jax.vmap(one)(ids, stacked, rngs, [leaves[i] for i in mapped])
 
 
-def _rngs(module: nn.Module) -> list[str]:
-    assert module.scope is not None
-    return list(module.scope.rngs)
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))
 
 
 def _without_batch(y: Any, path: str) -> Any:

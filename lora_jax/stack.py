@@ -200,7 +200,8 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
     """
     if not isinstance(like, Adapter):
         if node is None:
-            node = raise_precision(path, _kernel(path, leaf, base))
+            _kernel(path, leaf, base)  # or says that it is missing
+            node = raise_precision(path, leaf)
         wholes = [str(jax.tree.map(jnp.shape, x)) for x in (node, like)]
         if wholes[0] != wholes[1]:
             raise ValueError(

@@ -281,6 +281,11 @@ def _row(path: str, node: Any, kernel: Any) -> Row:
     if isinstance(node, Adapter):
         if kernel is None:
             raise ValueError(f"There is an adapter for {path!r}, but no such kernel in the base.")
+        if node.count is not None:
+            raise ValueError(
+                f"The adapter of {path!r} is a stack of {node.count}: look at one alone, "
+                f"jax.tree.map(lambda x: x[i], stacked)."
+            )
         return Row(
             path,
             tuple(kernel.shape),

@@ -9,6 +9,7 @@ import optax
 import pytest
 import zoo
 from helpers import random_like, random_variables, relative_error
+from jax import export
 
 import lora_jax
 
@@ -247,15 +248,164 @@ def test_what_cannot_be_mixed_says_what_can():
         mixed(merged, ids=np.zeros(5, int))
 
 
-def test_a_batch_taken_off_by_vmap_is_not_confused_with_another_axis():
-    model, x = zoo.Vmap(None), jnp.ones((4, 4, WIDTH))
+class ByKeyword(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(WIDTH, name="dense")(inputs=x)
+
+
+class InRemat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat(nn.Dense)(WIDTH, name="dense")(x)
+
+
+def vmapped(cls):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.vmap(cls, {"params": None}, {"params": False})(name="inner")(x)
+
+    return Model()
+
+
+@pytest.mark.parametrize("trainable", [[], [".*bias"]])
+@pytest.mark.parametrize("model", [zoo.Vmap(None), vmapped(ByKeyword), vmapped(InRemat)])
+def test_a_batch_taken_off_by_vmap_is_not_confused_with_another_axis(model, trainable):
+    x = jnp.ones((4, 4, WIDTH))
     variables = random_variables(model, x)
-    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 1)])
+    rules = [] if trainable else [lora_jax.Rule(".*kernel", 1)]
+    config = lora_jax.LoraConfig(rules, trainable=trainable)
     tree = lora_jax.lora_init(jax.random.key(0), variables["params"], config)[1]
     with pytest.raises(ValueError, match=r"inside an nn\.vmap over an axis of the size of"):
         lora_jax.lora_apply(
             model, variables, lora_jax.stack([tree]), x, adapter_ids=np.zeros(4, int)
         )
+
+
+class Head(nn.Module):
+    """A module that does more than to multiply."""
+
+    @nn.compact
+    def __call__(self, x, other=None):
+        y = self.param("scale", nn.initializers.ones, x.shape[-1:]) * x
+        self.sow("intermediates", "y", y)
+        return y if other is None else y + other
+
+
+class PastItsModule(nn.Module):
+    def setup(self):
+        self.dense = nn.Dense(WIDTH)
+
+    def __call__(self, x):
+        return self.dense(x) @ self.dense.variables["params"]["kernel"]
+
+
+def whole_of(model, pattern, x, count=2):
+    variables = random_variables(model, x)
+    config = lora_jax.LoraConfig([], trainable=[pattern])
+    tree = lora_jax.lora_init(jax.random.key(0), variables["params"], config)[1]
+    trees = [random_like(tree, seed=i) for i in range(count)]
+    return variables, trees, lora_jax.stack(trees)
+
+
+def test_a_leaf_read_past_its_module_is_not_that_of_another_row():
+    model, x = PastItsModule(), X[:, 0]
+    variables, _, stacked = whole_of(model, ".*kernel", x)
+    y = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=np.zeros(5, int))
+    assert jnp.isnan(y).all()
+
+
+def test_what_is_given_beside_the_input_is_not_split_by_chance():
+    model, x = Head(), jnp.ones((WIDTH, 3, WIDTH))
+    variables, trees, stacked = whole_of(model, "scale", x)
+    ids = np.arange(WIDTH) % 2
+
+    def call(x, *args, **kwargs):
+        ids_ = ids[: len(x)]
+        return lora_jax.lora_apply(model, variables, stacked, x, *args, adapter_ids=ids_, **kwargs)
+
+    other = random_like(jnp.zeros(WIDTH))
+    with pytest.raises(ValueError, match=r"an array \(6,\) beside its input \(6, 3, 6\)"):
+        call(x, other)
+    y = call(x[:4], other)
+    for b in range(4):
+        assert relative_error(y[b], trees[ids[b]]["scale"] * x[b] + other) < 1e-6
+    rows = random_like(x, seed=3)
+    assert relative_error(call(x, other=rows)[1], trees[1]["scale"] * x[1] + rows[1]) < 1e-6
+    with pytest.raises(ValueError, match="its module also writes to 'intermediates'"):
+        call(x, mutable=["intermediates"])
+
+
+def test_a_stack_of_another_base_is_refused():
+    variables, _, stacked = whole_of(nn.Dense(5), "bias", X)
+    other = random_variables(nn.Dense(1), X)
+    with pytest.raises(ValueError, match=r"'bias' was trained whole: its stack is \(2, 5\), but"):
+        lora_jax.lora_apply(nn.Dense(1), other, stacked, X, adapter_ids=IDS % 2)
+    (b,) = export.symbolic_shape("b")
+    ids = jax.ShapeDtypeStruct((b,), jnp.int32)
+    x = jax.ShapeDtypeStruct((b, WIDTH), jnp.float32)
+    call = jax.jit(
+        lambda x, ids: lora_jax.lora_apply(nn.Dense(5), variables, stacked, x, adapter_ids=ids)
+    )
+    with pytest.raises(ValueError, match="needs a batch of a known size"):
+        export.export(call)(x, ids)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv(3, (2,)), nn.ConvTranspose(3, (2,)), nn.ConvLocal(3, (2,))]
+)
+def test_positions_that_are_convolved_have_no_adapters_of_their_own(layer):
+    variables = random_variables(layer, X)
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", 1)])
+    axes = lora_jax.kernel_axes(layer, variables, X)
+    tree = lora_jax.lora_init(jax.random.key(0), variables["params"], config, axes=axes)[1]
+    ids = np.zeros(X.shape[:2], int)
+    with pytest.raises(ValueError, match=r"'kernel' convolves the axes behind \(5,\)"):
+        lora_jax.lora_apply(layer, variables, lora_jax.stack([tree]), X, adapter_ids=ids)
+
+
+def test_ids_of_few_bits():
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", 1)])
+    model, x = nn.Dense(3), jnp.ones((2, 4))
+    variables = random_variables(model, x)
+    tree = random_like(lora_jax.lora_init(jax.random.key(0), variables["params"], config)[1])
+    stacked = jax.tree.map(lambda a: jnp.repeat(a[None], 256, 0), tree)
+    expected = lora_jax.lora_apply(model, variables, tree, x)
+    for ids in (np.array([255, 0], np.uint8), np.array([100, -1], np.int8)):
+        y = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=ids)
+        assert relative_error(y[:1], expected[:1]) < 1e-6
+    many = lora_jax.each_adapter(optax.sgd(1.0))
+    update = many.update(stacked, many.init(stacked), stacked, adapter_ids=[255, -1])[0]
+    assert (update["kernel"].U[255] == -tree["kernel"].U).all()
+    assert not update["kernel"].U[:255].any()
+    with pytest.raises(TypeError, match="must be integers, got bool"):
+        many.update(stacked, many.init(stacked), stacked, adapter_ids=np.ones(256, bool))
+
+
+def test_summary_is_of_one():
+    stacked = lora_jax.stack([adapter(0)[1]])
+    with pytest.raises(ValueError, match="is a stack of 1: look at one alone"):
+        lora_jax.summary(PARAMS, stacked)
+
+
+def test_boxed_leaves_trained_whole():
+    init = nn.with_partitioning(nn.initializers.ones, ("model",))
+    model, x = nn.Dense(5, bias_init=init), X[:, 0]
+    params = model.init(jax.random.key(0), x)["params"]
+    trees = [
+        lora_jax.lora_init(
+            jax.random.key(0),
+            params,
+            lora_jax.LoraConfig([lora_jax.Rule("kernel", 1)], trainable=trainable),
+        )[1]
+        for trainable in (["bias"], [])
+    ]
+    trees[0]["bias"] = jax.tree.map(lambda x: 2 * x, trees[0]["bias"])
+    stacked = lora_jax.stack(trees, params)
+    y = lora_jax.lora_apply(model, {"params": params}, stacked, x, adapter_ids=IDS % 2)
+    base = model.apply({"params": params}, x)
+    assert relative_error(y, base + (IDS % 2 == 0)[:, None]) < 1e-6
 
 
 def test_hundred_adapters_are_one_trace():
