@@ -21,7 +21,7 @@ from lora_jax.tensors import Tensors
 
 # What reading may raise. Anything else, or no end, is a failure.
 REFUSED = (ValueError, FileNotFoundError)
-COUNT = 2_500
+COUNT = 1_250
 BOUND = 64 * 2**20
 
 PARAMS = {

@@ -26,7 +26,6 @@ NO_ROWS = {
     "Einsum at call, stacked",
     "Conv, no batch",
     "ConvTranspose, no batch, bfloat16",
-    "every layer, scan, axis 1, remat",
     "every layer, vmap, axis -1",
     "every layer, jit",
 }
