@@ -6,12 +6,11 @@ By singular values (Eckart and Young 1936), on the host, of a matrix or of a pro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.table import text_table
+from lora_jax.table import Report, text_table
 
 Array = np.ndarray[Any, Any]
 
@@ -31,26 +30,12 @@ class Approximation:
 
 
 @dataclasses.dataclass(frozen=True)
-class ApproximationReport(Mapping[str, Approximation]):
+class ApproximationReport(Report[Approximation]):
     """The rank and the error of every adapter by its path; as text, a table.
 
     Attributes:
       rows: the same as a dict.
     """
-
-    rows: Mapping[str, Approximation]
-
-    def __getitem__(self, path: str) -> Approximation:
-        """Of one parameter."""
-        return self.rows[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """The paths."""
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.rows)
 
     @property
     def largest(self) -> float:

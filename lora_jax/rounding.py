@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax.table import text_table
+from lora_jax.table import Report, text_table
 from lora_jax.variants import float32_or_more
 
 MOST = 0.5  # an update of which more than this share vanishes is said to be lost
@@ -40,26 +40,12 @@ class Rounding:
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundingReport(Mapping[str, Rounding]):
+class RoundingReport(Report[Rounding]):
     """The rounding of every merged parameter by its path; as text, a table.
 
     Attributes:
       rows: the same as a dict.
     """
-
-    rows: Mapping[str, Rounding]
-
-    def __getitem__(self, path: str) -> Rounding:
-        """Of one parameter."""
-        return self.rows[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """The paths."""
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.rows)
 
     @property
     def lost(self) -> tuple[str, ...]:

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
+
+Row = TypeVar("Row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Mapping[str, Row], Generic[Row]):
+    """A row for every parameter by its path.
+
+    Attributes:
+      rows: the same as a dict.
+    """
+
+    rows: Mapping[str, Row]
+
+    def __getitem__(self, path: str) -> Row:
+        """Of one parameter."""
+        return self.rows[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.rows)
 
 
 def text_table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> list[str]:
