@@ -23,7 +23,7 @@ SWITCHED = 8
 def main(case: Case, counts: list[int]) -> dict[str, Callable[[], Any]]:
     """What can be timed, by its name."""
     from peft import LoraConfig, get_peft_model
-    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap  # noqa: F401
+    from peft.utils.hotswap import hotswap_adapter
 
     torch.set_num_threads(THREADS)
     tokens = torch.from_numpy(cases.batch(case)[0].astype("int64"))

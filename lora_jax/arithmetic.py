@@ -18,7 +18,7 @@ from lora_jax.approximation import Approximation, ApproximationReport
 from lora_jax.combined import Plan, combine_kernel, combine_whole
 from lora_jax.config import nearest
 from lora_jax.sums import matrix_of
-from lora_jax.tree import Key, check_base, check_fits, flatten, path_of, unbox, unflatten
+from lora_jax.tree import Key, check_base, check_fits, flatten, is_finite, path_of, unbox, unflatten
 
 # What must be alike to be added; the rest of an adapter says how it is trained.
 _SAME = ("axes", "substitute", "untied")
@@ -260,7 +260,7 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
                 )
         if any(isinstance(array, jax.core.Tracer) for array in arrays) and not plan.exact:
             raise TypeError(f"{path!r} is traced: {_ON_HOST}")
-        if not all(map(_finite, arrays)):
+        if not all(map(is_finite, arrays)):
             raise ValueError(f"adapters[{j}] has NaN or infinite values at {path!r}.")
     for j, node in rest:
         if isinstance(first, Adapter) != isinstance(node, Adapter):
@@ -304,7 +304,7 @@ def _base_leaf(path: str, key: Key, base: Mapping[Key, Any] | None) -> Any:
     array = unbox(leaf)
     if not hasattr(array, "dtype"):
         raise TypeError(f"params has {leaf!r} at {path!r}, which is no array.")
-    if not _finite(array):
+    if not is_finite(array):
         raise ValueError(f"params has NaN or infinite values at {path!r}.")
     return leaf
 
@@ -342,11 +342,3 @@ def _check_whole_leaf(path: str, found: Mapping[int, Any], leaf: Any) -> None:
             f"{path!r} is trained whole as {tuple(shape)}, but params has {there} there. Are they "
             f"of another model?"
         )
-
-
-def _finite(array: Any) -> bool:
-    """Whether all is finite; what is traced or elsewhere can't be checked."""
-    if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
-        return True
-    with jax.ensure_compile_time_eval():  # an array that a jitted function closes over is known
-        return bool(jnp.isfinite(jnp.asarray(array)).all())

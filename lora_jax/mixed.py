@@ -123,7 +123,8 @@ def check_rows(ids: chex.Array, shape: Sequence[int], path: str) -> None:
     if tuple(shape[: ids.ndim]) != ids.shape:
         raise ValueError(
             f"adapter_ids is {ids.shape}, but the layer of {path!r} gets an input of shape "
-            f"{tuple(shape)}, whose first axes are not the rows of the batch. {MAP_ROWS}"
+            f"{tuple(shape)}, whose first axes are not the rows of the batch. Give one id for each "
+            f"example. If there is one, the layer has another axis in front. {MAP_ROWS}"
         )
 
 
@@ -224,11 +225,8 @@ def mixed_einsum(
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     outer = factors.way == "outer"
     size = U[0].size + V[0].size
-    way = way_for(ids, count, equation.rows, size, r * (d + k))
-    if way == "gather" or outer:
-        U, V, mask, shared = taken(U, ids, 0.0), taken(V, ids, 0.0), None, rows
-    else:
-        (U, V, mask), shared = all_at_once(U, V, ids), None
+    way = "gather" if outer else way_for(ids, count, equation.rows, size, r * (d + k))
+    (U, V, mask), shared = laid_out(way, U, V, ids)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         return factored_product(
@@ -274,10 +272,8 @@ def mixed_linear(
     looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
     vectors = y.size // k if isinstance(y.size, int) else y.size
     multiplied = r * (1 if looks_up else d) + r * k
-    if way_for(ids, count, vectors, U[0].size + V[0].size, multiplied) == "gather":
-        U, V, mask, shared = taken(U, ids, 0.0), taken(V, ids, 0.0), None, rows
-    else:
-        (U, V, mask), shared = all_at_once(U, V, ids), None
+    way = way_for(ids, count, vectors, U[0].size + V[0].size, multiplied)
+    (U, V, mask), shared = laid_out(way, U, V, ids)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         own = factors._replace(U=U, V=V, a=a)
@@ -288,6 +284,15 @@ def mixed_linear(
     in_axes = (rows, rows, shared, shared, rows, rows)
     x_of_factors = x if dropped_x is None else dropped_x
     return over_rows(product, n, in_axes, rows)(y, x_of_factors, U, V, a, mask)
+
+
+def laid_out(
+    way: str, U: chex.Array, V: chex.Array, ids: chex.Array
+) -> tuple[tuple[chex.Array, chex.Array, chex.Array | None], tuple[int, ...] | None]:
+    """The factors and the mask for a way, and the axes of the rows in the factors, if they are."""
+    if way == "gather":
+        return (taken(U, ids, 0.0), taken(V, ids, 0.0), None), tuple(range(ids.ndim))
+    return all_at_once(U, V, ids), None
 
 
 def all_at_once(

@@ -340,14 +340,20 @@ def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None
 
 
 def _check_finite(path: str, array: chex.Array) -> None:
-    """Errors where a kernel, or its norm, has NaN or infinity; a traced value can't be checked."""
-    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
-        return
-    if not bool(jnp.isfinite(array).all()):
+    """Errors where a kernel, or its norm, has NaN or infinity."""
+    if not is_finite(array):
         raise ValueError(
             f"The kernel {path!r} has NaN or infinite values, or its column norms overflow: "
             f"check how the checkpoint was loaded."
         )
+
+
+def is_finite(array: Any) -> bool:
+    """Whether all of an array is finite; what is traced or elsewhere can't be checked."""
+    if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+        return True
+    with jax.ensure_compile_time_eval():  # an array that a jitted function closes over is known
+        return bool(jnp.isfinite(jnp.asarray(array)).all())
 
 
 def raise_precision(path: str, leaf: Any) -> Any:

@@ -287,3 +287,10 @@ def test_bad_trees():
     _, adapters = init({"encoder": {"query": {"kernel": jnp.ones((2, 6, 4))}}}, config)
     with pytest.raises(ValueError, match=r"'encoder/query/kernel'.*is for a kernel of 3 axes"):
         lora_jax.lora_merge(frozen, adapters)
+
+
+def test_a_jitted_function_may_close_over_the_parameters():
+    params = {"kernel": jnp.ones((3, 2))}
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", 1, variant="dora")])
+    make = jax.jit(lambda key: lora_jax.lora_init(key, params, config)[1])
+    assert make(jax.random.key(0))["kernel"].m.shape == (2,)
