@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.axes import KernelAxes
 from lora_jax.config import Rule, scale
+from lora_jax.meshes import left_to_compiler
 from lora_jax.variants import VARIANTS, float32_or_more
 
 
@@ -77,11 +78,15 @@ class Adapter:
 
     def effective_kernel(self, kernel: chex.Array) -> chex.Array:
         """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
-        kernel = kernel.astype(float32_or_more(kernel.dtype))
-        W = self.axes.as_matrix(kernel)
-        formula = VARIANTS[self.variant].kernel
-        adapted = formula(W, self.U, self.V, self.m, self.scale, self.detach_norm)
-        return self.axes.from_matrix(adapted, kernel)
+
+        def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
+            kernel = kernel.astype(float32_or_more(kernel.dtype))
+            W = self.axes.as_matrix(kernel)
+            adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
+            return self.axes.from_matrix(adapted, kernel)
+
+        whole: chex.Array = left_to_compiler(merged, kernel, self.U, self.V, self.m, like=kernel)
+        return whole
 
 
 @flax.struct.dataclass

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import chex
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lora_jax.meshes import left_to_compiler, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +116,17 @@ class KernelAxes:
         if not self.stacks:
             return array
         flat = self._flat(array.shape, matrix_ndim)
-        array = jnp.reshape(array, flat + (1,) * (self.ndim - len(flat)))
-        return jnp.moveaxis(array, range(len(self.stacks)), self.stacks)
+        ones = self.ndim - len(flat)
+        spec, stacks, merged = list(spec_of(array)), len(self.stacks), array.ndim - len(flat)
+        if merged:  # no axis of the merged ones stays sharded
+            spec[stacks : stacks + merged + 1] = [None]
+
+        def reshaped(array: chex.Array) -> chex.Array:
+            return jnp.reshape(array, flat + (1,) * ones)
+
+        like = PartitionSpec(*spec, *(None,) * ones)
+        array = left_to_compiler(reshaped, array, like=like)
+        return jnp.moveaxis(array, range(stacks), self.stacks)
 
     def take(
         self, array: chex.Array, matrix_ndim: int, shape: tuple[int, ...]
@@ -127,7 +139,10 @@ class KernelAxes:
         array = jnp.moveaxis(array, self.stacks, range(len(self.stacks)))
         flat = self._flat(shape, matrix_ndim)
         placed = flat + (1,) * (array.ndim - len(flat))
-        return jnp.reshape(array, shape) if array.shape == placed else None
+        if array.shape != placed:
+            return None
+        # In two steps, as in a mesh with explicit axes a reshape does one thing at a time.
+        return jnp.reshape(jnp.reshape(array, flat), shape)
 
     def _flat(self, shape: tuple[int, ...], matrix_ndim: int) -> tuple[int, ...]:
         """``(*stacks, ...)`` with the parts in the first axis of the matrix."""
@@ -154,7 +169,14 @@ class KernelAxes:
         order = (*self.stacks, *self.inputs, *self.outputs)
         d, k = self.matrix_shape(kernel.shape)
         stack = [kernel.shape[axis] for axis in self.stacks]
-        return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
+
+        def matrix(kernel: chex.Array) -> chex.Array:
+            return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
+
+        spec = spec_of(kernel)  # merged axes are sharded as the first of them is
+        like = PartitionSpec(*(spec[a] for a in (*self.stacks, self.inputs[0], self.outputs[0])))
+        whole: chex.Array = left_to_compiler(matrix, kernel, like=like)
+        return whole
 
     def _split(self, matrix: chex.Array) -> chex.Array:
         """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""

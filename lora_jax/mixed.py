@@ -27,6 +27,7 @@ import numpy as np
 
 from lora_jax.axes import KernelAxes
 from lora_jax.equation import Equation
+from lora_jax.meshes import left_to_compiler
 from lora_jax.product import (
     Factors,
     Product,
@@ -213,20 +214,23 @@ def mixed_einsum(
         )
     in_y = tuple(equation.y.index(c) for c in letters)
     one = equation.of_row(n)
-    U, V = factors.U, factors.V
-    a = None if factors.a is None else taken(factors.a, ids, 1.0)
+    U, V, a = factors.U, factors.V, factors.a
     dropped_x = x if dropped_x is None else dropped_x
     if transposed:
         U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
         if a is not None:
-            scale = over_rows(lambda a, x: scaled(one.on_x(a), x), n, (rows, rows), rows)
-            x, dropped_x, a = scale(a, x), scale(a, dropped_x), None
+
+            def scale(a: chex.Array, ids: chex.Array, x: chex.Array) -> Any:
+                by_row = over_rows(lambda a, x: scaled(one.on_x(a), x), n, (rows, rows), rows)
+                return by_row(taken(a, ids, 1.0), x)
+
+            x, dropped_x = (left_to_compiler(scale, a, ids, x, like=x) for x in (x, dropped_x))
+            a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     outer = factors.way == "outer"
-    size = U[0].size + V[0].size
+    size = (U.size + V.size) // count
     way = "gather" if outer else way_for(ids, count, equation.rows, size, r * (d + k))
-    (U, V, mask), shared = laid_out(way, U, V, ids)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         return factored_product(
@@ -243,8 +247,13 @@ def mixed_einsum(
             on_cpu=on_cpu(),
         )
 
-    in_axes = (in_y, rows, shared, shared, rows, rows)
-    return over_rows(product, n, in_axes, in_y)(y, dropped_x, U, V, a, mask)
+    def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
+        a = None if a is None else taken(a, ids, 1.0)
+        (U, V, mask), shared = laid_out(way, U, V, ids)
+        in_axes = (in_y, rows, shared, shared, rows, rows)
+        return over_rows(product, n, in_axes, in_y)(y, x, U, V, a, mask)
+
+    return left_to_compiler(add, y, dropped_x, U, V, a, ids, like=y)
 
 
 def mixed_linear(
@@ -267,13 +276,11 @@ def mixed_linear(
     check_rows(ids, x.shape, factors.path)
     check_rows(ids, y.shape, factors.path)
     U, V = factors.U, factors.V
-    a = None if factors.a is None else taken(factors.a, ids, 1.0)
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
     vectors = y.size // k if isinstance(y.size, int) else y.size
     multiplied = r * (1 if looks_up else d) + r * k
-    way = way_for(ids, count, vectors, U[0].size + V[0].size, multiplied)
-    (U, V, mask), shared = laid_out(way, U, V, ids)
+    way = way_for(ids, count, vectors, (U.size + V.size) // count, multiplied)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         own = factors._replace(U=U, V=V, a=a)
@@ -281,9 +288,14 @@ def mixed_linear(
         y, x = y[batch], x[batch]
         return low_rank_linear(linear, y, x, W, own, axes, groups=groups, mask=mask)[(0,) * n]
 
-    in_axes = (rows, rows, shared, shared, rows, rows)
-    x_of_factors = x if dropped_x is None else dropped_x
-    return over_rows(product, n, in_axes, rows)(y, x_of_factors, U, V, a, mask)
+    def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
+        a = None if a is None else taken(a, ids, 1.0)
+        (U, V, mask), shared = laid_out(way, U, V, ids)
+        in_axes = (rows, rows, shared, shared, rows, rows)
+        return over_rows(product, n, in_axes, rows)(y, x, U, V, a, mask)
+
+    x = x if dropped_x is None else dropped_x
+    return left_to_compiler(add, y, x, U, V, factors.a, ids, like=y)
 
 
 def laid_out(

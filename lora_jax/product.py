@@ -38,11 +38,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.barrier import barrier
 from lora_jax.equation import Equation
+from lora_jax.meshes import left_to_compiler, result_like, spec_of
 from lora_jax.variants import float32_or_more, magnitude_ratio, product, safe_sqrt
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
@@ -78,17 +80,27 @@ def factors_of(adapter: Adapter, path: str = "") -> Factors:
     """
     axes, U, V, a = adapter.axes, adapter.U, adapter.V, adapter.m
     if axes.fused > 1:
-        *lead, count, r, k = V.shape
-        parts = np.array(axes.parts)
-        U = jnp.moveaxis(U, -3, -2)
-        U = jnp.reshape(U, (*U.shape[:-2], count * r))
-        blocks = jnp.zeros((count, *lead, r, axes.fused, k), V.dtype)
-        blocks = blocks.at[np.arange(count), ..., parts, :].set(jnp.moveaxis(V, -3, 0))
-        V = jnp.reshape(jnp.moveaxis(blocks, 0, -4), (*lead, count * r, axes.fused * k))
+        *lead, _, d, _ = spec_of(U)
+        like = PartitionSpec(*lead, d, None), PartitionSpec(*lead, None, None), None
         if a is not None:
-            ones = jnp.ones((*lead, axes.fused, k), a.dtype)
-            a = jnp.reshape(ones.at[..., parts, :].set(a), (*lead, axes.fused * k))
+            like = *like[:2], PartitionSpec(*lead, None)
+        U, V, a = left_to_compiler(functools.partial(_one_matrix, axes), U, V, a, like=like)
     return Factors(U, V, a, adapter.scale, adapter.product, path)
+
+
+def _one_matrix(axes: KernelAxes, U: chex.Array, V: chex.Array, a: Any) -> tuple[Any, Any, Any]:
+    """The factors of fused kernels as those of one."""
+    *lead, count, r, k = V.shape
+    parts = np.array(axes.parts)
+    U = jnp.moveaxis(U, -3, -2)
+    U = jnp.reshape(U, (*U.shape[:-2], count * r))
+    blocks = jnp.zeros((count, *lead, r, axes.fused, k), V.dtype)
+    blocks = blocks.at[np.arange(count), ..., parts, :].set(jnp.moveaxis(V, -3, 0))
+    V = jnp.reshape(jnp.moveaxis(blocks, 0, -4), (*lead, count * r, axes.fused * k))
+    if a is not None:
+        ones = jnp.ones((*lead, axes.fused, k), a.dtype)
+        a = jnp.reshape(ones.at[..., parts, :].set(a), (*lead, axes.fused * k))
+    return U, V, a
 
 
 def adapted_einsum(
@@ -125,15 +137,23 @@ def adapted_einsum(
     dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
     way = chosen(factors, dtype, equation.rows, precision, reasons)
     if way == "merged":
-        return _merged_product(x, W, U, V, a, **static)
+        merged = functools.partial(_merged_product, **static)
+        like = result_like(lambda x, W: equation.product(x, W, precision), x, W)
+        return left_to_compiler(merged, x, W, U, V, a, like=like)
     dropped_x = x if dropped_x is None else dropped_x
     if transposed:
         U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
         if a is not None:
-            x, dropped_x = (scaled(equation.on_x(a), array) for array in (x, dropped_x))
+
+
+            def scale(a: chex.Array, x: chex.Array) -> chex.Array:
+                return scaled(equation.on_x(a), x)
+
+            x, dropped_x = (left_to_compiler(scale, a, x, like=x) for x in (x, dropped_x))
             a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
-    return factored_product(y, dropped_x, U, V, a, outer=way == "outer", **static)
+    factored = functools.partial(factored_product, outer=way == "outer", **static)
+    return left_to_compiler(factored, y, dropped_x, U, V, a, like=y)
 
 
 def adapted_linear(
@@ -162,8 +182,14 @@ def adapted_linear(
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
     refuse_ways(factors)
-    x_of_factors = x if dropped_x is None else dropped_x
-    return low_rank_linear(linear, base(x, W), x_of_factors, W, factors, axes, groups=groups)
+    y = base(x, W)
+
+    def add(y: chex.Array, x: chex.Array, U: chex.Array, V: chex.Array, a: Any) -> chex.Array:
+        own = factors._replace(U=U, V=V, a=a)
+        return low_rank_linear(linear, y, x, W, own, axes, groups=groups)
+
+    x = x if dropped_x is None else dropped_x
+    return left_to_compiler(add, y, x, factors.U, factors.V, factors.a, like=y)
 
 
 def low_rank_linear(
@@ -499,7 +525,8 @@ def normalized(kernel: chex.Array, adapter: Adapter) -> Adapter:
     )
     if adapter.count is not None:
         ratio = jax.vmap(ratio, in_axes=(None, 0, 0, 0))
-    a = ratio(kernel, adapter.U, adapter.V, adapter.m)
+    arrays = kernel, adapter.U, adapter.V, adapter.m
+    a = left_to_compiler(ratio, *arrays, like=adapter.m)
     return adapter.replace(m=a)  # type: ignore[attr-defined, no-any-return]
 
 
