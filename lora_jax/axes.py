@@ -86,8 +86,18 @@ class KernelAxes:
 
     def as_matrix(self, kernel: chex.Array) -> chex.Array:
         """The adapted matrices of a kernel, ``(*stack, d, k)``."""
-        matrix = self._whole_matrix(kernel)
-        return matrix if self.fused == 1 else self._split(matrix)[..., self.parts, :, :]
+
+        def matrices(kernel: chex.Array) -> chex.Array:
+            matrix = self._whole_matrix(kernel)
+            return matrix if self.fused == 1 else self._split(matrix)[..., self.parts, :, :]
+
+        # In a mesh, axes that are merged are sharded as the first of them, fused ones not at all.
+        spec = spec_of(kernel)
+        like = [spec[axis] for axis in (*self.stacks, self.inputs[0], self.outputs[0])]
+        if self.fused > 1:
+            like[-2:] = None, like[-2], None
+        adapted: chex.Array = left_to_compiler(matrices, kernel, like=PartitionSpec(*like))
+        return adapted
 
     def from_matrix(self, matrix: chex.Array, kernel: chex.Array) -> chex.Array:
         """The kernel, with other adapted matrices: ``as_matrix`` of it is ``matrix``."""
@@ -169,14 +179,7 @@ class KernelAxes:
         order = (*self.stacks, *self.inputs, *self.outputs)
         d, k = self.matrix_shape(kernel.shape)
         stack = [kernel.shape[axis] for axis in self.stacks]
-
-        def matrix(kernel: chex.Array) -> chex.Array:
-            return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
-
-        spec = spec_of(kernel)  # merged axes are sharded as the first of them is
-        like = PartitionSpec(*(spec[a] for a in (*self.stacks, self.inputs[0], self.outputs[0])))
-        whole: chex.Array = left_to_compiler(matrix, kernel, like=like)
-        return whole
+        return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
 
     def _split(self, matrix: chex.Array) -> chex.Array:
         """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""

@@ -23,6 +23,7 @@ from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
 from lora_jax.liveness import live_inputs
+from lora_jax.meshes import explicit_sharding
 from lora_jax.registry import entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
@@ -143,7 +144,10 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    # In a mesh with explicit axes the sharding is a part of the type.
+    return jax.ShapeDtypeStruct(
+        np.shape(leaf), jax.dtypes.result_type(leaf), sharding=explicit_sharding(leaf)
+    )
 
 
 _NONCES = itertools.count()

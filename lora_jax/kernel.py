@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.equation import Equation
+from lora_jax.meshes import left_to_compiler
 from lora_jax.mixed import Rows, mixed_einsum, mixed_linear
 from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, factors_of
 
@@ -276,8 +277,13 @@ class AdaptedKernel:
                 f"The adapter of {self._path!r} has dropout, but its layer looks up {x.dtype} "
                 f"numbers, which cannot be dropped. Give it a rule of its own with dropout=0."
             )
-        keep = jax.random.bernoulli(self._rng, 1.0 - rate, x.shape)
-        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+        def dropped(x: chex.Array, rng: chex.PRNGKey) -> chex.Array:
+            keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+            return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+        rest: chex.Array = left_to_compiler(dropped, x, self._rng, like=x)
+        return rest
 
 
 def _spread(ids: chex.Array, batch: tuple[int, ...]) -> chex.Array:

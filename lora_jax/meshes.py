@@ -25,7 +25,7 @@ def left_to_compiler(function: Callable[..., Any], *args: Any, like: Any) -> Any
       function: of arrays.
       *args: trees of arrays.
       like: what the result shall be sharded as, an array or a ``PartitionSpec``; a tree of such
-        where the result is one.
+        where the result is one; or a function that gives it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,17 +37,13 @@ def left_to_compiler(function: Callable[..., Any], *args: Any, like: Any) -> Any
     if explicit is None:
         return function(*args)
     mesh, axes = explicit
+    like = like() if callable(like) else like
 
     def sharding(one: Any) -> NamedSharding:
         return NamedSharding(mesh, one if isinstance(one, PartitionSpec) else spec_of(one))
 
     out = jax.tree.map(sharding, like, is_leaf=lambda one: isinstance(one, PartitionSpec))
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)(*args)
-
-
-def result_like(function: Callable[..., Any], *args: Any) -> Any:
-    """The type of ``function(*args)``, for ``like``; it is traced only where that is looked at."""
-    return None if _explicit(args) is None else jax.eval_shape(function, *args)
 
 
 def spec_of(array: Any) -> PartitionSpec:
@@ -60,6 +56,17 @@ def spec_of(array: Any) -> PartitionSpec:
     """
     spec: PartitionSpec = jax.typeof(array).sharding.spec
     return spec
+
+
+def explicit_sharding(array: Any) -> Any:
+    """How an array is sharded, where that is a part of its type; else ``None``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(explicit_sharding(jnp.ones((2, 3))))
+      None
+    """
+    return None if _explicit(array) is None else jax.typeof(array).sharding
 
 
 def _explicit(tree: Any) -> tuple[Any, tuple[str, ...]] | None:

@@ -24,10 +24,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.axes import KernelAxes
 from lora_jax.equation import Equation
-from lora_jax.meshes import left_to_compiler
+from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.product import (
     Factors,
     Product,
@@ -75,13 +76,20 @@ def presence(ids: chex.Array, count: int) -> chex.Array:
 
 def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.Array:
     """``array[ids]``, and the value for the base where the id is -1."""
-    rows = jnp.take(array, jnp.clip(ids, 0, array.shape[0] - 1), axis=0)
-    own = (...,) + (None,) * (rows.ndim - ids.ndim)
-    base = jnp.asarray(base, array.dtype)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        return jnp.where((ids == BASE)[own], base, rows)
-    has = presence(ids, array.shape[0])[own].astype(array.dtype)
-    return jnp.where((ids == BASE)[own], base, rows * has)
+
+    def take(array: chex.Array, ids: chex.Array, base: chex.Array) -> chex.Array:
+        rows = jnp.take(array, jnp.clip(ids, 0, array.shape[0] - 1), axis=0)
+        own = (...,) + (None,) * (rows.ndim - ids.ndim)
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            return jnp.where((ids == BASE)[own], base, rows)
+        has = presence(ids, array.shape[0])[own].astype(array.dtype)
+        return jnp.where((ids == BASE)[own], base, rows * has)
+
+    like = PartitionSpec(*(None,) * ids.ndim, *spec_of(array)[1:])
+    rows: chex.Array = left_to_compiler(
+        take, array, ids, jnp.asarray(base, array.dtype), like=like
+    )
+    return rows
 
 
 @flax.struct.dataclass
@@ -116,7 +124,11 @@ class Rows:
         ids = axes.take(self.ids, 1, (*stacks, math.prod(self.shape)))
         assert ids is not None  # as the factors, which are taken before, were
         ids = jnp.reshape(ids[(0,) * len(stacks)], self.shape)
-        return ids if self.row is None else ids[self.row]
+        if self.row is None:
+            return ids
+        like = PartitionSpec(*spec_of(ids)[1:])
+        own: chex.Array = left_to_compiler(lambda ids, b: ids[b], ids, self.row, like=like)
+        return own
 
 
 def check_rows(ids: chex.Array, shape: Sequence[int], path: str) -> None:

@@ -44,7 +44,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.barrier import barrier
 from lora_jax.equation import Equation
-from lora_jax.meshes import left_to_compiler, result_like, spec_of
+from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.variants import float32_or_more, magnitude_ratio, product, safe_sqrt
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
@@ -138,7 +138,8 @@ def adapted_einsum(
     way = chosen(factors, dtype, equation.rows, precision, reasons)
     if way == "merged":
         merged = functools.partial(_merged_product, **static)
-        like = result_like(lambda x, W: equation.product(x, W, precision), x, W)
+        plain = functools.partial(equation.product, precision=precision)
+        like = functools.partial(jax.eval_shape, plain, x, W)
         return left_to_compiler(merged, x, W, U, V, a, like=like)
     dropped_x = x if dropped_x is None else dropped_x
     if transposed:

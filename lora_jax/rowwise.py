@@ -18,8 +18,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Whole
+from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.mixed import BASE, MAP_ROWS, check_rows, taken
 from lora_jax.tree import Key, path_of, unbox
 
@@ -132,7 +134,7 @@ def call_by_rows(
     alone = module.clone(parent=None, name=None)
     rngs = {name: jax.random.split(module.make_rng(name), count) for name in module.scope.rngs}
 
-    def one(b: chex.Array, own: Mapping[str, Any], rngs: Any, mapped_leaves: list[Any]) -> Any:
+    def one(mapped_leaves: list[Any], b: chex.Array, own: Mapping[str, Any], rngs: Any) -> Any:
         given = dict(zip(mapped, mapped_leaves, strict=True))
         leaves_ = [given[i][None] if i in given else leaf for i, leaf in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(treedef, leaves_)
@@ -163,7 +165,22 @@ def call_by_rows(
     stacked = {
         name: jax.tree.map(lambda *x: jnp.stack(x), *value.leaves) for name, value in own.items()
     }
-    return jax.vmap(one)(ids, stacked, rngs, [leaves[i] for i in mapped])
+    return jax.vmap(one)(*_sharded_alike([leaves[i] for i in mapped], ids, stacked, rngs))
+
+
+def _sharded_alike(inputs: list[Any], *others: Any) -> tuple[Any, ...]:
+    """All with the rows where the first input has them in a mesh, as ``jax.vmap`` needs it."""
+    over = spec_of(inputs[0])[0]
+
+    def like(array: Any) -> PartitionSpec:
+        return PartitionSpec(over, *(None if s == over else s for s in spec_of(array)[1:]))
+
+    @jax.jit  # as outside of it an array that is in no mesh yet cannot come into one
+    def alike(*trees: Any) -> Any:
+        return left_to_compiler(lambda *same: same, *trees, like=jax.tree.map(like, trees))
+
+    same: tuple[Any, ...] = alike(inputs, *others)
+    return same
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:

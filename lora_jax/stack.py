@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
+from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.config import nearest
+from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.product import factored_norm, normalized
 from lora_jax.tree import Key, check_fits, flatten, path_of, raise_precision, unbox, unflatten
 from lora_jax.variants import float32_or_more
@@ -77,8 +79,19 @@ def stack(
         nodes, leaf = [tree.get(key) for tree in trees], base.get(key)
         like = template(path_of(key), [node for node in nodes if node is not None])
         same = [conformed(path_of(key), node, like, leaf, base) for node in nodes]
-        out[key] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *same)
+        out[key] = jax.tree.map(_stacked, *same)
     return unflatten(out, adapters[0])
+
+
+def _stacked(first: chex.Array, *others: chex.Array) -> chex.Array:
+    """The arrays on a new axis in front, in a mesh sharded as the first."""
+
+    def stacked(*arrays: chex.Array) -> chex.Array:
+        return jnp.stack(arrays)
+
+    like = PartitionSpec(None, *spec_of(first))
+    whole: chex.Array = left_to_compiler(stacked, first, *others, like=like)
+    return whole
 
 
 def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
