@@ -89,6 +89,7 @@ def kernel_axes(
             observer.given = {path_of(key): unbox(leaf) for key, leaf in params.items()}
             with nn.intercept_methods(observer.intercept):
                 out = call_model(model, {**rest, "params": labelled}, args, kwargs)
+            observer.given = {}  # what is traced must not outlive the trace
             if kwargs.get("mutable", False) is not False and isinstance(model, nn.Module):
                 # That the parameters are given back is no use of them.
                 out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}

@@ -21,6 +21,7 @@ from lora_jax.equation import Equation
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.registry import body, enter
 from lora_jax.tree import unbox
+from lora_jax.variants import along
 
 Kernels = tuple[AdaptedKernel, ...]
 Call = Callable[..., Any]
@@ -102,7 +103,7 @@ def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.A
     pixels = tuple(range(W.ndim - 2))
     local = _bare(nn.ConvLocal, layer)
     y = kernel.linear(local, x, W, inputs=(W.ndim - 2,), stacks=pixels)
-    return y if bias is None else y + bias
+    return y if bias is None else y + along(bias, y)
 
 
 def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
@@ -115,7 +116,7 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array
     out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
     contracted = tuple(axis for axis in range(W.ndim) if axis != out)
     y = kernel.linear(_bare(nn.ConvTranspose, layer, out), x, W, inputs=contracted)
-    return y if bias is None else y + bias
+    return y if bias is None else y + along(bias, y)
 
 
 def _einsum(

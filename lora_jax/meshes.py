@@ -30,7 +30,7 @@ def left_to_compiler(function: Callable[..., Any], *args: Any, like: Any) -> Any
     Example:
       >>> import jax.numpy as jnp
       >>> y = jnp.ones((2, 3))
-      >>> left_to_compiler(lambda y, a: a * y, y, jnp.ones(3), like=y).shape
+      >>> left_to_compiler(lambda y, a: a * y, y, jnp.ones((1, 3)), like=y).shape
       (2, 3)
     """
     explicit = _explicit(args)

@@ -336,7 +336,7 @@ def all_at_once(
     finite = jnp.isfinite(U).reshape(count, -1).all(1) & jnp.isfinite(V).reshape(count, -1).all(1)
     U, V = (jnp.where(finite[(...,) + (None,) * (x.ndim - 1)], x, 0) for x in (U, V))
     known = jnp.where(taken(finite, ids, True), presence(ids, count), jnp.nan)[..., None]
-    own = (ids[..., None] == jnp.arange(count)) | jnp.isnan(known)
+    own = jax.nn.one_hot(ids, count, dtype=bool) | jnp.isnan(known)
     mask = jnp.repeat(jnp.where(own, known, 0.0), r, axis=-1)
     U, V = jnp.moveaxis(U, 0, -2), jnp.moveaxis(V, 0, -3)
     U = jnp.reshape(U, (*U.shape[:-2], -1))

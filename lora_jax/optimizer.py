@@ -67,7 +67,7 @@ def each_adapter(
             return new, new_state
         count = jax.tree.leaves(updates)[0].shape[0]
         ids = checked_ids(adapter_ids, count)
-        present = (jnp.reshape(ids, (-1, 1)) == jnp.arange(count)).any(axis=0)
+        present = jax.nn.one_hot(jnp.ravel(ids), count, dtype=bool).any(axis=0)
 
         def chosen(new: chex.Array, old: chex.Array) -> chex.Array:
             return jnp.where(jnp.reshape(present, (count, *(1,) * (new.ndim - 1))), new, old)

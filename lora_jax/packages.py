@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.registry import enter
+from lora_jax.variants import along
 
 Kernels = tuple[AdaptedKernel, ...]
 
@@ -32,7 +33,8 @@ def _gpt2_conv1d(layer: Any, kernels: Kernels, call: Any, inputs: chex.Array) ->
 
     y = kernel.einsum("...d,kd->...k", x, W, base=product, precision=layer.precision)
     if layer.use_bias:
-        y = y + jnp.asarray(nn.unbox(layer.get_variable("params", "bias")), layer.dtype)
+        bias = jnp.asarray(nn.unbox(layer.get_variable("params", "bias")), layer.dtype)
+        y = y + along(bias, y)
     return y
 
 

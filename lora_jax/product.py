@@ -45,7 +45,7 @@ from lora_jax.axes import KernelAxes
 from lora_jax.barrier import barrier
 from lora_jax.equation import Equation
 from lora_jax.meshes import left_to_compiler, spec_of
-from lora_jax.variants import float32_or_more, magnitude_ratio, product, safe_sqrt
+from lora_jax.variants import along, float32_or_more, magnitude_ratio, product, safe_sqrt
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
 
@@ -232,7 +232,7 @@ def low_rank_linear(
     if groups > 1:
         xU = jnp.reshape(xU, (*xU.shape[:-1], groups, rank))
     if mask is not None:
-        xU = xU * mask.astype(xU.dtype)
+        xU = xU * along(mask, xU).astype(xU.dtype)
     if groups > 1:
         V = jnp.reshape(V, (rank, groups, -1))
         delta = jnp.einsum("...gr,rgk->...gk", xU, V)
@@ -246,9 +246,9 @@ def low_rank_linear(
 
 
 def scaled(a: chex.Array, y: chex.Array) -> chex.Array:
-    """``a * y``. The ratio is close to 1, where 16 bits cannot tell it from 1: not cast."""
+    """``a * y``, whose last axes ``a`` has. It is close to 1, and 1 in 16 bits: so not cast."""
     dtype = float32_or_more(y.dtype)
-    return (a.astype(dtype) * y.astype(dtype)).astype(y.dtype)
+    return (along(a, y).astype(dtype) * y.astype(dtype)).astype(y.dtype)
 
 
 # --- which way ---
@@ -342,7 +342,7 @@ def factored_product(
     x = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
     xU = _skinny(x, U, precision, on_cpu)
     if mask is not None:
-        xU = xU * mask.astype(xU.dtype)
+        xU = xU * along(mask, xU).astype(xU.dtype)
     # The scale is where it moves the fewest bytes: that is how compilers fuse it.
     if outer:
         delta = _outer(s * xU, V, precision)

@@ -40,6 +40,14 @@ def float32_or_more(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def along(a: chex.Array, y: chex.Array) -> chex.Array:
+    """``a`` with as many axes as ``y``, of which it has the last.
+
+    Not left to broadcasting, which users may have set to refuse arrays of fewer axes.
+    """
+    return jnp.expand_dims(a, tuple(range(y.ndim - a.ndim)))
+
+
 def safe_sqrt(x: chex.Array) -> chex.Array:
     """The square root, with value and gradient 0 where ``x`` is not positive."""
     positive = x > 0
