@@ -82,6 +82,7 @@ class Adapter:
         def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
             kernel = kernel.astype(float32_or_more(kernel.dtype))
             W = self.axes.as_matrix(kernel)
+            U, V, m = jax.tree.map(lambda array: array.astype(W.dtype), (U, V, m))
             adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
             return self.axes.from_matrix(adapted, kernel)
 

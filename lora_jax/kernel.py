@@ -160,9 +160,10 @@ class AdaptedKernel:
         """
         base = base or product
         if W is None:
-            dtype = jnp.result_type(x, self.value)
-            floating = jnp.issubdtype(x.dtype, jnp.inexact)
-            x, W = (x.astype(dtype), self.value.astype(dtype)) if floating else (x, self.value)
+            W = self.value
+            if jnp.issubdtype(x.dtype, jnp.inexact):
+                dtype = jnp.result_type(x, W)
+                x, W = x.astype(dtype), W.astype(dtype)
         W = self._cut(W)
         outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *stacks})
         if len(outputs) != 1:

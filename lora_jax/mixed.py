@@ -71,7 +71,19 @@ def checked_ids(adapter_ids: Any, count: int) -> chex.Array:
 
 def presence(ids: chex.Array, count: int) -> chex.Array:
     """1 where there is such an adapter, 0 for the base, NaN for an id that is neither."""
-    return jnp.where(ids == BASE, 0.0, jnp.where((ids >= 0) & (ids < count), 1.0, jnp.nan))
+    return jnp.where(ids == BASE, 0.0, 1.0) + nan_where((ids < BASE) | (ids >= count))
+
+
+def nan_where(wrong: chex.Array) -> chex.Array:
+    """NaN where something is wrong, and else 0.
+
+    Where nothing is, no NaN is written, for which users may have told JAX to look.
+
+    Example:
+      >>> nan_where(jnp.array([False, True]))
+      Array([ 0., nan], dtype=float32)
+    """
+    return 0.0 / jnp.where(wrong, 0.0, 1.0)
 
 
 def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.Array:
@@ -86,9 +98,7 @@ def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.
         return jnp.where((ids == BASE)[own], base, rows * has)
 
     like = PartitionSpec(*(None,) * ids.ndim, *spec_of(array)[1:])
-    rows: chex.Array = left_to_compiler(
-        take, array, ids, jnp.asarray(base, array.dtype), like=like
-    )
+    rows: chex.Array = left_to_compiler(take, array, ids, jnp.asarray(base, array.dtype), like=like)
     return rows
 
 
@@ -335,7 +345,7 @@ def all_at_once(
     count, r = len(U), U.shape[-1]
     finite = jnp.isfinite(U).reshape(count, -1).all(1) & jnp.isfinite(V).reshape(count, -1).all(1)
     U, V = (jnp.where(finite[(...,) + (None,) * (x.ndim - 1)], x, 0) for x in (U, V))
-    known = jnp.where(taken(finite, ids, True), presence(ids, count), jnp.nan)[..., None]
+    known = (presence(ids, count) + nan_where(~taken(finite, ids, True)))[..., None]
     own = jax.nn.one_hot(ids, count, dtype=bool) | jnp.isnan(known)
     mask = jnp.repeat(jnp.where(own, known, 0.0), r, axis=-1)
     U, V = jnp.moveaxis(U, 0, -2), jnp.moveaxis(V, 0, -3)

@@ -81,9 +81,8 @@ def factors_of(adapter: Adapter, path: str = "") -> Factors:
     axes, U, V, a = adapter.axes, adapter.U, adapter.V, adapter.m
     if axes.fused > 1:
         *lead, _, d, _ = spec_of(U)
-        like = PartitionSpec(*lead, d, None), PartitionSpec(*lead, None, None), None
-        if a is not None:
-            like = *like[:2], PartitionSpec(*lead, None)
+        of_a = None if a is None else PartitionSpec(*lead, None)
+        like = PartitionSpec(*lead, d, None), PartitionSpec(*lead, None, None), of_a
         U, V, a = left_to_compiler(functools.partial(_one_matrix, axes), U, V, a, like=like)
     return Factors(U, V, a, adapter.scale, adapter.product, path)
 
@@ -145,7 +144,6 @@ def adapted_einsum(
     if transposed:
         U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
         if a is not None:
-
 
             def scale(a: chex.Array, x: chex.Array) -> chex.Array:
                 return scaled(equation.on_x(a), x)

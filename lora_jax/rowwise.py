@@ -74,14 +74,17 @@ def beside(key: Key, leaf: Any, node: Any, ids: chex.Array) -> dict[Key, Any]:
             f"{path!r} was trained whole, which needs a batch of a known size, and adapter_ids is "
             f"{ids.shape}."
         )
-    base = jnp.nan if leaf is None else unbox(leaf)
+    base = (0.0 if known else jnp.nan) if leaf is None else unbox(leaf)
     rows = jax.tree.map(lambda array: taken(array, ids, base).astype(dtype), box)
     if ids.ndim == 0:
         return {key: rows}
     leaves = tuple(jax.tree.map(lambda array, b=b: array[b], rows) for b in range(len(ids)))
     own = OwnLeaves(leaves, path)
     # Who reads the parameter past its module must not get that of the first row.
-    unread = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), leaves[0])
+    # (Of NumPy, as JAX may have been told to look for NaN in what it computes.)
+    unread = jax.tree.map(
+        lambda array: np.broadcast_to(np.array(np.nan, array.dtype), array.shape), leaves[0]
+    )
     return {key: unread, (*key[:-1], key[-1] + SUFFIX): own}
 
 

@@ -27,6 +27,7 @@ NO_ROWS = {
     "Conv, no batch",
     "ConvTranspose, no batch, bfloat16",
     "every layer, vmap, axis -1",
+    "every layer, scan, axis 1, remat",
     "every layer, jit",
 }
 # Where they are not the first axis of the result.
