@@ -11,7 +11,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 styles serve test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
+.PHONY: help demo demo-r8 styles serve test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
 	@echo "make bench-sweeps  the same by rank, tokens and dtype, and for a large model (half an hour)"
 	@echo "make bench-tpu the same, by the TPU's compiler"
+	@echo "make bench-gpu measure on a GPU, with the packages that PYTHON has (seven minutes)"
 	@echo "make ci        all of it but the benchmarks"
 
 demo: $(VENV)/.examples $(CACHE)/.data
@@ -89,6 +90,10 @@ bench-sweeps: $(BENCH_VENV)/.bench
 bench-tpu: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.tpu $(ARGS)
 	$(BENCH_VENV)/bin/python -m benchmarks.report
+
+# Installs nothing: where there is a GPU, there is a Python with JAX for it.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 ci: test test-slow lint guard
 	$(MAKE) demo ARGS=--quick
