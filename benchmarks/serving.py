@@ -115,13 +115,21 @@ def digest(logits: jax.Array) -> jax.Array:
     return 50 + jnp.sum(weights * logits) / jnp.sqrt(jnp.sum(logits**2))
 
 
+def plain(model: nn.Module) -> Apply:
+    """The model as it is."""
+    return lambda params, adapters, ids, inputs: model.apply({"params": params}, *inputs)
+
+
+def adapted(model: nn.Module) -> Apply:
+    """The model with this library's adapters."""
+    return lambda params, adapters, ids, inputs: lora_jax.lora_apply(
+        model, {"params": params}, adapters, *inputs, adapter_ids=ids
+    )
+
+
 def of_base(case: Case, params: Any = None) -> Step:
     """The base alone, or other parameters."""
-    model = models.make(case)
-
-    def apply(params: Any, adapters: Any, ids: Any, inputs: Any) -> Any:
-        return model.apply({"params": params}, *inputs)
-
+    apply = plain(models.make(case))
     return step(case, (0,), apply, params or models.params(case), lambda count: ())
 
 
@@ -137,16 +145,12 @@ def of_merged(case: Case) -> Step:
 
 def of_library(case: Case, *, variant: str) -> Step:
     """This library: `stack`, `freeze_norm`, `adapter_ids`."""
-    model, params = models.make(case), models.params(case)
-    rules = config(case, variant=variant)
+    params, rules = models.params(case), config(case, variant=variant)
 
     def many(count: int) -> Any:
         return jax.jit(lora_jax.freeze_norm)(params, adapters(case, rules, params, count))
 
-    def apply(params: Any, adapters: Any, ids: Any, inputs: Any) -> Any:
-        return lora_jax.lora_apply(model, {"params": params}, adapters, *inputs, adapter_ids=ids)
-
-    return step(case, counts_of(case), apply, params, many)
+    return step(case, counts_of(case), adapted(models.make(case)), params, many)
 
 
 def by_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:

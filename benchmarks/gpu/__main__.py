@@ -76,24 +76,32 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+# A third of the time to compile; where XLA no longer knows it, it is left out.
+QUICK = "--xla_cpu_use_fusion_emitters=false"
+
+
 def probe(run: Run, race: Race) -> str | None:
     """Learns what jax computes on, and which attention is the fastest; or why it cannot."""
     heat = race.heats[0]
-    worker = run.worker("attention", heat.entries[heat.reference][1], "probe")
-    try:
+    case = heat.entries[heat.reference][1]
+    for flags in (QUICK, "") if run.options.tiny else ("",):
+        run.flags = flags
+        worker = run.worker("attention", case, "probe")
         worker.compile(run.end)
-        if "error" in worker.ready:
-            return f"jax does not compute here: {worker.ready['error']}"
-        facts = worker.ready["facts"]
-        run.device, errors, seconds = facts["device"], facts["errors"], {}
-        for job in worker.ready["jobs"]:
-            answer = worker.ask(f"{job} 5", run.end)
-            if "error" in answer:
-                errors[job] = answer["error"]
-            else:
-                seconds[job] = answer["seconds"]
-    finally:
+        if "error" not in worker.ready:
+            break
         worker.stop()
+    if "error" in worker.ready:
+        return f"jax does not compute here: {worker.ready['error']}"
+    facts, seconds = worker.ready["facts"], {}
+    run.device, errors = facts["device"], facts["errors"]
+    for job in worker.ready["jobs"]:
+        answer = worker.ask(f"{job} 5", run.end)
+        if "error" in answer:
+            errors[job] = answer["error"]
+        else:
+            seconds[job] = answer["seconds"]
+    worker.stop()
     if not seconds:
         return f"no attention works here: {errors}"
     chosen = min(seconds, key=lambda job: min(seconds[job]))
@@ -144,10 +152,13 @@ def contenders_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def result_path(run: Run, name: str) -> Path:
-    """Where results go: the device is in the name, so that none takes another's place."""
-    kind = re.sub(r"\W+", "-", run.device["kind"].lower()).strip("-")
-    parts = ["gpu", kind, "tiny" * run.options.tiny, "profile" * bool(run.options.profile), name]
-    return run.options.out / f"{'-'.join(filter(None, parts))}.json"
+    """Where results go: whatever is not the same has another name, so that it replaces nothing."""
+    options = run.options
+    parts = [
+        *("gpu", run.device["kind"].lower(), "tiny" * options.tiny),
+        *("profile" * bool(options.profile), name, *(options.contenders or ())),
+    ]
+    return options.out / f"{re.sub(r'[^0-9a-z]+', '-', ' '.join(parts))}.json"
 
 
 def profile_text(result: dict[str, Any]) -> str:

@@ -159,19 +159,20 @@ def by_rank(case: Case, ranks: Sequence[int], contenders: Sequence[str] = ("lora
 def bytes_needed(contender: str, case: Case) -> float:
     """About what a contender holds at most, to know which fit into the memory together.
 
-    By the compiler of an H100 for the 1B shapes (`compiled.memory_analysis()`), and a fifth more.
+    What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and more.
     """
     size = 2 if case.dtype == "bfloat16" else 4
     base = size * sum(math.prod(shape) for shape in shapes(case).values())
     adapters = 4 * case.rank * sum(d + k for d, k in kernels(case).values())
-    family, ours = FAMILIES[contender], not contender.startswith(("torch", "peft"))
-    logits = 4 * case.vocab
-    if family.startswith("serve"):
-        caches = 4 * size * case.layers * case.batch * case.length * case.kv_width
-        return 1.2 * (2 * base + 100 * adapters + 6 * caches + case.tokens * logits)
-    kept = {"full": 10, "floor": 10, "lora": 13, "dora": 16}[family]
-    if case.remat:
-        kept = 3
-    activations = case.tokens * case.layers * (case.width + case.ff) * size * kept
+    family = FAMILIES[contender]
+    logits = 4 * case.tokens * case.vocab
+    if family.startswith("serve"):  # of all numbers of adapters at once, and of both jobs
+        caches = 4 * size * case.layers * case.tokens * case.kv_width
+        return 1.2 * (2 * base + 100 * adapters + 6 * caches + logits)
+    kept = 3 if case.remat else {"full": 8, "floor": 8, "lora": 10, "dora": 12}[family]
+    activations = kept * size * case.tokens * (case.width + case.ff)
+    if case.attention != "cudnn":  # which never holds what each token gives to each other one
+        activations += size * case.tokens * case.length * case.heads
     state = 4 * base if family == "full" else base + 4 * adapters
-    return (1.2 if ours else 1.8) * (state + activations + 3 * case.tokens * logits)
+    ours = not contender.startswith(("torch", "peft"))
+    return (1.15 if ours else 1.7) * (state + case.layers * activations + 2 * logits)

@@ -36,6 +36,7 @@ class Run:
       device: what jax computes on.
       attention: which implementation is the fastest here, and how that was found.
       failed: what went wrong.
+      flags: of XLA, of a rehearsal on a CPU.
     """
 
     options: argparse.Namespace
@@ -45,6 +46,7 @@ class Run:
     device: dict[str, Any] = dataclasses.field(default_factory=dict)
     attention: dict[str, Any] = dataclasses.field(default_factory=dict)
     failed: list[str] = dataclasses.field(default_factory=list)
+    flags: str = ""
 
     @property
     def end(self) -> float:
@@ -68,6 +70,7 @@ class Run:
             }
         elif self.options.tiny:
             environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            environment |= {"XLA_FLAGS": self.flags} if self.flags else {}
         name = re.sub(r"\W+", "-", f"{log}-{contender}")
         return Worker(contender, case, self.scratch / f"{name}.log", environment)
 
