@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks import markdown, stats
 
 UNTIMED = (
-    "**No GPU was timed.** `make bench-gpu` measures on one, in seven minutes at most, and this "
-    "section is made from what it writes."
+    "**No GPU was timed.** `make bench-gpu` measures on one, and this section is made from what it "
+    "writes."
 )
 
 
