@@ -87,7 +87,7 @@ class Worker:
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
         if not select.select([stream], [], [], left)[0]:
             self.stop()
-            return {"error": "cut: there was no time left"}
+            return {"error": "cut: it was not ready in time"}
         line = stream.readline()
         if line:
             found: dict[str, Any] = json.loads(line)
@@ -152,7 +152,8 @@ def take_turns(
     rounds: int,
     steps: int,
     seed: int = 0,
-    deadline: float | None = None,
+    until: float | None = None,
+    end: float | None = None,
 ) -> tuple[Seconds, dict[str, str]]:
     """Measures contenders, round by round in a shuffled order.
 
@@ -162,7 +163,8 @@ def take_turns(
       rounds: at most.
       steps: runs of a job in a round.
       seed: of the order.
-      deadline: of `time.monotonic`; no round that would pass it is begun, but for the first.
+      until: of `time.monotonic`; no round that would pass it is begun, but for the first.
+      end: of `time.monotonic`; a contender that is still busy then is ended.
 
     Returns:
       Seconds of every run of every job of every contender, a list for each round; and the errors
@@ -174,19 +176,19 @@ def take_turns(
     longest = 0.0
     for i in range(rounds):
         begin = time.monotonic()
-        if i and deadline is not None and begin + longest > deadline:
+        if i and until is not None and begin + longest > until:
             break
         rng.shuffle(order)
         for name, job in order:
             if name in errors:
                 continue
-            answer = workers[name].ask(f"{job} {steps}")
+            answer = workers[name].ask(f"{job} {steps}", end)
             if "missing" in answer:
                 continue
             if "error" not in answer and i == 0 and job != "step":  # that compiled
-                answer = workers[name].ask(f"{job} {steps}")
+                answer = workers[name].ask(f"{job} {steps}", end)
             if "error" in answer:
-                errors[name] = f"{job}: {answer['error']}"
+                errors[name] = answer["error"]
                 continue
             seconds[name].setdefault(job, []).append(answer["seconds"])
             time.sleep(0.02)  # threads of the last one may still wait for more work

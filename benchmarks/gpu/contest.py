@@ -16,8 +16,9 @@ from benchmarks.race import Worker, check_losses, medians, take_turns
 # Losses are means over many tokens, so that rounding in 16 bits changes them by less; without
 # its adapters, or with others, a contender is ten times as far away.
 TOLERANCE = 1e-3
-# Seconds that the rounds of a group may take, and those that are kept for writing and ending.
-GROUP_SECONDS, END_SECONDS = 12.0, 3.0
+# Seconds that the rounds of a group may take, that contenders may take to become ready, and that
+# are kept for writing and ending.
+GROUP_SECONDS, READY_SECONDS, END_SECONDS = 12.0, 90.0, 3.0
 # The share of a GPU's memory that is given to contenders, and what each holds besides.
 USABLE, CONTEXT = 0.93, 1.5 * 2**30
 # What is no failure: what is not there, not possible, or not in time.
@@ -91,7 +92,7 @@ class Contest:
         self._run, self._heat, self._results, self._save = run, heat, results, save
         chosen = run.options.contenders
         self._entries = {
-            label: (contender, dataclasses.replace(case, attention=run.attention["chosen"]))
+            label: (contender, dataclasses.replace(case, attention=attention(run, case)))
             for label, (contender, case) in heat.entries.items()
             if not chosen or label == heat.reference or {label, contender} & {*chosen}
         }
@@ -148,18 +149,24 @@ class Contest:
             contender, case = self._entries[label]
             log = f"{self._heat.title}-{label}-{case.name}"
             self._running[label] = self._run.worker(contender, case, log)
+        until = self.until(READY_SECONDS)
         for label in labels:
-            self._running[label].wait_built(self._run.end)
+            self._running[label].wait_built(until)
         queue = [label for label in labels if "error" not in self._running[label].built]
         first = [label for label in queue if label == self._heat.reference]
         rest, size = queue[len(first) :], self._heat.together
         for chunk in (first, *(rest[i : i + size] for i in range(0, len(rest), size))):
             for label in chunk:
                 self._running[label].say("compile")
+            until = self.until(READY_SECONDS)
             for label in chunk:
-                self._running[label].wait_ready(self._run.end)
+                self._running[label].wait_ready(until)
         for label in labels:
             self.check(label)
+
+    def until(self, seconds: float) -> float:
+        """So many seconds from now, or the end."""
+        return min(self._run.end, time.monotonic() + seconds)
 
     def check(self, label: str) -> None:
         """Drops a contender that is not ready, or does not compute what the others do."""
@@ -189,13 +196,13 @@ class Contest:
             for label, worker in self._running.items():
                 self.profile(label, worker)
             return
-        until = min(self._run.end, time.monotonic() + GROUP_SECONDS)
         turns, errors = take_turns(
             self._running,
             lambda label: jobs_of(self._running[label]),
             options.rounds,
             options.steps,
-            deadline=until,
+            until=self.until(GROUP_SECONDS),
+            end=self._run.end + END_SECONDS / 2,
         )
         for label, error in errors.items():
             self.drop(label, error)
@@ -243,6 +250,12 @@ class Contest:
             self._run.failed.append(f"{label}: {error}")
         if label in self._running:
             self._running.pop(label).stop()
+
+
+def attention(run: Run, case: Case) -> str:
+    """The fastest implementation; cuDNN has none for 32 bits."""
+    chosen: str = run.attention["chosen"]
+    return "xla" if case.dtype == "float32" else chosen
 
 
 def jobs_of(worker: Worker) -> list[str]:
