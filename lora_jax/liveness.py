@@ -1,9 +1,19 @@
-"""Which inputs of a traced function its outputs depend on."""
+"""Which inputs of a traced function its outputs depend on.
+
+Nothing public in JAX tells. So this goes through what ``jax.make_jaxpr`` gives, and counts every
+input as used where it does not know how jax writes something down
+(:func:`lora_jax.compat.written`). :func:`lora_jax.kernel_axes` may then say of a kernel that it is
+read in another place too, and ``lora_init`` asks for ``tied=`` in its rule: an error too many, and
+never an adapter that silently changes one use of two. And a parameter that nobody reads may pass
+for one that is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from lora_jax.compat import Branches, Loop, is_literal, written
 
 
 def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
@@ -18,54 +28,43 @@ def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
       >>> live_inputs(jaxpr, [True, False]), live_inputs(jaxpr, [True, True])
       ([True, False], [True, True])
     """
-    live = {
-        v for v, is_live in zip(jaxpr.outvars, live_outputs, strict=True) if is_live and _is_var(v)
-    }
+    outputs = zip(jaxpr.outvars, live_outputs, strict=True)
+    live = {v for v, is_live in outputs if is_live and not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
-        outputs = [v in live for v in eqn.outvars]
-        if any(outputs) or eqn.effects:
-            uses = zip(eqn.invars, _inputs_of(eqn, outputs), strict=True)
-            live |= {v for v, is_live in uses if is_live and _is_var(v)}
+        given = [v in live for v in eqn.outvars]
+        if any(given) or eqn.effects:
+            uses = zip(eqn.invars, _inputs_of(eqn, given), strict=True)
+            live |= {v for v, is_live in uses if is_live and not is_literal(v)}
     return [v in live for v in jaxpr.invars]
 
 
 def _inputs_of(eqn: Any, outputs: list[bool]) -> list[bool]:
-    params = eqn.params
-    if eqn.primitive.name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
-        while True:
-            inputs = live_inputs(params["jaxpr"].jaxpr, outputs)
-            carried = inputs[consts : consts + carry]
-            if _join(outputs[:carry], carried) == outputs[:carry]:
-                return inputs[:consts] + outputs[:carry] + inputs[consts + carry :]
-            outputs = _join(outputs[:carry], carried) + outputs[carry:]
-    if eqn.primitive.name == "while":
-        of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
-        cond = live_inputs(params["cond_jaxpr"].jaxpr, [True])
-        outputs = _join(outputs, cond[of_cond:])
-        while True:
-            body = live_inputs(params["body_jaxpr"].jaxpr, outputs)
-            if _join(outputs, body[of_body:]) == outputs:
-                return cond[:of_cond] + body[:of_body] + outputs
-            outputs = _join(outputs, body[of_body:])
-    if eqn.primitive.name == "cond":
-        inputs = [False] * (len(eqn.invars) - 1)
-        for branch in params["branches"]:
-            inputs = _join(inputs, live_inputs(branch.jaxpr, outputs))
-        return [True, *inputs]
-    called = [getattr(value, "jaxpr", value) for value in params.values()]
-    called = [value for value in called if hasattr(value, "eqns")]
-    if len(called) != 1:
-        return [True] * len(eqn.invars)
-    sizes = len(called[0].invars), len(called[0].outvars)
-    if sizes != (len(eqn.invars), len(eqn.outvars)):
-        return [True] * len(eqn.invars)
-    return live_inputs(called[0], outputs)
+    match written(eqn):
+        case Branches(functions, deciding):
+            inputs = [False] * (len(eqn.invars) - deciding)
+            for function in functions:
+                inputs = _join(inputs, live_inputs(function, outputs))
+            return [True] * deciding + inputs
+        case Loop() as loop:
+            return _inputs_of_loop(loop, outputs)
+        case _:
+            return [True] * len(eqn.invars)
+
+
+def _inputs_of_loop(loop: Loop, outputs: list[bool]) -> list[bool]:
+    consts, kept = loop.consts, loop.consts + loop.carry
+    carried, results = outputs[: loop.carry], outputs[loop.carry :]
+    of_test: list[bool] = []
+    if loop.test is not None:
+        used = live_inputs(loop.test, [True] * len(loop.test.outvars))
+        of_test = used[: len(used) - loop.carry]
+        carried = _join(carried, used[len(of_test) :])
+    while True:  # until one round more finds nothing new
+        inputs = live_inputs(loop.body, carried + results)
+        before, carried = carried, _join(carried, inputs[consts:kept])
+        if carried == before:
+            return of_test + inputs[:consts] + carried + inputs[kept:]
 
 
 def _join(a: Sequence[bool], b: Sequence[bool]) -> list[bool]:
     return [x or y for x, y in zip(a, b, strict=True)]
-
-
-def _is_var(v: Any) -> bool:
-    return not hasattr(v, "val")  # a literal has one, and cannot be hashed

@@ -41,7 +41,7 @@ import numpy as np
 
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
-from lora_jax.barrier import barrier
+from lora_jax.compat import barrier
 from lora_jax.equation import Equation
 from lora_jax.variants import float32_or_more, magnitude_ratio, product, safe_sqrt
 
