@@ -54,7 +54,7 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
-NOT_OLDEST = fuzz cli smollm2 serve benchmarks resume export peft rounding examples mixed
+NOT_OLDEST = fuzz cli smollm2 serve benchmarks benchmarks_gpu resume export peft rounding examples mixed
 test-oldest: $(OLDEST_VENV)/.oldest
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/test_%.py) -k "not rslora and not detached"
 
