@@ -97,8 +97,12 @@ class Worker:
 
     def last_words(self) -> str:
         """The last line that it wrote."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+        lines = self.written().splitlines()
         return lines[-1][:300] if lines else "it wrote nothing"
+
+    def written(self, size: int = 4000) -> str:
+        """The end of what it wrote."""
+        return self.log.read_text(errors="replace").strip()[-size:]
 
     def stop(self) -> None:
         """Ends the process."""
@@ -133,6 +137,8 @@ def check_losses(
     if exact:
         compared += [([n for n in group if n in losses], None) for group in TRAJECTORIES]
     for names, count in compared:
+        # The longest first, so that what is compared is all that each has.
+        names = sorted(names, key=lambda name: -len(losses[name]))
         for name in names[1:]:
             pairs = zip(losses[names[0]][:count], losses[name][:count], strict=False)
             for a, b in pairs:

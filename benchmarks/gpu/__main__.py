@@ -76,6 +76,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+# What one case may take of the time that is left, and seconds that each may.
+SHARE, LEAST_SECONDS = 0.45, 60.0
 # A third of the time to compile; where XLA no longer knows it, it is left out.
 QUICK = "--xla_cpu_use_fusion_emitters=false"
 
@@ -87,21 +89,23 @@ def probe(run: Run, race: Race) -> str | None:
     for flags in (QUICK, "") if run.options.tiny else ("",):
         run.flags = flags
         worker = run.worker("attention", case, "probe")
-        worker.compile(run.end)
-        if "error" not in worker.ready:
+        try:
+            worker.compile(run.end)
+            if "error" in worker.ready:
+                continue
+            facts, seconds = worker.ready["facts"], {}
+            run.device, errors = facts["device"], facts["errors"]
+            for job in worker.ready["jobs"]:
+                answer = worker.ask(f"{job} 5", run.end)
+                if "error" in answer:
+                    errors[job] = answer["error"]
+                else:
+                    seconds[job] = answer["seconds"]
             break
-        worker.stop()
-    if "error" in worker.ready:
+        finally:
+            worker.stop()
+    else:
         return f"jax does not compute here: {worker.ready['error']}"
-    facts, seconds = worker.ready["facts"], {}
-    run.device, errors = facts["device"], facts["errors"]
-    for job in worker.ready["jobs"]:
-        answer = worker.ask(f"{job} 5", run.end)
-        if "error" in answer:
-            errors[job] = answer["error"]
-        else:
-            seconds[job] = answer["seconds"]
-    worker.stop()
     if not seconds:
         return f"no attention works here: {errors}"
     chosen = min(seconds, key=lambda job: min(seconds[job]))
@@ -183,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     # What ends it early ends the contenders too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)  # XLA refuses it beside the one that is set
     begin = time.monotonic()
     wanted = options.profile or options.cases
     every = tiny_races() if options.tiny else races()
@@ -190,11 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     undone = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         run = Run(options, begin + 60 * options.minutes, nvidia_smi(), Path(scratch))
-        if why := probe(run, chosen[0]):
+        if why := probe(run, every[0]):
             print(why, file=sys.stderr)
             return 1
         print(f"{run.device['kind']}, attention: {run.attention['chosen']}", flush=True)
         for race in chosen:
+            run.limit = float("inf")
+            if race is not chosen[-1]:
+                run.limit = time.monotonic() + max(SHARE * run.left(), LEAST_SECONDS)
             if run.left() <= 0:
                 undone.append(race.name)
                 continue

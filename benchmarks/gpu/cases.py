@@ -85,7 +85,7 @@ def races() -> tuple[Race, ...]:
         Race(
             "decoder",
             "A step of training",
-            (heat(LLAMA_1B, (*OURS, "qwix", *FORMS), together=1),),
+            (heat(LLAMA_1B, OURS, together=2),),
         ),
         Race(
             "peft",
@@ -103,20 +103,25 @@ def races() -> tuple[Race, ...]:
             (heat(prompts, [f"serve-{name}" for name in SERVE]),),
         ),
         Race(
+            "forms",
+            "Other ways to compute the same step",
+            (heat(LLAMA_1B, ("lora", *FORMS, "qwix")),),
+        ),
+        Race(
             "remat",
             "A step of training with `nn.remat`",
             (heat(dataclasses.replace(LLAMA_1B, remat=True), (*OURS, "lora-outer", "dora-outer")),),
         ),
         Race("demo", "The demo's step", (heat(DEMO, (*OURS, *TORCH)),)),
         Race(
-            "tokens",
-            "A step of training by tokens",
+            "sweeps",
+            "A step of training by tokens and by rank",
             (
                 by_tokens(dataclasses.replace(LLAMA_1B, batch=1, length=256)),
+                by_rank(LLAMA_1B, (4, 64, 256)),
                 by_tokens(dataclasses.replace(LLAMA_1B, batch=16)),
             ),
         ),
-        Race("ranks", "A step of training by rank", (by_rank(LLAMA_1B, (4, 64, 256)),)),
     )
 
 
@@ -130,16 +135,19 @@ def tiny_races() -> tuple[Race, ...]:
     )
     prompts = dataclasses.replace(TINY, batch=8, length=8)
     heats = {
-        "decoder": heat(TINY, (*OURS, "qwix", *FORMS)),
-        "peft": heat(TINY, ("lora", *TORCH, "peft-lora-autocast")),
-        "published": heat(q_and_v, ("lora", "full", "peft-lora")),
-        "serve": heat(prompts, [f"serve-{name}" for name in SERVE]),
-        "remat": heat(remat, ("floor", "dora")),
-        "demo": heat(demo, ("floor", "lora")),
-        "tokens": by_tokens(dataclasses.replace(TINY, batch=1), ("floor", "lora")),
-        "ranks": by_rank(TINY, (2,), ("lora",)),
+        "decoder": [heat(TINY, OURS)],
+        "peft": [heat(TINY, ("lora", *TORCH, "peft-lora-autocast"))],
+        "published": [heat(q_and_v, ("lora", "full", "peft-lora"))],
+        "serve": [heat(prompts, [f"serve-{name}" for name in SERVE])],
+        "forms": [heat(TINY, ("lora", *FORMS, "qwix"))],
+        "remat": [heat(remat, ("floor", "dora"))],
+        "demo": [heat(demo, ("floor", "lora"))],
+        "sweeps": [
+            by_tokens(dataclasses.replace(TINY, batch=1), ("floor", "lora")),
+            by_rank(TINY, (2,), ("lora",)),
+        ],
     }
-    return tuple(dataclasses.replace(race, heats=(heats[race.name],)) for race in races())
+    return tuple(dataclasses.replace(race, heats=tuple(heats[race.name])) for race in races())
 
 
 def by_tokens(case: Case, contenders: Sequence[str] = ("floor", "lora", "dora")) -> Heat:
@@ -156,23 +164,32 @@ def by_rank(case: Case, ranks: Sequence[int], contenders: Sequence[str] = ("lora
     return Heat("", entries)
 
 
+# Numbers of a token and layer that are kept for the gradient, by its width and feed-forward.
+KEPT = {"full": 2.0, "floor": 2.0, "lora": 4.2, "dora": 6.0}
+KEPT_IN_TORCH = {"full": 8.0, "lora": 13.0, "dora": 21.0}
+
+
 def bytes_needed(contender: str, case: Case) -> float:
     """About what a contender holds at most, to know which fit into the memory together.
 
-    What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and more.
+    What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and a fifth
+    and one GiB more; of PyTorch by a count of what its operations keep.
     """
     size = 2 if case.dtype == "bfloat16" else 4
     base = size * sum(math.prod(shape) for shape in shapes(case).values())
     adapters = 4 * case.rank * sum(d + k for d, k in kernels(case).values())
-    family = FAMILIES[contender]
+    family, in_torch = FAMILIES[contender], contender.startswith(("torch", "peft"))
     logits = 4 * case.tokens * case.vocab
+    room = 2.0**30
+    if family == "attention":
+        return 2 * room + 8 * size * case.tokens * case.length * case.heads
     if family.startswith("serve"):  # of all numbers of adapters at once, and of both jobs
         caches = 4 * size * case.layers * case.tokens * case.kv_width
-        return 1.2 * (2 * base + 100 * adapters + 6 * caches + logits)
-    kept = 3 if case.remat else {"full": 8, "floor": 8, "lora": 10, "dora": 12}[family]
+        return room + 1.2 * (2 * base + 100 * adapters + 6 * caches + logits)
+    kept = 1.0 if case.remat else (KEPT_IN_TORCH if in_torch else KEPT)[family]
     activations = kept * size * case.tokens * (case.width + case.ff)
-    if case.attention != "cudnn":  # which never holds what each token gives to each other one
-        activations += size * case.tokens * case.length * case.heads
+    if case.attention != "cudnn" and not in_torch:
+        # What each token gives to each other one, which is never held by cuDNN and by PyTorch.
+        activations += 3 * size * case.tokens * case.length * case.heads
     state = 4 * base if family == "full" else base + 4 * adapters
-    ours = not contender.startswith(("torch", "peft"))
-    return (1.15 if ours else 1.7) * (state + case.layers * activations + 2 * logits)
+    return room + 1.2 * (state + case.layers * activations + (3 if in_torch else 2) * logits)

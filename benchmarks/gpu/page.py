@@ -111,7 +111,7 @@ def times(measured: dict[str, Any], reference: str) -> str:
     )
     rows = []
     for label, one in measured.items():
-        for job, found in one["jobs"].items():
+        for i, (job, found) in enumerate(one["jobs"].items()):
             name = markdown.title(label) + ("" if job == "step" else f", {job}")
             peak = one["memory"].get("peak_device")
             rows.append(
@@ -119,7 +119,7 @@ def times(measured: dict[str, Any], reference: str) -> str:
                     name,
                     markdown.milliseconds(found),
                     markdown.interval(found.get("to_reference")) if label != reference else "1",
-                    f"{peak / 2**30:.1f}" if peak else "",
+                    f"{peak / 2**30:.1f}" if peak and i == 0 else "",  # of all jobs
                     compile_seconds(one["facts"], job),
                 ]
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
 from benchmarks import cases, contenders_torch, models, race
 from benchmarks.cases import CASES
 from benchmarks.step import FAMILIES, build
