@@ -42,7 +42,7 @@ def test_steps_are_the_same_in_torch(pair, change):
 
 def test_measures_peft_on_the_same_shapes(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--cases", "peft", "published"]
-    args = ["--rounds", "1", "--steps", "1", "--out", str(tmp_path)]
+    args = ["--rounds", "1", "--steps", "1", "--minutes", "20", "--out", str(tmp_path)]
     process = subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
