@@ -1,9 +1,12 @@
-# Every target does its own set-up: all that is needed is Python 3.11 or newer.
+# Every target does its own set-up: all that is needed is Python 3.11 or newer, and for test-newest
+# the newest that there is: the newest jax is not made for older ones.
 
 PYTHON ?= python3
+NEWEST_PYTHON ?= python3.13
 VENV ?= .venv
 INTEROP_VENV ?= .venv-interop
 OLDEST_VENV ?= .venv-oldest
+NEWEST_VENV ?= .venv-newest
 BENCH_VENV ?= .venv-bench
 CACHE ?= .cache
 ARGS ?=
@@ -11,7 +14,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 styles serve test test-slow test-oldest interop lint format notebook guard bench bench-sweeps bench-tpu ci clean
+.PHONY: help demo demo-r8 styles serve test test-slow test-oldest test-newest interop lint format notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -21,6 +24,7 @@ help:
 	@echo "make test      the tests and doctests"
 	@echo "make test-slow the thorough tests that take long"
 	@echo "make test-oldest  what leans on jax and flax, with the oldest versions that are supported"
+	@echo "make test-newest  the tests on the newest Python, with its newest jax and flax (NEWEST_PYTHON=python3.13)"
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, and mypy"
 	@echo "make notebook  run the notebooks"
@@ -28,6 +32,7 @@ help:
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
 	@echo "make bench-sweeps  the same by rank, tokens and dtype, and for a large model (half an hour)"
 	@echo "make bench-tpu the same, by the TPU's compiler"
+	@echo "make bench-gpu measure on a GPU, with the packages that PYTHON has (seven minutes)"
 	@echo "make ci        all of it but the benchmarks"
 
 demo: $(VENV)/.examples $(CACHE)/.data
@@ -49,9 +54,14 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
-NOT_OLDEST = fuzz cli smollm2 serve benchmarks resume export peft rounding examples mixed
+NOT_OLDEST = fuzz cli smollm2 serve benchmarks benchmarks_gpu resume export peft rounding examples mixed
 test-oldest: $(OLDEST_VENV)/.oldest
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/test_%.py) -k "not rslora and not detached"
+
+# Without what neither jax nor Python can break unseen by `make test`.
+NOT_NEWEST = fuzz smollm2 benchmarks
+test-newest: $(NEWEST_VENV)/.newest
+	$(NEWEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_NEWEST:%=--ignore tests/test_%.py) -k "not rslora and not detached"
 
 interop: $(INTEROP_VENV)/.interop
 	$(INTEROP_VENV)/bin/python -m pytest -m interop --numprocesses 2 tests/interop
@@ -90,14 +100,19 @@ bench-tpu: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.tpu $(ARGS)
 	$(BENCH_VENV)/bin/python -m benchmarks.report
 
+# Installs nothing: where there is a GPU, there is a Python with JAX for it.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
 ci: test test-slow lint guard
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) notebook
 	$(MAKE) test-oldest
+	$(MAKE) test-newest
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(BENCH_VENV) $(CACHE) runs
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs
 
 # --- set-up ---
 
@@ -128,6 +143,15 @@ $(OLDEST_VENV)/.oldest: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	@echo "installing lora_jax[dev] with the oldest versions into $(OLDEST_VENV)"
 	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]' --constraint tests/oldest.txt
+	@touch $@
+
+$(NEWEST_VENV)/.newest: pyproject.toml
+	@# pyenv shows of its Pythons only those that are switched on.
+	@$(NEWEST_PYTHON) -m venv $(NEWEST_VENV) 2>/dev/null || \
+		PYENV_VERSION=$$(pyenv whence $(NEWEST_PYTHON) 2>/dev/null | tail -n 1) $(NEWEST_PYTHON) -m venv $(NEWEST_VENV) || \
+		{ echo "there is no $(NEWEST_PYTHON): say which, make test-newest NEWEST_PYTHON=..."; exit 1; }
+	@echo "installing lora_jax[dev] into $(NEWEST_VENV)"
+	@$(NEWEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 $(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt examples/requirements-smollm2.txt tests/interop/requirements-gemma.txt

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Case:
       width: features of a token.
       ff: features of the feed-forward layer.
       heads: attention heads.
+      kv_heads: heads of keys and values, if they are fewer.
       layers: transformer layers.
       batch: sequences in a batch.
       length: tokens of a sequence.
@@ -27,6 +28,10 @@ class Case:
       scale: ``s`` of the adapters, that is ``alpha / r``.
       together: how many contenders are in memory at a time.
       seed: of weights and of data.
+      adapted: names of the kernels that get an adapter; all of a layer's by default.
+      tied: the head of a decoder is its embedding.
+      remat: layers are rematerialised.
+      attention: ``"einsum"``, or an implementation of `jax.nn.dot_product_attention`.
     """
 
     name: str
@@ -43,6 +48,21 @@ class Case:
     scale: float = 2.0
     together: int = 16
     seed: int = 0
+    kv_heads: int | None = None
+    adapted: tuple[str, ...] = ()
+    tied: bool = False
+    remat: bool = False
+    attention: str = "einsum"
+
+    @property
+    def head_features(self) -> int:
+        """Features of a head."""
+        return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all keys, or values, of a token."""
+        return (self.kv_heads or self.heads) * self.head_features
 
     @property
     def tokens(self) -> int:
@@ -52,6 +72,12 @@ class Case:
     def dumps(self) -> str:
         """The case as JSON."""
         return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> "Case":
+        """What `dumps` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "adapted": tuple(fields["adapted"])})
 
 
 CASES = {
@@ -67,27 +93,37 @@ CASES = {
 }
 
 
+def layer_kernels(case: Case) -> dict[str, tuple[int, int]]:
+    """The name and the shape ``(d, k)`` of every kernel of a layer."""
+    d, ff, kv = case.width, case.ff, case.kv_width
+    layer = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "up": (d, ff), "down": (ff, d)}
+    return layer | ({"gate": (d, ff)} if case.model == "decoder" else {})
+
+
 def kernels(case: Case) -> dict[str, tuple[int, int]]:
     """The path and the shape ``(d, k)`` of every kernel that gets an adapter."""
-    d, ff = case.width, case.ff
-    layer = dict.fromkeys("qkvo", (d, d)) | {"up": (d, ff), "down": (ff, d)}
-    if case.model == "decoder":
-        layer["gate"] = (d, ff)
+    layer = layer_kernels(case)
     return {
-        f"layers_{i}/{name}": shape for i in range(case.layers) for name, shape in layer.items()
+        f"layers_{i}/{name}": layer[name]
+        for i in range(case.layers)
+        for name in case.adapted or layer
     }
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     """The path and the shape of every parameter of the base."""
-    d, dense = case.width, kernels(case)
+    d = case.width
+    dense = {
+        f"layers_{i}/{name}": shape
+        for i in range(case.layers)
+        for name, shape in layer_kernels(case).items()
+    }
     out: dict[str, tuple[int, ...]] = {"embed/embedding": (case.vocab, d)}
+    norms = ["norm"]
     if case.model == "encoder":
-        norms = ["norm"]
         out["positions/embedding"] = (case.length, d)
         dense |= {"head": (d, 2)}
-    else:
-        norms = ["norm"]
+    elif not case.tied:
         dense |= {"head": (d, case.vocab)}
     norms += [f"layers_{i}/norm_{n}" for i in range(case.layers) for n in (1, 2)]
     for path, (rows, columns) in dense.items():
@@ -101,29 +137,66 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def normal(case: Case, name: str, shape: tuple[int, ...], std: float) -> np.ndarray:
+class Noise(NamedTuple):
+    """An array that every framework makes for itself, with the same numbers, where it computes.
+
+    Attributes:
+      shape: of the array.
+      std: deviation of its numbers, which are uniform.
+      mean: of its numbers.
+      seed: another one for each array.
+    """
+
+    shape: tuple[int, ...]
+    std: float
+    mean: float
+    seed: int
+
+    def integers(self, index: Any) -> Any:
+        """24 random bits for each place in the array, from -2^23 to 2^23 - 1.
+
+        Args:
+          index: ``int32``, the places. An array of numpy, of jax or of torch: all that is done to
+            it are operators, and products that wrap around.
+        """
+        x = index * 0x2C1B3C6D
+        x = (x ^ ((x >> 12) & 0xFFFFF) ^ self.seed) * 0x297A2D39
+        x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x5F356495
+        return (x ^ ((x >> 15) & 0x1FFFF)) >> 8
+
+    @property
+    def step(self) -> float:
+        """What the numbers are to be multiplied with, before the mean is added."""
+        return self.std * 3**0.5 / 2**23
+
+
+def noise(case: Case, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Noise:
     """Noise that depends on the name and on the seed only."""
-    rng = np.random.default_rng([case.seed, zlib.crc32(name.encode())])
-    out = rng.standard_normal(shape, np.float32)
-    out *= np.float32(std)
+    seed = zlib.crc32(f"{case.seed} {name}".encode())
+    return Noise(shape, std, mean, seed - 2**31)
+
+
+def weights(case: Case) -> dict[str, Noise]:
+    """The path and the numbers of every parameter of the base."""
+    out = {}
+    for path, shape in shapes(case).items():
+        std = shape[0] ** -0.5 if path.endswith("kernel") else 0.02
+        out[path] = noise(case, path, shape, std, float(path.endswith("scale")))
     return out
 
 
-def weights(case: Case) -> Iterator[tuple[str, np.ndarray]]:
-    """The base in float32, one parameter after the other, for it may be large."""
-    for path, shape in shapes(case).items():
-        std = shape[0] ** -0.5 if path.endswith("kernel") else 0.02
-        value = normal(case, path, shape, std)
-        yield path, value + 1 if path.endswith("scale") else value
+def factors(case: Case, stack: tuple[int, ...] = ()) -> dict[str, tuple[Noise, Noise]]:
+    """``U`` and ``V`` of every adapter; neither is zero, so that the first loss depends on both.
 
-
-def factors(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """``U`` and ``V`` of every adapter; neither is zero, so that the first loss depends on both."""
+    Args:
+      case: with the rank.
+      stack: sizes of the axes in front, such as the number of stacked adapters.
+    """
     r = case.rank
     return {
         path: (
-            normal(case, f"{path}/U", (d, r), d**-0.5),
-            normal(case, f"{path}/V", (r, k), 0.1 * r**-0.5),
+            noise(case, f"{path}/U", (*stack, d, r), d**-0.5),
+            noise(case, f"{path}/V", (*stack, r, k), 0.5 * r**-0.5),
         )
         for path, (d, k) in kernels(case).items()
     }
@@ -140,6 +213,8 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def trained(case: Case, kind: str) -> int:
     """How many numbers are trained: ``kind`` is a family of `benchmarks.step.FAMILIES`."""
+    if kind == "attention" or kind.startswith("serve"):
+        return 0
     if kind == "floor":
         return case.width
     if kind == "full":

@@ -6,7 +6,6 @@ which is otherwise the same for all.
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +42,7 @@ class Problem:
 
 
 def make_step(contender: str, case: Case) -> Step:
-    """Compiles a step of AdamW."""
+    """A step of AdamW, traced."""
     problem = PROBLEMS[contender](case)
     loss, frozen = problem.loss, problem.frozen
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -56,45 +55,83 @@ def make_step(contender: str, case: Case) -> Step:
         return optax.apply_updates(trained, updates), opt_state, value
 
     state = [problem.trained, tx.init(problem.trained)]
-    times = [time.perf_counter()]
-    traced = train_step.trace(*state, frozen, batch)
-    times.append(time.perf_counter())
-    lowered = traced.lower()
-    times.append(time.perf_counter())
-    compiled = lowered.compile()
-    times.append(time.perf_counter())
+    leaves = jax.tree.leaves(state[0])
+    facts: dict[str, Any] = {
+        "trained": sum(leaf.size for leaf in leaves),
+        "trained_dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
+        "device": device_facts(),
+    }
+    program = Program(train_step, (*state, frozen, batch), facts)
     forward_fn, merge_fn = jax.jit(loss), jax.jit(problem.merge) if problem.merge else None
 
     def run() -> float:
-        state[0], state[1], value = jax.block_until_ready(compiled(*state, frozen, batch))
+        state[0], state[1], value = jax.block_until_ready(program(*state, frozen, batch))
         return float(value)
 
     def forward() -> float:
         return float(forward_fn(state[0], frozen, batch))
 
-    def merge_now() -> None:
+    def merge_now() -> float:
         jax.block_until_ready(merge_fn(frozen, state[0]))
+        return 0.0
 
-    leaves = jax.tree.leaves(state[0])
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    facts = {
-        **dict(zip(("trace_seconds", "lower_seconds", "compile_seconds"), seconds, strict=True)),
-        "trained": sum(leaf.size for leaf in leaves),
-        "trained_dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
-        **costs(compiled, lowered),
-    }
-    return Step(run, forward, facts, merge_now if merge_fn else None)
+    jobs = {"step": run, "forward": forward}
+    if merge_fn:
+        jobs["merge"] = merge_now
+    return Step(jobs, facts, program.compile, device_memory)
 
 
-def costs(compiled: Any, lowered: Any) -> dict[str, float]:
+class Program:
+    """A jitted function for arguments of these shapes: traced now, compiled when it is said."""
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...], facts: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        traced = function.trace(*arguments)
+        middle = time.perf_counter()
+        self._lowered, self._facts, self._compiled = traced.lower(), facts, None
+        facts["trace_seconds"] = middle - begin
+        facts["lower_seconds"] = time.perf_counter() - middle
+
+    def compile(self) -> None:
+        """Compiles, and notes how long it takes, and what the program costs."""
+        hits: list[str] = []
+
+        def listen(event: str, **_: Any) -> None:
+            if event == "/jax/compilation_cache/cache_hits":
+                hits.append(event)
+
+        jax.monitoring.register_event_listener(listen)
+        begin = time.perf_counter()
+        self._compiled = self._lowered.compile()
+        self._facts["compile_seconds"] = time.perf_counter() - begin
+        self._facts["compiled_before"] = bool(hits)
+        self._facts |= costs(self._compiled, self._lowered)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs it."""
+        assert self._compiled is not None
+        return self._compiled(*args)
+
+
+def device_facts() -> dict[str, Any]:
+    """What computes."""
+    device = jax.devices()[0]
+    return {"platform": device.platform, "kind": device.device_kind}
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes of the device at most since the process began; none where it does not count them."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"peak_device": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+
+
+def costs(compiled: Any, lowered: Any) -> dict[str, Any]:
     """What XLA says about a program: bytes that it holds, arithmetic, bytes that it moves."""
     memory = compiled.memory_analysis()
     before, after = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}
+    sizes = ("temp", "argument", "output", "alias")
     return {
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
+        **{f"{size}_bytes": getattr(memory, f"{size}_size_in_bytes", None) for size in sizes},
         "flops": after.get("flops"),
         "bytes_accessed": after.get("bytes accessed"),
         "traced_flops": before.get("flops"),
@@ -111,17 +148,9 @@ def model_loss(model: nn.Module) -> Loss:
     return loss
 
 
-def start(case: Case, dtype: Any = jnp.float32) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """``U`` and ``V`` for the path of each kernel."""
-    return {
-        path: (jnp.array(u, dtype), jnp.array(v, dtype))
-        for path, (u, v) in cases.factors(case).items()
-    }
-
-
-def floor(case: Case, remat: bool = False) -> Problem:
+def floor(case: Case) -> Problem:
     """The gradient of a vector that is added to the embeddings: what every way has to do."""
-    plain = model_loss(models.make(case, remat))
+    plain = model_loss(models.make(case))
 
     def loss(shift: Any, params: Any, batch: Any) -> jax.Array:
         def intercept(
@@ -137,39 +166,53 @@ def floor(case: Case, remat: bool = False) -> Problem:
     return Problem(loss, jnp.zeros(case.width), models.params(case))
 
 
-def full(case: Case, remat: bool = False) -> Problem:
+def full(case: Case) -> Problem:
     """All parameters are trained."""
-    plain = model_loss(models.make(case, remat))
+    plain = model_loss(models.make(case))
     return Problem(lambda params, _, batch: plain(params, batch), models.params(case), {})
 
 
-def library(case: Case, remat: bool = False, *, variant: str, **options: Any) -> Problem:
+def config(case: Case, **options: Any) -> lora_jax.LoraConfig:
+    """An adapter for each kernel of the case."""
+    names = "|".join(sorted({path.split("/")[-1] for path in cases.kernels(case)}))
+    pattern, alpha = rf"layers_\d+/({names})/kernel", case.scale * case.rank
+    return lora_jax.LoraConfig([lora_jax.Rule(pattern, rank=case.rank, alpha=alpha, **options)])
+
+
+def library(case: Case, *, variant: str, **options: Any) -> Problem:
     """This library."""
-    model = models.make(case, remat)
-    rule = lora_jax.Rule(
-        r"layers_\d+/\w+/kernel",
-        rank=case.rank,
-        alpha=case.scale * case.rank,
-        variant=variant,
-        **options,
-    )
-    frozen, adapters = lora_jax.lora_init(
-        jax.random.key(0), models.params(case), lora_jax.LoraConfig([rule])
-    )
-    flat = flatten_dict(adapters, sep="/")
-    for path, (u, v) in start(case).items():
-        flat[f"{path}/kernel"] = flat[f"{path}/kernel"].replace(U=u, V=v)
+    model, params = models.make(case), models.params(case)
+    made = adapters(case, config(case, variant=variant, **options), params)
 
     def loss(adapters: Any, frozen: Any, batch: Any) -> jax.Array:
         ids, labels = batch
         return models.loss(lora_jax.lora_apply(model, {"params": frozen}, adapters, ids), labels)
 
-    return Problem(loss, unflatten_dict(flat, sep="/"), frozen, lora_jax.lora_merge)
+    return Problem(loss, made, params, lora_jax.lora_merge)
 
 
-def lora_plain(case: Case, remat: bool = False) -> Problem:
+def adapters(case: Case, config: lora_jax.LoraConfig, params: Any, count: int | None = None) -> Any:
+    """The library's adapters with the factors of the case; ``count`` of them in a stack.
+
+    In one program, which leaves out what `lora_init` draws.
+    """
+
+    @jax.jit
+    def make(params: Any) -> Any:
+        _, made = lora_jax.lora_init(jax.random.key(0), params, config)
+        if count is not None:
+            made = lora_jax.stack([made] * count)
+        flat = flatten_dict(made, sep="/")
+        for path, (U, V) in models.factors(case, stack=() if count is None else (count,)).items():
+            flat[f"{path}/kernel"] = flat[f"{path}/kernel"].replace(U=U, V=V)
+        return unflatten_dict(flat, sep="/")
+
+    return make(params)
+
+
+def lora_plain(case: Case) -> Problem:
     """LoRA in twenty lines: an interceptor, and the gradient as it comes."""
-    plain, scale = model_loss(models.make(case, remat)), case.scale
+    plain, scale = model_loss(models.make(case)), case.scale
 
     def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
         def intercept(
@@ -185,12 +228,12 @@ def lora_plain(case: Case, remat: bool = False) -> Problem:
         with nn.intercept_methods(intercept):
             return plain(params, batch)
 
-    return Problem(loss, start(case), models.params(case))
+    return Problem(loss, models.factors(case), models.params(case))
 
 
-def merge(case: Case, remat: bool = False) -> Problem:
+def merge(case: Case) -> Problem:
     """LoRA as ``W + s U V`` in the place of ``W``, and the gradient as it comes."""
-    plain, scale = model_loss(models.make(case, remat)), case.scale
+    plain, scale = model_loss(models.make(case)), case.scale
 
     def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
         flat = flatten_dict(params, sep="/")
@@ -199,10 +242,10 @@ def merge(case: Case, remat: bool = False) -> Problem:
             flat[f"{path}/kernel"] = w + (scale * u @ v).astype(w.dtype)
         return plain(unflatten_dict(flat, sep="/"), batch)
 
-    return Problem(loss, start(case), models.params(case))
+    return Problem(loss, models.factors(case), models.params(case))
 
 
-def qwix(case: Case, remat: bool = False) -> Problem:
+def qwix(case: Case) -> Problem:
     """Qwix, as in https://qwix.readthedocs.io/en/latest/lora.html for Linen, not quantized.
 
     Its page ends with the adapted model. The gradient is taken for the leaves that it added only,
@@ -210,10 +253,11 @@ def qwix(case: Case, remat: bool = False) -> Problem:
     """
     import qwix
 
+    names = "|".join(sorted({path.split("/")[-1] for path in cases.kernels(case)}))
     provider = qwix.LoraProvider(
-        module_path=r"layers_\d+/.*", rank=case.rank, alpha=case.scale * case.rank
+        module_path=rf"layers_\d+/({names})", rank=case.rank, alpha=case.scale * case.rank
     )
-    model = qwix.apply_lora_to_model(models.make(case, remat), provider)
+    model = qwix.apply_lora_to_model(models.make(case), provider)
     plain = model_loss(model)
     names = ("kernel_lora_a", "kernel_lora_b")
 
@@ -225,21 +269,21 @@ def qwix(case: Case, remat: bool = False) -> Problem:
     made = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), ids)["params"], sep="/")
     adapters = {
         f"{path}/{name}": value.astype(made[f"{path}/{name}"].dtype)
-        for path, pair in start(case).items()
+        for path, pair in models.factors(case).items()
         for name, value in zip(names, pair, strict=True)
     }
     check_paths(adapters, {path for path in made if path.endswith(names)})
     return Problem(loss, unflatten_dict(adapters, sep="/"), models.params(case))
 
 
-def gemma_peft(case: Case, remat: bool = False) -> Problem:
+def gemma_peft(case: Case) -> Problem:
     """`gemma.peft`, as in the README of its folder and in `gm.nn.LoRA`, of which it is a part.
 
     It knows no scale, so ``V`` has it. Its dtype is the base's, as in `gm.nn.LoRA`.
     """
     from gemma import peft
 
-    plain, dtype = model_loss(models.make(case, remat)), jnp.dtype(case.dtype)
+    plain, dtype = model_loss(models.make(case)), jnp.dtype(case.dtype)
 
     def replace(module: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dense) and module.name != "head":
@@ -251,7 +295,7 @@ def gemma_peft(case: Case, remat: bool = False) -> Problem:
             return plain(peft.merge_params(params, adapters), batch)
 
     adapters = {}
-    for path, (u, v) in start(case).items():
+    for path, (u, v) in models.factors(case).items():
         adapters[f"{path}/lora/a"] = u.astype(dtype)
         adapters[f"{path}/lora/b"] = (case.scale * v).astype(dtype)
     return Problem(loss, unflatten_dict(adapters, sep="/"), models.params(case))
@@ -271,7 +315,7 @@ def nnx_lora(case: Case) -> Problem:
     )
     base = flatten_dict(models.params(case), sep="/")
     factors = {}
-    for path, (u, v) in start(case).items():
+    for path, (u, v) in models.factors(case).items():
         factors[f"{path}/lora/lora_a"] = u
         factors[f"{path}/lora/lora_b"] = case.scale * v
 
@@ -299,7 +343,11 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "floor": floor,
     "full": full,
     "lora": functools.partial(library, variant="lora"),
+    "lora-factored": functools.partial(library, variant="lora", product="factored"),
+    "lora-outer": functools.partial(library, variant="lora", product="outer"),
+    "lora-merged": functools.partial(library, variant="lora", product="merged"),
     "dora": functools.partial(library, variant="dora"),
+    "dora-outer": functools.partial(library, variant="dora", product="outer"),
     "dora-detached": functools.partial(library, variant="dora", detach_norm=True),
     "lora-plain": lora_plain,
     "merge": merge,

@@ -1,19 +1,29 @@
-"""Ways to train in PyTorch: in full, and with PEFT as its documentation says."""
+"""Ways to train in PyTorch: in full, and with PEFT as its documentation says.
 
+On a GPU if there is one. `peft-lora` is as PEFT's own comparison of methods runs it: a base in 16
+bits and adapters in float32, which PEFT computes with in float32. `-autocast` puts
+`torch.autocast` around the model, as `Trainer(bf16=True)` does, and `-compiled` compiles that.
+"""
+
+import contextlib
 import functools
+import math
+import os
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import cases
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Noise
 from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, Step
 
 EPSILON = 1e-6
-THREADS = 2
+# On a CPU; the machine's cores, as the other contenders have them.
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Turns = tuple[torch.Tensor, torch.Tensor]
 
 
 class Layer(nn.Module):
@@ -21,39 +31,41 @@ class Layer(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.heads, self.causal = case.heads, case.model == "decoder"
+        self.case, self.causal = case, case.model == "decoder"
         width, ff = case.width, case.ff
         dense = functools.partial(nn.Linear, bias=not self.causal)
         norm = nn.RMSNorm if self.causal else nn.LayerNorm
-        self.q, self.k, self.v, self.o = (dense(width, width) for _ in "qkvo")
+        self.q, self.o = dense(width, width), dense(width, width)
+        self.k, self.v = dense(width, case.kv_width), dense(width, case.kv_width)
         self.up, self.down = dense(width, ff), dense(ff, width)
         if self.causal:
             self.gate = dense(width, ff)
         self.norm_1, self.norm_2 = norm(width, eps=EPSILON), norm(width, eps=EPSILON)
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, turns: Turns | None) -> torch.Tensor:
         """Attention with its projections."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return self.o(attention(q, k, v, heads=self.heads, causal=self.causal))
+        return self.o(attend(self.case, self.q(x), self.k(x), self.v(x), turns))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turns: Turns | None) -> torch.Tensor:
         """``(batch, length, width)`` to the same."""
         if self.causal:
-            x = x + self.attend(self.norm_1(x))
+            x = x + self.attend(self.norm_1(x), turns)
             y = self.norm_2(x)
             return x + self.down(gated(self.gate(y), self.up(y)))
-        x = self.norm_1(x + self.attend(x))
+        x = self.norm_1(x + self.attend(x, turns))
         return self.norm_2(x + self.down(F.gelu(self.up(x))))
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, causal: bool
+def attend(
+    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turns: Turns | None = None
 ) -> torch.Tensor:
-    """Attention of ``(batch, length, width)``; a causal one has rotary positions."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if causal:
-        q, k = rotary(q), rotary(k)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    """Attention of ``(batch, length, width)``; a decoder's is causal, with rotary positions."""
+    q, k, v = (x.unflatten(-1, (-1, case.head_features)).transpose(1, 2) for x in (q, k, v))
+    if causal := case.model == "decoder":
+        turns = turns or turns_of(case, q)
+        q, k = rotary(q, *turns), rotary(k, *turns)
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(-2)
 
 
@@ -68,11 +80,17 @@ def sum_and_norm(x: torch.Tensor, y: torch.Tensor, causal: bool) -> torch.Tensor
     return norm(x + y, x.shape[-1:], eps=EPSILON)
 
 
-def rotary(x: torch.Tensor) -> torch.Tensor:
+def turns_of(case: Case, x: torch.Tensor) -> Turns:
+    """Cosine and sine of rotary positions, for the dtype and the device of an array."""
+    half = case.head_features // 2
+    steps = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(case.length, device=x.device)[:, None] * steps
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions of ``(batch, heads, length, features)``."""
     half = x.shape[-1] // 2
-    angles = torch.arange(x.shape[2])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -82,24 +100,27 @@ class Model(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.causal = case.model == "decoder"
+        self.case, self.causal = case, case.model == "decoder"
         self.embed = nn.Embedding(case.vocab, case.width)
         self.layers = nn.ModuleList([Layer(case) for _ in range(case.layers)])
         norm = nn.RMSNorm if self.causal else nn.LayerNorm
         self.norm = norm(case.width, eps=EPSILON)
         if not self.causal:
             self.positions = nn.Embedding(case.length, case.width)
-        outputs = case.vocab if self.causal else 2
-        self.head = nn.Linear(case.width, outputs, bias=not self.causal)
+        if not case.tied:
+            outputs = case.vocab if self.causal else 2
+            self.head = nn.Linear(case.width, outputs, bias=not self.causal)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """``(batch, length)`` to logits."""
         x = self.embed(ids)
         if not self.causal:
             x = self.norm(x + self.positions.weight)
+        turns = turns_of(self.case, x) if self.causal else None
         for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x) if self.causal else x.mean(1))
+            x = layer(x, turns)
+        x = self.norm(x) if self.causal else x.mean(1)
+        return F.linear(x, self.embed.weight) if self.case.tied else self.head(x)
 
 
 def torch_name(path: str) -> str:
@@ -108,55 +129,85 @@ def torch_name(path: str) -> str:
     return ".".join([*module, "bias" if name == "bias" else "weight"])
 
 
+def array_of(noise: Noise, dtype: torch.dtype) -> torch.Tensor:
+    """Noise as a tensor on the device."""
+    index = torch.arange(math.prod(noise.shape), dtype=torch.int32, device=DEVICE)
+    numbers = noise.integers(index.reshape(noise.shape)).to(torch.float32)
+    return (numbers * noise.step + noise.mean).to(dtype)
+
+
 def make(case: Case) -> Model:
     """The model with the weights of a case."""
     with torch.device("meta"):
         model = Model(case)
     dtype = getattr(torch, case.dtype)
     state = {}
-    for path, value in cases.weights(case):
-        array = np.ascontiguousarray(value.T) if path.endswith("kernel") else value
-        state[torch_name(path)] = torch.from_numpy(array).to(dtype)
+    for path, noise in cases.weights(case).items():
+        array = array_of(noise, dtype)
+        state[torch_name(path)] = array.T.contiguous() if path.endswith("kernel") else array
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
-def make_step(case: Case, model: nn.Module) -> Step:
+def make_step(case: Case, model: nn.Module, autocast: bool = False, compiled: bool = False) -> Step:
     """The usual loop of PyTorch, with all that wants a gradient."""
     torch.set_num_threads(THREADS)
-    ids, labels = (torch.from_numpy(np.array(x, np.int64)) for x in cases.batch(case))
+    # Products of float32 as JAX computes them on GPUs by default, and PyTorch's guides recommend.
+    torch.set_float32_matmul_precision("high")
+    ids, labels = (torch.from_numpy(x.astype("int64")).to(DEVICE) for x in cases.batch(case))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=DEVICE == "cuda"
+    )
     model.train()
+    called = torch.compile(model) if compiled else model
 
     def loss() -> torch.Tensor:
-        logits = model(ids).float()
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        context = torch.autocast(DEVICE, torch.bfloat16) if autocast else contextlib.nullcontext()
+        with context:
+            logits = called(ids)
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
 
     def run() -> float:
         optimizer.zero_grad()
         value = loss()
         value.backward()
         optimizer.step()
-        return value.item()
+        return synchronised(value)
 
     def forward() -> float:
         with torch.no_grad():
-            return loss().item()
+            return synchronised(loss())
 
     facts = {
         "trained": sum(p.numel() for p in trained),
         "trained_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in trained}),
+        "device": {
+            "platform": "gpu" if DEVICE == "cuda" else "cpu",
+            "kind": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        },
     }
-    return Step(run, forward, facts)
+    return Step({"step": run, "forward": forward}, facts, memory=device_memory)
 
 
-def full(case: Case) -> Step:
+def synchronised(value: torch.Tensor) -> float:
+    """The number, when all that was begun has ended: also what the optimizer does."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return value.item()
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes of the GPU at most since the process began."""
+    return {"peak_device": torch.cuda.max_memory_allocated()} if DEVICE == "cuda" else {}
+
+
+def full(case: Case, **options: bool) -> Step:
     """All parameters are trained."""
-    return make_step(case, make(case))
+    return make_step(case, make(case), **options)
 
 
-def peft_step(case: Case, use_dora: bool) -> Step:
+def peft_step(case: Case, use_dora: bool, **options: bool) -> Step:
     """`get_peft_model`, as in https://huggingface.co/docs/peft/quicktour."""
     from peft import LoraConfig, get_peft_model
 
@@ -173,13 +224,21 @@ def peft_step(case: Case, use_dora: bool) -> Step:
             layer = model.get_submodule(
                 f"base_model.model.{path.replace('_', '.').replace('/', '.')}"
             )
-            layer.lora_A["default"].weight.copy_(torch.from_numpy(u.T))
-            layer.lora_B["default"].weight.copy_(torch.from_numpy(v.T))
-    return make_step(case, model)
+            layer.lora_A["default"].weight.copy_(array_of(u, torch.float32).T)
+            layer.lora_B["default"].weight.copy_(array_of(v, torch.float32).T)
+    return make_step(case, model, **options)
 
 
 CONTENDERS: dict[str, Callable[[Case], Step]] = {
     "torch-full": full,
-    "peft-lora": functools.partial(peft_step, use_dora=False),
-    "peft-dora": functools.partial(peft_step, use_dora=True),
+    "torch-full-compiled": functools.partial(full, compiled=True),
 }
+for _name, _use_dora in (("lora", False), ("dora", True)):
+    for _suffix, _options in (
+        ("", {}),
+        ("-autocast", {"autocast": True}),
+        ("-compiled", {"autocast": True, "compiled": True}),
+    ):
+        CONTENDERS[f"peft-{_name}{_suffix}"] = functools.partial(
+            peft_step, use_dora=_use_dora, **_options
+        )

@@ -45,7 +45,10 @@ class Options:
 
 def counted(case: Case) -> dict[str, dict[str, float]]:
     """Costs of a step of LoRA and of DoRA, in those of the floor."""
-    floor, *ours = (make_step(name, case).facts for name in ("floor", "lora", "dora"))
+    steps = [make_step(name, case) for name in ("floor", "lora", "dora")]
+    for step in steps:
+        step.compile()
+    floor, *ours = (step.facts for step in steps)
     return {
         name: {key: facts[key] / floor[key] for key in COUNTS}
         for name, facts in zip(("lora", "dora"), ours, strict=True)

@@ -25,6 +25,7 @@ import lora_jax
 from benchmarks import cases, models, stats
 from benchmarks.cases import CASES, Case
 from benchmarks.overheads import alternate
+from benchmarks.serving import WAYS
 
 ROWS = 32
 Jobs = dict[str, Callable[[], float]]
@@ -117,29 +118,10 @@ def ways(case: Case, count: int) -> Jobs:
     x, W = noise(ROWS, case.length, d), noise(d, k)
     U, V, ids = noise(count, d, r), noise(count, r, k), jnp.asarray(ids_of(count))
 
-    @jax.jit
-    def gather(x: Any, U: Any, V: Any, ids: Any) -> Any:
-        return jax.vmap(lambda x, i: (x @ U[i]) @ V[i])(x, ids)
-
-    @jax.jit
-    def one_hot(x: Any, U: Any, V: Any, ids: Any) -> Any:
-        mask = jnp.repeat(jax.nn.one_hot(ids, count), r, axis=-1)[:, None]
-        xU = x @ jnp.moveaxis(U, 0, 1).reshape(d, -1)
-        return (xU * mask) @ V.reshape(-1, k)
-
-    @jax.jit
-    def ragged(x: Any, U: Any, V: Any, ids: Any) -> Any:
-        order = jnp.argsort(ids)
-        sizes = jnp.bincount(ids, length=count) * case.length
-        rows = jnp.reshape(x[order], (-1, d))
-        y = jax.lax.ragged_dot(jax.lax.ragged_dot(rows, U, sizes), V, sizes)
-        return jnp.reshape(y, (*x.shape[:2], k))[jnp.argsort(order)]
-
     product = jax.jit(jnp.matmul)
     jobs = {"x W": timed(lambda: product(x, W))}
-    for way in (gather, one_hot, ragged):
-        name = f"{way.__name__.replace('_', '-')}, {count}"
-        jobs[name] = timed(functools.partial(way, x, U, V, ids))
+    for name, add in WAYS.items():
+        jobs[f"{name}, {count}"] = timed(functools.partial(jax.jit(add), x, U, V, ids))
     return jobs
 
 

@@ -80,7 +80,7 @@ if __name__ == "__main__":
     # Libraries print what they like; answers go where they cannot.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    jobs = main(Case(**json.loads(sys.argv[1])), json.loads(sys.argv[2]))
+    jobs = main(Case.loads(sys.argv[1]), json.loads(sys.argv[2]))
     print(json.dumps(list(jobs)), file=out, flush=True)
     for line in sys.stdin:
         if line.strip() == "quit":

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.cases import Case
-from benchmarks.models import EPSILON, attention
+from benchmarks.models import EPSILON, attend
 
 
 class Layer(nnx.Module):
     """A layer of either model; the decoder's has a gate."""
 
     def __init__(self, case: Case, rngs: nnx.Rngs) -> None:
-        self.heads, self.causal = case.heads, case.model == "decoder"
+        self.causal = case.model == "decoder"
         dtype, width, ff = jnp.dtype(case.dtype), case.width, case.ff
         # Adapters are float32, as by default, and computed with in the dtype of the layer.
         dense = functools.partial(
@@ -34,7 +34,9 @@ class Layer(nnx.Module):
             param_dtype=dtype,
             rngs=rngs,
         )
-        self.q, self.k, self.v, self.o = (dense(width, width) for _ in "qkvo")
+        self.case = case
+        self.q, self.o = dense(width, width), dense(width, width)
+        self.k, self.v = dense(width, case.kv_width), dense(width, case.kv_width)
         self.up, self.down = dense(width, ff), dense(ff, width)
         if self.causal:
             self.gate = dense(width, ff)
@@ -42,7 +44,7 @@ class Layer(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Attention with its projections."""
-        return self.o(attention(self.q(x), self.k(x), self.v(x), self.heads, self.causal))
+        return self.o(attend(self.case, self.q(x), self.k(x), self.v(x)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(batch, length, width)`` to the same."""

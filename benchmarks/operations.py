@@ -84,9 +84,9 @@ def of_model(case: Case) -> dict[str, Operation]:
         )
     out["attention"] = Operation(
         case.layers,
-        functools.partial(models.attention, heads=case.heads, causal=causal),
+        functools.partial(models.attend, case),
         [rows] * 3,
-        torch=theirs and functools.partial(theirs.attention, heads=case.heads, causal=causal),
+        torch=theirs and functools.partial(theirs.attend, case),
     )
     out["silu(gate) * up" if causal else "gelu"] = Operation(
         case.layers,

@@ -132,7 +132,8 @@ def main(options: Options) -> None:
         stats.write(options.out, results)
 
     for remat in (False, True):
-        problems = {name: contenders.PROBLEMS[name](case, remat) for name in NAMES}
+        here = dataclasses.replace(case, remat=remat)
+        problems = {name: contenders.PROBLEMS[name](here) for name in NAMES}
         arguments = {
             name: (abstract(problem.trained), abstract(problem.frozen), batch)
             for name, problem in problems.items()

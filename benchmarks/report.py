@@ -7,34 +7,16 @@ What stands between the marks of the page is replaced, and the rest of it stays.
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from benchmarks import stats
+from benchmarks import markdown, stats
+from benchmarks.gpu import page as gpu_page
 
 BEGIN = "<!-- begin: written by `python -m benchmarks.report` -->"
 END = "<!-- end: written by `python -m benchmarks.report` -->"
-TITLES = {
-    "floor": "floor",
-    "full": "full fine-tuning",
-    "lora": "**lora_jax, LoRA**",
-    "dora": "**lora_jax, DoRA**",
-    "dora-detached": "**lora_jax, DoRA, `detach_norm`**",
-    "lora-outer": '**lora_jax, LoRA, `product="outer"`**',
-    "dora-outer": '**lora_jax, DoRA, `product="outer"`**',
-    "lora-plain": "LoRA by hand, `y + s x U V`",
-    "merge": "LoRA by hand, `W + s U V`",
-    "qwix": "qwix",
-    "qwix-float32": "qwix, adapters in float32",
-    "gemma-peft": "gemma.peft",
-    "nnx-lora": "Flax NNX, `LoRALinear`",
-    "torch-full": "PyTorch, full fine-tuning",
-    "peft-lora": "PyTorch, PEFT, LoRA",
-    "peft-dora": "PyTorch, PEFT, DoRA",
-}
 TPU_COUNTS = {
     "TFLOP": ("flops", 1e12),
     "GiB accessed": ("bytes_accessed", 2**30),
@@ -54,45 +36,6 @@ class Options:
     """The page."""
     figure: Path = Path("docs/benchmarks.png")
     """The figure."""
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def milliseconds(job: dict[str, Any] | None) -> str:
-    """The median, to three digits."""
-    return digits(1e3 * job["median"]) if job else ""
-
-
-def digits(value: float, count: int = 3) -> str:
-    """A number with so many significant digits, and never as a power of ten."""
-    return f"{float(f'{value:.{count}g}'):,.10g}"
-
-
-def interval(ratio: dict[str, float] | None) -> str:
-    """A ratio with its quartiles, if they were measured."""
-    if not ratio:
-        return ""
-    if "low" not in ratio:
-        return f"{ratio['median']:.2f}"
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-
-
-def mebibytes(count: float | None) -> str:
-    """Bytes as MiB."""
-    return "" if count is None else f"{count / 2**20:,.0f}"
-
-
-def shape(case: dict[str, Any]) -> str:
-    """A case in words."""
-    return (
-        f"{case['model']}, {case['layers']} layers, {case['width']} wide, feed-forward "
-        f"{case['ff']}, {case['heads']} heads, {case['batch']} x {case['length']} tokens, "
-        f"rank {case['rank']}, {case['dtype']}"
-    )
 
 
 def place(environment: dict[str, Any]) -> str:
@@ -126,7 +69,7 @@ def case_table(result: dict[str, Any]) -> str:
     )
     rows = []
     for name, one in result["contenders"].items():
-        title = TITLES.get(name, name)
+        title = markdown.title(name)
         if "error" in one:
             rows.append([title, one["error"].split(":")[0], *[""] * (len(header) - 2)])
             continue
@@ -135,18 +78,18 @@ def case_table(result: dict[str, Any]) -> str:
         rows.append(
             [
                 title,
-                milliseconds(step),
-                interval(step.get("to_floor") if step else None),
-                milliseconds(one.get("forward")),
-                milliseconds(one.get("merge")),
-                mebibytes(one["memory"].get("run_rss", one["memory"]["peak_rss"])),
-                mebibytes(facts.get("temp_bytes")),
+                markdown.milliseconds(step),
+                markdown.interval(step.get("to_floor") if step else None),
+                markdown.milliseconds(one.get("forward")),
+                markdown.milliseconds(one.get("merge")),
+                markdown.mebibytes(one["memory"].get("run_rss", one["memory"]["peak_rss"])),
+                markdown.mebibytes(facts.get("temp_bytes")),
                 f"{trace:.2f}" if trace else "",
                 f"{facts['compile_seconds']:.1f}" if "compile_seconds" in facts else "",
                 f"{facts['trained']:,}",
             ]
         )
-    return markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def train_step(results: dict[str, Any]) -> str:
@@ -157,30 +100,34 @@ def train_step(results: dict[str, Any]) -> str:
         if swept:
             sweeps.setdefault((base, swept.split("=")[0]), {})[swept] = result
             continue
-        parts.append(f"### {name}\n\n{shape(result['case'])}.")
+        parts.append(f"### {name}\n\n{markdown.shape(result['case'])}.")
         parts.append(
             f"{result['rounds']} rounds of {result['steps']} steps, "
             f"{result['together']} contenders at most in memory at a time."
         )
         parts.append(case_table(result))
         if result["pairs"]:
-            rows = [[f"`{key}`", interval(value)] for key, value in result["pairs"].items()]
-            parts.append(markdown(("time of a step", "ratio (quartiles)"), rows))
+            rows = [
+                [f"`{key}`", markdown.interval(value)] for key, value in result["pairs"].items()
+            ]
+            parts.append(markdown.table(("time of a step", "ratio (quartiles)"), rows))
     for (base, field), swept in sweeps.items():
         parts.append(f"### {base}, by {field}")
         parts.append(
             "The time of a step as a multiple of the floor's, which is in the first line in ms."
         )
         names = list(dict.fromkeys(n for result in swept.values() for n in result["contenders"]))
-        rows = [["floor, ms"] + [milliseconds(floor_of(result)) for result in swept.values()]]
+        rows = [
+            ["floor, ms"] + [markdown.milliseconds(floor_of(result)) for result in swept.values()]
+        ]
         for name in names:
             if name != "floor":
                 steps = [
                     result["contenders"].get(name, {}).get("step") for result in swept.values()
                 ]
-                ratios = [interval(step and step.get("to_floor")) for step in steps]
-                rows.append([TITLES.get(name, name), *ratios])
-        parts.append(markdown(("", *swept), rows))
+                ratios = [markdown.interval(step and step.get("to_floor")) for step in steps]
+                rows.append([markdown.title(name), *ratios])
+        parts.append(markdown.table(("", *swept), rows))
     return "\n\n".join(parts)
 
 
@@ -198,12 +145,12 @@ def overheads(results: dict[str, Any]) -> str:
         rows = [
             [
                 f"`{key}`",
-                milliseconds(one),
-                interval(one.get("to_base")) if key != base else "1",
+                markdown.milliseconds(one),
+                markdown.interval(one.get("to_base")) if key != base else "1",
             ]
             for key, one in result["times"].items()
         ]
-        parts.append(markdown(("", "ms", f"of `{base}` (quartiles)"), rows))
+        parts.append(markdown.table(("", "ms", f"of `{base}` (quartiles)"), rows))
     return "\n\n".join(parts)
 
 
@@ -211,19 +158,23 @@ def many(results: dict[str, Any]) -> str:
     """Many adapters of one base."""
     parts = []
     for name, result in results.items():
-        parts.append(f"### {name}\n\n{result['what']} {shape(result['case'])}.")
+        parts.append(f"### {name}\n\n{result['what']} {markdown.shape(result['case'])}.")
         rows = [
-            [key, milliseconds(one), "1" if key == one["base"] else interval(one["to_base"])]
+            [
+                key,
+                markdown.milliseconds(one),
+                "1" if key == one["base"] else markdown.interval(one["to_base"]),
+            ]
             for key, one in result["times"].items()
         ]
         bases = list(dict.fromkeys(one["base"] for one in result["times"].values()))
-        parts.append(markdown(("", "ms", f"of {', or '.join(bases)} (quartiles)"), rows))
+        parts.append(markdown.table(("", "ms", f"of {', or '.join(bases)} (quartiles)"), rows))
         if "memory" in result:
             sizes = result["memory"]
             header = ("memory of weights, MiB", f"{sizes['adapters']} use cases")
             keys = ("base", "adapter", "base and adapters", "merged models")
             rows = [[key, f"{sizes[key] / 2**20:,.1f}"] for key in keys]
-            parts.append(markdown(header, rows))
+            parts.append(markdown.table(header, rows))
     return "\n\n".join(parts)
 
 
@@ -238,14 +189,14 @@ def operations(results: dict[str, Any]) -> str:
             cells = ["", ""]
             if theirs:
                 sums["torch"] += one["count"] * theirs["median"]
-                cells = [milliseconds(theirs), f"{one['median'] / theirs['median']:.2f}"]
-            rows.append([title, str(one["count"]), milliseconds(one), *cells])
+                cells = [markdown.milliseconds(theirs), f"{one['median'] / theirs['median']:.2f}"]
+            rows.append([title, str(one["count"]), markdown.milliseconds(one), *cells])
         cells = ["", ""]
         if sums["torch"]:
-            cells = [digits(1e3 * sums["torch"]), f"{sums['xla'] / sums['torch']:.2f}"]
-        rows.append(["**all of it**", "", digits(1e3 * sums["xla"]), *cells])
+            cells = [markdown.digits(1e3 * sums["torch"]), f"{sums['xla'] / sums['torch']:.2f}"]
+        rows.append(["**all of it**", "", markdown.digits(1e3 * sums["xla"]), *cells])
         header = ("forward and gradient of the inputs", "times", "XLA, ms", "PyTorch, ms", "ratio")
-        parts += [f"### {name}\n\n{shape(result['case'])}.", markdown(header, rows)]
+        parts += [f"### {name}\n\n{markdown.shape(result['case'])}.", markdown.table(header, rows)]
         kinds: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for title, one in [*result["model"].items(), *result["adapters"].items()]:
             kind, _, kernel = title.partition(", ")
@@ -255,9 +206,9 @@ def operations(results: dict[str, Any]) -> str:
         rows = []
         for kind, ones in kinds.items():
             total = sum(one["count"] * one["median"] for _, one in ones)
-            cells = [milliseconds(dict(ones)[kernel]) for kernel in kernels]
-            rows.append([kind, *cells, digits(1e3 * total)])
-        parts.append(markdown(("XLA, ms", *kernels, "all of it"), rows))
+            cells = [markdown.milliseconds(dict(ones)[kernel]) for kernel in kernels]
+            rows.append([kind, *cells, markdown.digits(1e3 * total)])
+        parts.append(markdown.table(("XLA, ms", *kernels, "all of it"), rows))
     return "\n\n".join(parts)
 
 
@@ -271,42 +222,49 @@ def tpu(results: dict[str, Any]) -> str:
         rows = []
         for key, one in contenders.items():
             if "error" in one:
-                rows.append([TITLES.get(key, key), one["error"].split(":")[0], *empty])
+                rows.append([markdown.title(key), one["error"].split(":")[0], *empty])
                 continue
-            cells = [TITLES.get(key, key)]
+            cells = [markdown.title(key)]
             for count, unit in TPU_COUNTS.values():
                 cells += [f"{one[count] / unit:.2f}", f"{one[count] / floor[count]:.3f}"]
             rows.append(cells)
-        parts.append(f"### {name}\n\n{shape(result['case'])}.")
+        parts.append(f"### {name}\n\n{markdown.shape(result['case'])}.")
         header = ("", *(title for unit in TPU_COUNTS for title in (unit, "floors")))
-        parts.append(markdown(header, rows))
+        parts.append(markdown.table(header, rows))
     return "\n\n".join(parts)
 
 
-def bars(results: dict[str, Any]) -> bytes:
-    """The figure: the time of a step as a multiple of the floor's, a panel for each case."""
+def ratios(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """For the figure: what is a multiple of the floor, by case."""
+    return {
+        name: {
+            key: one["step"]["to_floor"]
+            for key, one in result["contenders"].items()
+            if key != "floor" and "to_floor" in one.get("step", {})
+        }
+        for name, result in results.items()
+        if " " not in name
+    }
+
+
+def bars(panels: dict[str, dict[str, dict[str, float]]], label: str) -> bytes:
+    """A figure of ratios, a panel for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {name: result for name, result in results.items() if " " not in name}
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(4.6 * columns, 3.6 * rows), layout="constrained", squeeze=False
     )
-    for axes, (name, result) in zip(grid.flat, panels.items(), strict=False):
-        ratios = {
-            key: one["step"]["to_floor"]
-            for key, one in result["contenders"].items()
-            if key != "floor" and "to_floor" in one.get("step", {})
-        }
-        order = sorted(ratios, key=lambda key: -ratios[key]["median"])
-        middle = [ratios[key]["median"] for key in order]
+    for axes, (name, found) in zip(grid.flat, panels.items(), strict=False):
+        order = sorted(found, key=lambda key: -found[key]["median"])
+        middle = [found[key]["median"] for key in order]
         # The ratio of the medians may lie outside of the quartiles of the ratios.
-        low = [max(ratios[key]["median"] - ratios[key]["low"], 0) for key in order]
-        high = [max(ratios[key]["high"] - ratios[key]["median"], 0) for key in order]
+        low = [max(found[key]["median"] - found[key]["low"], 0) for key in order]
+        high = [max(found[key]["high"] - found[key]["median"], 0) for key in order]
         colors = [color(key) for key in order]
         axes.barh(
             order, middle, xerr=(low, high), color=colors, height=0.7, error_kw={"linewidth": 1}
@@ -316,7 +274,7 @@ def bars(results: dict[str, Any]) -> bytes:
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlim(0, 1.15 * max((m + h for m, h in zip(middle, high, strict=True)), default=1))
         axes.set_title(name, loc="left")
-        axes.set_xlabel("time of a step / floor")
+        axes.set_xlabel(label)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
     for axes in list(grid.flat)[len(panels) :]:
@@ -329,9 +287,9 @@ def bars(results: dict[str, Any]) -> bytes:
 
 def color(contender: str) -> str:
     """Ours, others', PyTorch's."""
-    if contender in ("lora", "dora", "dora-detached"):
-        return OURS
-    return TORCH if contender.startswith(("torch", "peft")) else OTHERS
+    if contender.startswith(("torch", "peft")):
+        return TORCH
+    return OURS if "lora_jax" in markdown.title(contender) else OTHERS
 
 
 def replaced(page: str, content: str) -> str:
@@ -350,10 +308,14 @@ def main(options: Options) -> None:
     for path in sorted(options.results.glob("train_step*.json")):
         steps |= stats.read(path)
     if steps:
-        if any(" " not in name for name in steps):
-            stats.write_bytes(options.figure, bars(steps))
+        if panels := ratios(steps):
+            stats.write_bytes(options.figure, bars(panels, "time of a step / floor"))
             parts.append(f"![Time of a step as a multiple of the floor's]({options.figure.name})")
         parts.append(f"## A step of training\n\n{places(steps)}\n\n{train_step(steps)}")
+    timed, figure = gpu_page.read(options.results), options.figure.with_stem("gpu")
+    if panels := gpu_page.ratios(timed):
+        stats.write_bytes(figure, bars(panels, "time / the first contender's"))
+    parts.append(f"## On a GPU\n\n{gpu_page.section(timed, figure.name)}")
     once = stats.read(options.results / "overheads.json")
     if once:
         parts.append(f"## What is paid once\n\n{places(once)}\n\n{overheads(once)}")

@@ -1,7 +1,7 @@
 """What a contender is, whatever it is written with. Needs no framework."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Contenders of one family train the same numbers, and the first loss is the same.
@@ -9,16 +9,34 @@ FAMILIES = {
     "floor": "floor",
     "full": "full",
     "torch-full": "full",
+    "torch-full-compiled": "full",
     "lora": "lora",
+    "lora-factored": "lora",
+    "lora-outer": "lora",
+    "lora-merged": "lora",
     "lora-plain": "lora",
     "merge": "lora",
     "qwix": "lora",
     "gemma-peft": "lora",
     "nnx-lora": "lora",
     "peft-lora": "lora",
+    "peft-lora-autocast": "lora",
+    "peft-lora-compiled": "lora",
     "dora": "dora",
+    "dora-outer": "dora",
     "dora-detached": "dora",
     "peft-dora": "dora",
+    "peft-dora-autocast": "dora",
+    "peft-dora-compiled": "dora",
+    "attention": "attention",
+    # Those that serve (`benchmarks.serving`): the first answers are the same.
+    "serve-base": "serve-base",
+    "serve-merged": "serve-lora",
+    "serve-lora": "serve-lora",
+    "serve-gather": "serve-lora",
+    "serve-one-hot": "serve-lora",
+    "serve-ragged": "serve-lora",
+    "serve-dora": "serve-dora",
 }
 # Contenders of one group have the same gradients too, so that the losses of all steps are the same.
 # nnx and gemma know no scale, and so their V learns at another rate.
@@ -28,7 +46,6 @@ TRAJECTORIES = (
     ("nnx-lora", "gemma-peft"),
     ("dora-detached", "peft-dora"),
 )
-TORCH = ("torch-full", "peft-lora", "peft-dora")
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 1e-4
 FIRST_STEPS = 3
@@ -36,19 +53,23 @@ FIRST_STEPS = 3
 
 @dataclasses.dataclass
 class Step:
-    """A contender that is ready to run.
+    """A contender, of which nothing is compiled yet.
 
     Attributes:
-      run: one step of AdamW; the loss before it.
-      forward: the loss, without a gradient.
+      jobs: what can be timed, by its name: a call, to the end of its computation, that says the
+        loss, or a number that depends on all that it computes. A contender that trains has
+        ``"step"``, one step of AdamW.
       facts: what is known without running.
-      merge: makes plain parameters, where a contender can.
+      compile: makes all jobs ready, and adds to the facts.
+      memory: bytes on the device at most, where that is known.
+      repeats: how often a call of a job does its work, where that is more than once.
     """
 
-    run: Callable[[], float]
-    forward: Callable[[], float]
+    jobs: dict[str, Callable[[], float]]
     facts: dict[str, Any]
-    merge: Callable[[], None] | None = None
+    compile: Callable[[], None] = lambda: None
+    memory: Callable[[], dict[str, int]] = dict
+    repeats: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def build(contender: str, case: Any) -> Step:
@@ -57,8 +78,13 @@ def build(contender: str, case: Any) -> Step:
     Raises:
       ImportError: what it needs is not installed.
     """
-    if contender in TORCH:
-        from benchmarks.contenders_torch import CONTENDERS
+    contenders: dict[str, Callable[[Any], Step]]
+    if contender.startswith(("torch", "peft")):
+        from benchmarks.contenders_torch import CONTENDERS as contenders
+    elif contender == "attention":
+        from benchmarks.attention import CONTENDERS as contenders
+    elif contender.startswith("serve"):
+        from benchmarks.serving import CONTENDERS as contenders
     else:
-        from benchmarks.contenders import CONTENDERS
-    return CONTENDERS[contender](case)
+        from benchmarks.contenders import CONTENDERS as contenders
+    return contenders[contender](case)

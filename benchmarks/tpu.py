@@ -31,27 +31,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import cases, stats
 from benchmarks.cases import Case
-from benchmarks.contenders import PROBLEMS, Problem, costs, library, qwix
+from benchmarks.contenders import PROBLEMS, Problem, costs, qwix
 from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY
 
 CASE = Case("tpu", "decoder", 2048, 8192, 16, 3, 4, 1024, 16, "bfloat16", vocab=32_000)
 
 
-def qwix_float32(case: Case, remat: bool = False) -> Problem:
+def qwix_float32(case: Case) -> Problem:
     """Qwix with adapters in float32, as others have them whatever the base is in.
 
     It computes in the wider dtype of the two.
     """
-    problem = qwix(case, remat)
+    problem = qwix(case)
     return dataclasses.replace(problem, trained=jax.tree.map(jnp.float32, problem.trained))
 
 
 # Besides those that are timed on CPUs.
-CONTENDERS = PROBLEMS | {
-    "lora-outer": functools.partial(library, variant="lora", product="outer"),
-    "dora-outer": functools.partial(library, variant="dora", product="outer"),
-    "qwix-float32": qwix_float32,
-}
+CONTENDERS = PROBLEMS | {"qwix-float32": qwix_float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +76,11 @@ def as_on_a_tpu() -> Iterator[None]:
         yield
 
 
-def count(contender: str, case: Case, topology: str, remat: bool) -> dict[str, float]:
+def count(contender: str, case: Case, topology: str) -> dict[str, float]:
     """Costs of a compiled step of AdamW on one chip."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     chip = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
-    problem = CONTENDERS[contender](case, remat)
+    problem = CONTENDERS[contender](case)
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -120,12 +116,12 @@ def estimated_cycles(hlo: str) -> int:
 
 def main(options: Options) -> None:
     """Counts, and writes each result as soon as it is there."""
-    case = dataclasses.replace(CASE, layers=options.layers)
+    case = dataclasses.replace(CASE, layers=options.layers, remat=options.remat)
     for topology in options.topologies:
         print(topology, flush=True)
         for contender in options.contenders:
             try:
-                one = count(contender, case, topology, options.remat)
+                one = count(contender, case, topology)
             except ImportError as error:
                 one = {"error": f"not installed: {error}"}
             results = stats.read(options.out)

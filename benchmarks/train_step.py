@@ -12,13 +12,7 @@ they must agree on the losses: else nothing is measured.
 """
 
 import dataclasses
-import json
 import os
-import random
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +21,7 @@ import tyro
 
 from benchmarks import stats
 from benchmarks.cases import CASES, Case
-from benchmarks.step import FAMILIES, TRAJECTORIES
+from benchmarks.race import Worker, check_losses, medians, take_turns
 
 # Pairs whose ratio is reported besides that to the floor.
 PAIRS = (
@@ -44,6 +38,11 @@ PAIRS = (
     ("peft-dora", "dora-detached"),
     ("torch-full", "full"),
 )
+# Those of a CPU: what only differs on GPUs, or cannot be in float32, is left out.
+CONTENDERS = (
+    *("floor", "full", "torch-full", "lora", "lora-plain", "merge", "qwix", "gemma-peft"),
+    *("nnx-lora", "peft-lora", "dora", "dora-detached", "peft-dora"),
+)
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 LOGS = Path("runs/benchmarks")
 JOBS = ("step", "forward", "merge")
@@ -55,7 +54,7 @@ class Options:
 
     cases: tuple[str, ...] = ("minilm",)
     """Cases of benchmarks/cases.py."""
-    contenders: tuple[str, ...] = tuple(FAMILIES)
+    contenders: tuple[str, ...] = CONTENDERS
     """Who takes part; the floor always does."""
     rounds: int = 15
     """Rounds."""
@@ -107,87 +106,9 @@ def expand(options: Options) -> Iterator[Case]:
         yield from cases
 
 
-class Worker:
-    """A contender's process, seen from here."""
-
-    def __init__(self, contender: str, case: Case, log: Path) -> None:
-        self.contender, self.log = contender, log
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", contender, case.dumps()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                # Without the second, transformers imports JAX, in whose memory PEFT has no part.
-                env={"JAX_PLATFORMS": "cpu", "USE_FLAX": "0", **os.environ},
-            )
-        self.first = self.answer()
-
-    def ask(self, line: str) -> dict[str, Any]:
-        """Sends a command and waits for its answer."""
-        assert self.process.stdin
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next answer; a process that died has one too."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        code = self.process.wait()
-        return {"error": f"died with exit status {code}; see {self.log}"}
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.wait()
-
-
-def check_losses(losses: dict[str, list[float]], dtype: str) -> None:
-    """All of a family must agree on the first loss, and all of a group on all losses.
-
-    Raises:
-      RuntimeError: they do not, so that they do not compute the same.
-    """
-    tolerance = TOLERANCES[dtype]
-    groups = [([n for n in losses if FAMILIES[n] == f], 1) for f in ("lora", "dora")]
-    groups.append(([n for n in losses if FAMILIES[n] in ("floor", "full")], 1))
-    if dtype == "float32":  # else rounding differs, and some round their adapters
-        groups += [([n for n in group if n in losses], None) for group in TRAJECTORIES]
-    for names, count in groups:
-        for name in names[1:]:
-            for a, b in zip(losses[names[0]][:count], losses[name][:count], strict=True):
-                if not abs(a - b) <= tolerance * max(abs(a), abs(b)):
-                    raise RuntimeError(
-                        f"{name} does not compute what {names[0]} does: its first losses are "
-                        f"{losses[name]}, not {losses[names[0]]}."
-                    )
-
-
-def measure(workers: dict[str, Worker], options: Options) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every job of every contender, a number for each round."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
-    order, rng = list(workers), random.Random(options.seed)
-    for i in range(options.rounds):
-        for job in options.jobs:
-            rng.shuffle(order)
-            for name in order:
-                answer = workers[name].ask(f"{job} {options.steps}")
-                if "error" in answer:
-                    raise RuntimeError(f"{name}, {job}: {answer['error']}")
-                if "missing" in answer:
-                    continue
-                if i == 0 and job != "step":  # that compiled
-                    answer = workers[name].ask(f"{job} {options.steps}")
-                median = statistics.median(answer["seconds"])
-                seconds[name].setdefault(job, []).append(median)
-                time.sleep(0.02)  # threads of the last one may still wait for more work
-        print(".", end="", flush=True)
-    print(flush=True)
-    return seconds
+def check(losses: dict[str, list[float]], case: Case) -> None:
+    """Errors where contenders do not compute the same; in 16 bits rounding differs soon."""
+    check_losses(losses, TOLERANCES[case.dtype], exact=case.dtype == "float32")
 
 
 def run_group(case: Case, names: list[str], options: Options) -> dict[str, Any]:
@@ -197,18 +118,26 @@ def run_group(case: Case, names: list[str], options: Options) -> dict[str, Any]:
         for name in names:
             print(f"  {name}: ", end="", flush=True)
             log = LOGS / f"{case.name}-{name}.log".replace(" ", "-")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            worker = Worker(name, case, log)
-            if "error" in worker.first:
-                results[name] = {"error": worker.first["error"]}
+            worker = Worker(name, case, log, {"JAX_PLATFORMS": "cpu"})
+            worker.compile()
+            if "error" in worker.ready:
+                results[name] = {"error": worker.ready["error"]}
                 worker.stop()
-                print(worker.first["error"], flush=True)
+                print(worker.ready["error"], flush=True)
                 continue
             workers[name] = worker
-            built = worker.first["facts"]["build_seconds"]
-            print(f"loss {worker.first['losses'][0]:.6f}, built in {built:.1f} s", flush=True)
-        check_losses({n: w.first["losses"] for n, w in workers.items()}, case.dtype)
-        seconds = measure(workers, options)
+            built = worker.ready["facts"]["build_seconds"] + worker.ready["facts"]["first_seconds"]
+            print(f"loss {worker.ready['losses'][0]:.6f}, ready in {built:.1f} s", flush=True)
+        check({n: w.ready["losses"] for n, w in workers.items()}, case)
+        turns, errors = take_turns(
+            workers, lambda name: list(options.jobs), options.rounds, options.steps, options.seed
+        )
+        if errors:
+            raise RuntimeError("; ".join(f"{name}, {error}" for name, error in errors.items()))
+        seconds = {
+            name: {job: medians(rounds) for job, rounds in jobs.items()}
+            for name, jobs in turns.items()
+        }
         for name, worker in workers.items():
             jobs = {
                 job: {**stats.quartiles(values), "seconds": values}
@@ -217,7 +146,7 @@ def run_group(case: Case, names: list[str], options: Options) -> dict[str, Any]:
             last = worker.ask("facts")
             results[name] = {
                 **jobs,
-                "losses": worker.first["losses"],
+                "losses": worker.ready["losses"],
                 "memory": {key: last[key] for key in ("peak_rss", "run_rss") if key in last},
                 "facts": last["facts"],
             }
@@ -245,7 +174,7 @@ def run(case: Case, options: Options) -> dict[str, Any]:
         # One floor stands for all in the results, but each group is compared to its own.
         results = {**group, **results}
     # One more check, over groups.
-    check_losses({n: r["losses"] for n, r in results.items() if "losses" in r}, case.dtype)
+    check({n: r["losses"] for n, r in results.items() if "losses" in r}, case)
     pairs = {}
     for over, under in PAIRS:
         a, b = (results.get(name, {}).get("step") for name in (over, under))

@@ -2,9 +2,10 @@
 
     python -m benchmarks.worker lora '{"name": ..., ...}'
 
-Builds the contender, takes its first steps, and says that it is ready. Then `step N`, `forward N`
-and `merge N` answer with N times, `facts` with what is known, and `quit` ends it. Every answer is a
-line of JSON; one with `error` is the last.
+Builds the contender and says that it is built. Then `compile` makes it ready, by its first steps;
+`NAME N` answers with the times of N runs of a job, `facts` with what is known, `profile NAME` with
+the most expensive kernels of a job, and `quit` ends it. Every answer is a line of JSON; one with
+`error` is the last.
 """
 
 import json
@@ -21,24 +22,25 @@ from benchmarks.cases import Case, trained
 from benchmarks.step import FAMILIES, FIRST_STEPS, Step, build
 
 
-def timed(function: Callable[[], Any], count: int) -> dict[str, Any]:
-    """Seconds of each of `count` calls, and the memory that there was at most."""
-    seconds, value = [], None
+def timed(step: Step, job: str, count: int) -> dict[str, Any]:
+    """Seconds of each of `count` runs, and the memory that there was at most."""
+    seconds, value, repeats = [], None, step.repeats.get(job, 1)
     for _ in range(count):
         begin = time.perf_counter()
-        value = function()
-        seconds.append(time.perf_counter() - begin)
-    return {"seconds": seconds, "value": value, **memory()}
+        value = step.jobs[job]()
+        seconds.append((time.perf_counter() - begin) / repeats)
+    return {"seconds": seconds, "value": value, **memory(step)}
 
 
-def memory() -> dict[str, int]:
-    """Bytes in memory at most: of the whole process, and since `forget_peak`."""
+def memory(step: Step) -> dict[str, int]:
+    """Bytes at most: of the whole process, since `forget_peak`, and on the device."""
     out = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        out["run_rss"] = int(lines["VmHWM"].split()[0]) * 1024
-    return out
+        if "VmHWM" in lines:
+            out["run_rss"] = int(lines["VmHWM"].split()[0]) * 1024
+    return out | step.memory()
 
 
 def forget_peak() -> None:
@@ -49,19 +51,29 @@ def forget_peak() -> None:
         return
 
 
+def first_losses(step: Step) -> list[float]:
+    """By which contenders are compared: of the first steps, or one of each job."""
+    if "step" in step.jobs:
+        return [step.jobs["step"]() for _ in range(FIRST_STEPS)]
+    return [job() for job in step.jobs.values()]
+
+
 def obey(step: Step, lines: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
     """Does what each line says."""
-    jobs = {"step": step.run, "forward": step.forward, "merge": step.merge}
     for line in lines:
-        command, *count = line.split()
-        if command == "quit":
+        *words, last = line.split()
+        if last == "quit":
             return
-        if command == "facts":
-            answer({"facts": step.facts, **memory()})
-        elif jobs.get(command) is None:
-            answer({"missing": command})
+        if last == "facts":
+            answer({"facts": step.facts, **memory(step)})
+        elif words == ["profile"]:
+            from benchmarks.kernels import most_expensive
+
+            answer({"kernels": most_expensive(step.jobs[last])})
+        elif (job := " ".join(words)) not in step.jobs:
+            answer({"missing": job})
         else:
-            answer(timed(jobs[command], int(*count)))
+            answer(timed(step, job, int(last)))
 
 
 def main(
@@ -71,20 +83,27 @@ def main(
     try:
         begin = time.perf_counter()
         step = build(contender, case)
-        built = time.perf_counter() - begin
         expected = trained(case, FAMILIES[contender])
         if step.facts["trained"] != expected:
             raise ValueError(f"trains {step.facts['trained']} numbers, not {expected}")
-        step.facts["build_seconds"] = built
+        step.facts["build_seconds"] = time.perf_counter() - begin
+        answer({"built": contender, "facts": step.facts})
+        if lines.readline().strip() != "compile":
+            return
+        begin = time.perf_counter()
+        step.compile()
         forget_peak()
-        losses = [step.run() for _ in range(FIRST_STEPS)]
-        answer({"ready": contender, "losses": losses, "facts": step.facts, **memory()})
+        losses = first_losses(step)
+        step.facts["first_seconds"] = time.perf_counter() - begin
+        jobs = list(step.jobs)
+        answer({"ready": contender, "jobs": jobs, "losses": losses, "facts": step.facts})
         obey(step, lines, answer)
     except ImportError as error:
         answer({"error": f"not installed: {error}"})
     except Exception as error:
         traceback.print_exc()
-        answer({"error": traceback.format_exception_only(error)[-1].strip()})
+        # Without the notes that jax adds.
+        answer({"error": f"{type(error).__name__}: {error}"[:1000]})
 
 
 if __name__ == "__main__":
@@ -93,7 +112,7 @@ if __name__ == "__main__":
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     main(
         sys.argv[1],
-        Case(**json.loads(sys.argv[2])),
+        Case.loads(sys.argv[2]),
         sys.stdin,
         lambda message: print(json.dumps(message), file=out, flush=True),
     )

@@ -16,6 +16,7 @@ from flax.traverse_util import empty_node
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.approximation import Approximation, ApproximationReport
 from lora_jax.combined import Plan, combine_kernel, combine_whole
+from lora_jax.compat import is_traced
 from lora_jax.config import nearest
 from lora_jax.sums import matrix_of
 from lora_jax.tree import Key, check_base, check_fits, flatten, is_finite, path_of, unbox, unflatten
@@ -153,7 +154,7 @@ def _combine(
     params: chex.ArrayTree | None,
     plan: Plan,
 ) -> tuple[chex.ArrayTree, ApproximationReport]:
-    if not plan.exact and any(isinstance(x, jax.core.Tracer) for x in (*weights, plan.key)):
+    if not plan.exact and any(is_traced(x) for x in (*weights, plan.key)):
         raise TypeError(f"The weights or the key are traced: {_ON_HOST}")
     nodes = [flatten(tree, f"adapters[{i}]") for i, tree in enumerate(trees)]
     base = None if params is None else flatten(params, "params")
@@ -175,7 +176,7 @@ def _combine(
             )
         _check_nodes(path, found, plan)
         leaf = _base_leaf(path, key, base)
-        if not plan.exact and isinstance(unbox(leaf), jax.core.Tracer):
+        if not plan.exact and is_traced(unbox(leaf)):
             raise TypeError(f"params is traced at {path!r}: {_ON_HOST}")
         own = [weights[i] for i in found]
         if isinstance(next(iter(found.values())), Adapter):
@@ -208,7 +209,7 @@ def _checked_weights(weights: Sequence[Any], count: int) -> list[Any]:
     for weight in weights:
         if isinstance(weight, bool) or np.shape(weight) != ():
             raise TypeError(f"A weight must be a number, got {weight!r}.")
-        if isinstance(weight, jax.core.Tracer):
+        if is_traced(weight):
             checked.append(weight)
             continue
         try:
@@ -258,7 +259,7 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
                     f"adapters[{j}] has U {U} and V {V} at {path!r}, which are not of one "
                     f"stack and of rank {node.rank}."
                 )
-        if any(isinstance(array, jax.core.Tracer) for array in arrays) and not plan.exact:
+        if any(is_traced(array) for array in arrays) and not plan.exact:
             raise TypeError(f"{path!r} is traced: {_ON_HOST}")
         if not all(map(is_finite, arrays)):
             raise ValueError(f"adapters[{j}] has NaN or infinite values at {path!r}.")

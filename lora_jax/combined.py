@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax import sums, task_vectors
 from lora_jax.adapter import Adapter, Whole
 from lora_jax.approximation import Approximation, Nearest, nearest, nearest_product
+from lora_jax.compat import is_traced
 from lora_jax.rounding import key_for
 from lora_jax.sums import Sum
 from lora_jax.task_vectors import METHODS, RANDOM
@@ -149,7 +150,7 @@ def combine_whole(
     first = next(iter(found.values()))
     values = [jnp.asarray(unbox(getattr(node, "value", node))) for node in found.values()]
     if leaf is None:
-        known = complete and plan.linear and not isinstance(sum(weights), jax.core.Tracer)
+        known = complete and plan.linear and not is_traced(sum(weights))
         if not (known and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
             raise ValueError(
                 f"{path!r} is trained whole: unless method='linear', all adapters have it and the "

@@ -20,8 +20,9 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.compat import Probe, Transforms
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.linen import MAPPED, call_model, check_model, is_mapped
+from lora_jax.linen import MAPPED, call_model, check_model
 from lora_jax.liveness import live_inputs
 from lora_jax.meshes import explicit_sharding
 from lora_jax.registry import entry_of
@@ -203,6 +204,7 @@ class _Observer:
     methods: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     unlike: dict[str, str] = dataclasses.field(default_factory=dict)
     modules: set[Key] = dataclasses.field(default_factory=set)
+    around: Transforms = dataclasses.field(default_factory=Transforms)
 
     def intercept(
         self,
@@ -213,7 +215,7 @@ class _Observer:
     ) -> Any:
         """Runs the handler of a known layer, and notes what it does with its kernels."""
         module = context.module
-        if module.scope is None:
+        if module.scope is None or isinstance(module, Probe):
             return next_fun(*args, **kwargs)
         self.modules.add(module.path)
         labels = {
@@ -240,7 +242,8 @@ class _Observer:
                 self.unlike[label.path] = reason
             self.handled[label.path] = f"the handler of {entry.layer} did not compute with it"
             value = unbox(module.get_variable("params", name))
-            if is_mapped(module) and value is not self.given[label.path]:
+            as_given = value is self.given[label.path]
+            if not as_given and self.around.may_map_params(module):
                 self.refused[label.path] = MAPPED
         kernels = tuple(self._kernel(module, name, ours.get(name)) for name in names)
         return entry.handler(module, kernels, next_fun, *args, **kwargs)

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_jax.compat import only_converts
 from lora_jax.equation import Equation
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.registry import body, enter
@@ -262,6 +263,5 @@ def _check(layer: Any, kernel: AdaptedKernel) -> None:
     if layer.promote_dtype is not nn.dtypes.promote_dtype:
         W = jax.ShapeDtypeStruct(kernel.value.shape, kernel.dtype)
         operands = [W] if isinstance(layer, nn.Embed) else [W, W, W]
-        jaxpr = jax.make_jaxpr(lambda *a: layer.promote_dtype(*a, dtype=layer.dtype))(*operands)
-        if any(eqn.primitive.name != "convert_element_type" for eqn in jaxpr.eqns):
+        if not only_converts(lambda *a: layer.promote_dtype(*a, dtype=layer.dtype), *operands):
             kernel.refuse("its promote_dtype does more to the kernel than to convert its dtype")

@@ -12,15 +12,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
 import threading
-import types
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import chex
-import flax.core.scope
 import flax.linen as nn
 import flax.struct
 import jax
@@ -28,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
+from lora_jax import compat
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
@@ -302,6 +300,7 @@ class _Calls:
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
     batch: Any = None
     mapped: set[Key] = dataclasses.field(default_factory=set)
+    around: compat.Transforms = dataclasses.field(default_factory=compat.Transforms)
 
     def intercept(
         self,
@@ -312,7 +311,8 @@ class _Calls:
     ) -> Any:
         """Adapts the layers that have an adapter."""
         module = context.module
-        if module.scope is None or _ACTIVE.stack[-1] is not self:
+        adapts = _ACTIVE.stack[-1] is self and not isinstance(module, compat.Probe)
+        if module.scope is None or not adapts:
             return next_fun(*args, **kwargs)
         if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             _refuse_mapped(module.layer_instance)
@@ -335,19 +335,17 @@ class _Calls:
         return entry.handler(module, kernels, next_fun, *args, **kwargs)
 
     def _note_mapped(self, module: nn.Module, given: Any) -> None:
-        """Notes that an nn.vmap seems to have taken the axis of the batch off what is given."""
-        assert module.scope is not None
-        if self.batch is None or not any("vmap(" in part for part in module.scope.debug_path):
+        """Notes that an nn.vmap may have taken the axis of the batch off what is given."""
+        if self.batch is None or not self.around.may_have(module, "vmap"):
             return
-        for x in jax.tree.leaves(given):
-            axis = getattr(x, "batch_dim", None)
-            if axis is not None and x.val.shape[axis] == self.batch:
-                self.mapped.add(module.path)
+        sizes = compat.mapped_sizes(jax.tree.leaves(given))
+        if sizes is None or self.batch in sizes:
+            self.mapped.add(module.path)
 
     def _check_mapped(self, module: nn.Module, own: Any) -> None:
         """Errors where this module, or one around it, was noted, and the ids are not mapped."""
         inside = any(module.path[: len(path)] == path for path in self.mapped)
-        if inside and not any(hasattr(x, "batch_dim") for x in jax.tree.leaves(own)):
+        if inside and not compat.mapped_sizes(jax.tree.leaves(own)):
             raise ValueError(
                 f"The layer {path_of(module.path)!r} is inside an nn.vmap over an axis of the size "
                 f"of adapter_ids, {self.batch}, so the first axis of its input may not be the "
@@ -362,20 +360,23 @@ class _Calls:
             return AdaptedKernel(path_of((*module.path, name)), value)
         placed: _Placed = module.get_variable("params", name + SUFFIX)
         path, adapter = placed.path, placed.adapter
-        if is_mapped(module) and not any(
-            adapter.U is node.adapter.U for node in self.nodes.values()
-        ):
+        if id(adapter.U) not in self._as_placed and self.around.may_map_params(module):
             _refuse_mapped(module)
 
         rng = self._dropout_rng(module, path) if adapter.dropout else None
         use = functools.partial(self._note, module, [placed])
         return AdaptedKernel(path, value, adapter, rng, use=use, rows=placed.rows)
 
+    @functools.cached_property
+    def _as_placed(self) -> set[int]:
+        """The factors that no transform has replaced."""
+        return {id(node.adapter.U) for node in self.nodes.values()}
+
     def _note(self, module: nn.Module, placed: Iterable[_Placed | OwnLeaves]) -> None:
         """These were used."""
         for node in placed:
             self.used.add(node.path)
-            if _is_in_jit(module):
+            if compat.is_inside_jit(module):
                 _SEEN_IN_JIT.add(jax.tree.structure(node))
 
     def _dropout_rng(self, module: nn.Module, path: str) -> chex.PRNGKey:
@@ -386,11 +387,7 @@ class _Calls:
                 f"nn.scan or nn.vmap around it does not pass it on, add "
                 f"split_rngs={{'dropout': True}} there; else set dropout=0 in the rule."
             )
-        assert module.scope is not None
-        counters = module.scope.rng_counters
-        before = counters["dropout"]
-        rng = module.make_rng("dropout")
-        counters["dropout"] = before
+        rng = compat.key_aside(module, "dropout")
         self.draws[path] = self.draws.get(path, 0) + 1
         return jax.random.fold_in(rng, zlib.crc32(f"{path}{SUFFIX}{self.draws[path]}".encode()))
 
@@ -444,29 +441,6 @@ MAPPED = (
     "its parameters are mapped by nn.map_variables, as nn.WeightNorm and nn.SpectralNorm do, and "
     "an adapter would be mapped as well"
 )
-
-
-def is_mapped(module: nn.Module) -> bool:
-    """Whether the parameters that the module sees went through ``nn.map_variables``."""
-    assert module.scope is not None
-    if not any("map_variables(" in part for part in module.scope.debug_path):
-        return False
-    # Which collections are mapped stands nowhere but in Flax's own call of the map, further up.
-    frame: types.FrameType | None = sys._getframe()
-    found = False
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "flax.core.lift":
-            mapped = frame.f_locals.get("mapped_collections")
-            found = found or mapped is not None
-            if mapped is not None and flax.core.scope.in_filter(mapped, "params"):
-                return True
-        frame = frame.f_back
-    return not found
-
-
-def _is_in_jit(module: nn.Module) -> bool:
-    assert module.scope is not None
-    return any("jit(" in part for part in module.scope.debug_path)
 
 
 def _refuse_mapped(module: nn.Module) -> None:

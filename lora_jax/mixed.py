@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax.axes import KernelAxes
+from lora_jax.compat import is_traced
 from lora_jax.equation import Equation
 from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.product import (
@@ -58,7 +59,7 @@ def checked_ids(adapter_ids: Any, count: int) -> chex.Array:
     ids = adapter_ids if isinstance(adapter_ids, jax.Array) else np.asarray(adapter_ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"adapter_ids must be integers, got {ids.dtype}.")
-    if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True):
+    if not is_traced(ids) and getattr(ids, "is_fully_addressable", True):
         wrong = [int(i) for i in np.unique(np.asarray(ids)) if not BASE <= i < count]
         if wrong:
             raise ValueError(

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_jax import compat
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.registry import enter
 from lora_jax.variants import along
@@ -59,24 +60,7 @@ def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> che
     return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)
 
 
-_GPT2 = "transformers.models.gpt2.modeling_flax_gpt2."
-_GEMMA = "gemma.gm.nn."
-enter(_GPT2 + "FlaxConv1D.__call__", "transformers' FlaxConv1D", "kernel", _gpt2_conv1d)
-enter(
-    _GEMMA + "_layers.Einsum.__call__",
-    "gemma's Einsum",
-    lambda layer: (layer.weight_name,),
-    _gemma_einsum,
-)
-enter(
-    _GEMMA + "_modules.Embedder.encode",
-    "gemma's Embedder",
-    "input_embedding",
-    _gemma_encode,
-)
-enter(
-    _GEMMA + "_modules.Embedder.decode",
-    "gemma's Embedder",
-    "input_embedding",
-    _gemma_decode,
-)
+enter(compat.GPT2_CONV1D, "transformers' FlaxConv1D", "kernel", _gpt2_conv1d)
+enter(compat.GEMMA_EINSUM, "gemma's Einsum", lambda layer: (layer.weight_name,), _gemma_einsum)
+enter(compat.GEMMA_ENCODE, "gemma's Embedder", "input_embedding", _gemma_encode)
+enter(compat.GEMMA_DECODE, "gemma's Embedder", "input_embedding", _gemma_decode)

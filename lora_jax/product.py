@@ -42,7 +42,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
-from lora_jax.barrier import barrier
+from lora_jax.compat import barrier
 from lora_jax.equation import Equation
 from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.variants import along, float32_or_more, magnitude_ratio, product, safe_sqrt

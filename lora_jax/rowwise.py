@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
-import flax.core.scope
 import flax.errors
 import flax.linen as nn
 import flax.struct
@@ -21,6 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Whole
+from lora_jax.compat import is_traced, mutable_but_params, streams
 from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.mixed import BASE, MAP_ROWS, check_rows, taken
 from lora_jax.tree import Key, path_of, unbox
@@ -57,7 +57,7 @@ def beside(key: Key, leaf: Any, node: Any, ids: chex.Array) -> dict[Key, Any]:
         )
     dtype = node.dtype if isinstance(node, Whole) else unbox(node).dtype
     box = node.value if isinstance(node, Whole) else node
-    known = not isinstance(ids, jax.core.Tracer)
+    known = not is_traced(ids)
     if leaf is None and known and bool((np.asarray(ids) == BASE).any()):
         raise ValueError(
             f"{path!r} was trained whole, and the base lacks it, so no row can have the base alone "
@@ -130,12 +130,9 @@ def call_by_rows(
             f"array {unlike[0]} beside its input {x}, and whether its first axis is that of the "
             f"rows cannot be told. {MAP_ROWS}"
         )
-    assert module.scope is not None
-    mutable = module.scope.mutable
-    if mutable is not False:
-        mutable = flax.core.scope.subtract_filters(mutable, "params")
+    mutable = mutable_but_params(module)
     alone = module.clone(parent=None, name=None)
-    rngs = {name: jax.random.split(module.make_rng(name), count) for name in module.scope.rngs}
+    rngs = {name: jax.random.split(module.make_rng(name), count) for name in streams(module)}
 
     def one(mapped_leaves: list[Any], b: chex.Array, own: Mapping[str, Any], rngs: Any) -> Any:
         given = dict(zip(mapped, mapped_leaves, strict=True))

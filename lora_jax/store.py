@@ -20,6 +20,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
+from lora_jax.compat import is_traced
 from lora_jax.config import Rule, nearest
 from lora_jax.tensors import (
     StrPath,
@@ -274,7 +275,7 @@ def host(array: Any, path: str) -> np.ndarray:
       TypeError: no array.
       ValueError: one that this process does not have in full, or that is only traced.
     """
-    if isinstance(array, jax.core.Tracer):
+    if is_traced(array):
         raise ValueError(f"{path!r} is traced: files are written and checked outside of jax.jit.")
     if isinstance(array, jax.ShapeDtypeStruct) or not hasattr(array, "dtype"):
         raise TypeError(f"{path!r} is {array!r}, which is no array.")

@@ -16,6 +16,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.compat import is_traced
 from lora_jax.config import LoraConfig, assign
 from lora_jax.table import text_table
 from lora_jax.tree import check_base, flatten, path_of, unbox
@@ -308,7 +309,7 @@ def _row(path: str, node: Any, kernel: Any) -> Row:
 
 
 def _zero_columns(adapter: Adapter, kernel: Any) -> int | None:
-    if adapter.m is None or isinstance(kernel, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if adapter.m is None or isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel):
         return None
     matrix = adapter.axes.as_matrix(jnp.asarray(kernel))
     return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))

@@ -13,6 +13,7 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from lora_jax.adapter import Adapter, Shift, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.compat import is_traced
 from lora_jax.config import LoraConfig, assign, nearest
 from lora_jax.resolve import check_read, resolve_axes
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
@@ -350,7 +351,7 @@ def _check_finite(path: str, array: chex.Array) -> None:
 
 def is_finite(array: Any) -> bool:
     """Whether all of an array is finite; what is traced or elsewhere can't be checked."""
-    if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+    if is_traced(array) or not getattr(array, "is_fully_addressable", True):
         return True
     with jax.ensure_compile_time_eval():  # an array that a jitted function closes over is known
         return bool(jnp.isfinite(jnp.asarray(array)).all())

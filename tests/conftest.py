@@ -1,5 +1,6 @@
 """Several devices, so that sharding can be tested on one CPU. Must run before JAX starts."""
 
+import importlib.metadata
 import os
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -11,3 +12,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+
+
+def pytest_report_header():
+    """Which end it is that is tested."""
+    packages = ("jax", "flax", "optax")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

@@ -1,0 +1,195 @@
+"""What is measured on a GPU: cases, the most telling first."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from benchmarks.cases import Case, kernels, shapes
+from benchmarks.step import FAMILIES
+
+# The shapes of Llama 3.2 1B and 3B, with the rank that PEFT compares methods with for the second:
+# https://github.com/huggingface/peft, method_comparison/MetaMathQA. Its batches are 4 texts of 211
+# tokens in the mean.
+LLAMA_1B = Case(
+    "Llama 3.2 1B",
+    *("decoder", 2048, 8192, 32, 16, 4, 1024, 16, "bfloat16", 128_256),
+    kv_heads=8,
+    tied=True,
+)
+LLAMA_3B = Case(
+    "Llama 3.2 3B",
+    *("decoder", 3072, 8192, 24, 28, 4, 256, 32, "bfloat16", 128_256),
+    kv_heads=8,
+    tied=True,
+    adapted=("q", "v"),
+)
+# all-MiniLM-L6-v2 as the demo trains it.
+DEMO = Case("demo", *("encoder", 384, 1536, 12, 6, 32, 32, 8, "float32", 30_522))
+# In small; with heads of keys and values and a tied head, as the large ones.
+TINY = Case("tiny", *("decoder", 64, 96, 4, 1, 2, 16, 4, "bfloat16", 96), kv_heads=2, tied=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heat:
+    """Contenders that take turns with one reference.
+
+    Attributes:
+      title: what sets it apart from other heats of the case.
+      entries: contender and case, by the label that is shown; the reference is the first.
+      together: how many may be compiled at the same time. More than one is quicker, but what XLA
+        tries out for one product is disturbed by the others, so in the first case it is one.
+    """
+
+    title: str
+    entries: dict[str, tuple[str, Case]]
+    together: int = 4
+
+    @property
+    def reference(self) -> str:
+        """With whom the others are compared."""
+        return next(iter(self.entries))
+
+    def family(self, label: str) -> str:
+        """Those of one family compute the same."""
+        contender, case = self.entries[label]
+        family = FAMILIES[contender]
+        return family if family in ("floor", "full") else f"{family} {case.rank}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """A case: a name for the command line and for the file, and its heats."""
+
+    name: str
+    title: str
+    heats: tuple[Heat, ...]
+
+
+def heat(case: Case, contenders: Sequence[str], title: str = "", together: int = 4) -> Heat:
+    """Contenders of one case, under their own names."""
+    return Heat(title, {name: (name, case) for name in contenders}, together)
+
+
+OURS = ("floor", "lora", "dora", "full", "lora-plain", "dora-detached")
+FORMS = ("lora-factored", "lora-outer", "dora-outer", "lora-merged")
+TORCH = ("torch-full", "peft-lora", "peft-dora")
+AUTOCAST = ("peft-lora-autocast", "peft-dora-autocast")
+COMPILED = ("torch-full-compiled", "peft-lora-compiled", "peft-dora-compiled")
+SERVE = ("base", "merged", "lora", "dora", "gather", "one-hot", "ragged")
+
+
+def races() -> tuple[Race, ...]:
+    """All cases."""
+    prompts = dataclasses.replace(LLAMA_1B, batch=32, length=128)
+    return (
+        Race(
+            "decoder",
+            "A step of training",
+            (heat(LLAMA_1B, OURS, together=2),),
+        ),
+        Race(
+            "peft",
+            "The same step in PyTorch, with PEFT",
+            (heat(LLAMA_1B, ("lora", "dora", "full", *TORCH, *AUTOCAST, *COMPILED)),),
+        ),
+        Race(
+            "published",
+            "The setting that PEFT publishes",
+            (heat(LLAMA_3B, ("lora", "dora", "full", "floor", *TORCH)),),
+        ),
+        Race(
+            "serve",
+            "Many adapters in one batch",
+            (heat(prompts, [f"serve-{name}" for name in SERVE]),),
+        ),
+        Race(
+            "forms",
+            "Other ways to compute the same step",
+            (heat(LLAMA_1B, ("lora", *FORMS, "qwix")),),
+        ),
+        Race(
+            "remat",
+            "A step of training with `nn.remat`",
+            (heat(dataclasses.replace(LLAMA_1B, remat=True), (*OURS, "lora-outer", "dora-outer")),),
+        ),
+        Race("demo", "The demo's step", (heat(DEMO, (*OURS, *TORCH)),)),
+        Race(
+            "sweeps",
+            "A step of training by tokens and by rank",
+            (
+                by_tokens(dataclasses.replace(LLAMA_1B, batch=1, length=256)),
+                by_rank(LLAMA_1B, (4, 64, 256)),
+                by_tokens(dataclasses.replace(LLAMA_1B, batch=16)),
+            ),
+        ),
+    )
+
+
+def tiny_races() -> tuple[Race, ...]:
+    """The same cases in small, with fewer contenders: a minute on two cores."""
+    q_and_v, remat = (
+        dataclasses.replace(TINY, **change) for change in ({"adapted": ("q", "v")}, {"remat": True})
+    )
+    demo = dataclasses.replace(
+        DEMO, width=32, ff=48, heads=4, layers=1, batch=4, length=8, vocab=64
+    )
+    prompts = dataclasses.replace(TINY, batch=8, length=8)
+    heats = {
+        "decoder": [heat(TINY, OURS)],
+        "peft": [heat(TINY, ("lora", *TORCH, "peft-lora-autocast"))],
+        "published": [heat(q_and_v, ("lora", "full", "peft-lora"))],
+        "serve": [heat(prompts, [f"serve-{name}" for name in SERVE])],
+        "forms": [heat(TINY, ("lora", *FORMS, "qwix"))],
+        "remat": [heat(remat, ("floor", "dora"))],
+        "demo": [heat(demo, ("floor", "lora"))],
+        "sweeps": [
+            by_tokens(dataclasses.replace(TINY, batch=1), ("floor", "lora")),
+            by_rank(TINY, (2,), ("lora",)),
+        ],
+    }
+    return tuple(dataclasses.replace(race, heats=tuple(heats[race.name])) for race in races())
+
+
+def by_tokens(case: Case, contenders: Sequence[str] = ("floor", "lora", "dora")) -> Heat:
+    """A heat with so many tokens."""
+    return heat(case, contenders, f"{case.tokens:,} tokens")
+
+
+def by_rank(case: Case, ranks: Sequence[int], contenders: Sequence[str] = ("lora", "dora")) -> Heat:
+    """A heat of several ranks, which have one floor."""
+    entries = {"floor": ("floor", case)}
+    for rank in ranks:
+        for name in contenders:
+            entries[f"{name}, rank {rank}"] = (name, dataclasses.replace(case, rank=rank))
+    return Heat("", entries)
+
+
+# Numbers of a token and layer that are kept for the gradient, by its width and feed-forward.
+KEPT = {"full": 2.0, "floor": 2.0, "lora": 4.2, "dora": 6.0}
+KEPT_IN_TORCH = {"full": 8.0, "lora": 13.0, "dora": 21.0}
+
+
+def bytes_needed(contender: str, case: Case) -> float:
+    """About what a contender holds at most, to know which fit into the memory together.
+
+    What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and a fifth
+    and one GiB more; of PyTorch by a count of what its operations keep.
+    """
+    size = 2 if case.dtype == "bfloat16" else 4
+    base = size * sum(math.prod(shape) for shape in shapes(case).values())
+    adapters = 4 * case.rank * sum(d + k for d, k in kernels(case).values())
+    family, in_torch = FAMILIES[contender], contender.startswith(("torch", "peft"))
+    logits = 4 * case.tokens * case.vocab
+    room = 2.0**30
+    if family == "attention":
+        return 2 * room + 8 * size * case.tokens * case.length * case.heads
+    if family.startswith("serve"):  # of all numbers of adapters at once, and of both jobs
+        caches = 4 * size * case.layers * case.tokens * case.kv_width
+        return room + 1.2 * (2 * base + 100 * adapters + 6 * caches + logits)
+    kept = 1.0 if case.remat else (KEPT_IN_TORCH if in_torch else KEPT)[family]
+    activations = kept * size * case.tokens * (case.width + case.ff)
+    if case.attention != "cudnn" and not in_torch:
+        # What each token gives to each other one, which is never held by cuDNN and by PyTorch.
+        activations += 3 * size * case.tokens * case.length * case.heads
+    state = 4 * base if family == "full" else base + 4 * adapters
+    return room + 1.2 * (state + case.layers * activations + (3 if in_torch else 2) * logits)

@@ -1,0 +1,356 @@
+"""What nobody promises, taken away: an error, a refusal, or an answer that is right."""
+
+import collections
+import types
+from typing import Any
+
+import flax.core.lift
+import flax.core.scope
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from helpers import random_like, random_variables, relative_error
+from jax.extend.core import Literal, Primitive
+
+import lora_jax
+from lora_jax import LoraConfig, Rule, compat
+from lora_jax.liveness import live_inputs
+
+KEY = jax.random.key(0)
+X = random_like(jnp.zeros((4, zoo.WIDTH)), seed=1, scale=1.0)
+
+
+def split(model, x=X, axes=None, **rule):
+    """Variables of the model, and adapters of all its kernels with noise on them."""
+    variables = random_variables(model, x)
+    config = LoraConfig([Rule(r"(.*/)?kernel", 2, **rule)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    return variables, {"params": frozen}, random_like(adapters)
+
+
+# --- arrays without a value ---
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_is_traced(monkeypatch, gone):
+    if gone:
+        monkeypatch.delattr(jax.core, "Tracer")
+    values = [1.0, np.ones(2), jnp.ones(2), KEY]
+    assert [compat.is_traced(x) for x in values] == [False] * 4
+    found = []
+
+    def look(x):
+        found.append(compat.is_traced(x))
+        return x
+
+    jax.jit(look)(1.0)
+    jax.jit(look)(KEY)
+    jax.vmap(look)(jnp.ones(2))
+    jax.grad(look)(1.0)
+    assert found == [True] * 4
+
+
+def test_mapped_sizes():
+    found = []
+
+    def look(x, y):
+        found.extend([compat.mapped_sizes([x]), compat.mapped_sizes([y])])
+
+    jax.vmap(look, (1, None), None)(jnp.ones((2, 3)), jnp.ones((5, 2)))
+    assert found == [[3], []]
+
+
+class Experts(nn.Module):
+    """Mapped over the second axis of x."""
+
+    @nn.compact
+    def __call__(self, x):
+        experts = nn.vmap(nn.Dense, {"params": 0}, {"params": True}, 1, 1)
+        return experts(5, name="experts")(x)
+
+
+def in_mixed_batch(model, x, axes=None):
+    variables, _, adapters = split(model, x, axes)
+    stacked = lora_jax.stack([adapters])
+    return lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=np.zeros(len(x), int))
+
+
+def test_a_vmap_that_does_not_tell_its_size_is_refused_in_a_mixed_batch(monkeypatch):
+    """Or it might be over the rows, and each would have the adapter of another."""
+    x = jnp.ones((4, 3, zoo.WIDTH))
+    axes = lora_jax.kernel_axes(Experts(), random_variables(Experts(), x), x)
+    assert in_mixed_batch(Experts(), x, axes).shape == (4, 3, 5)
+    monkeypatch.setattr(compat, "_mapped_size", lambda x: None)  # as under another name
+    with pytest.raises(ValueError, match=r"inside an nn\.vmap"):
+        in_mixed_batch(Experts(), x, axes)
+
+
+# --- a barrier ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jax.extend.core.Primitive",
+        "jax.interpreters.ad.deflinear2",
+        "jax.interpreters.batching.primitive_batchers",
+        "jax.interpreters.mlir.lower_fun",
+        "jax.interpreters.mlir.register_lowering",
+    ],
+)
+def test_without_a_primitive_of_its_own_there_is_no_barrier(monkeypatch, name):
+    monkeypatch.delattr(name)
+    barrier = compat.defined_barrier()
+    x = jnp.ones((2, 3))
+    assert "optimization_barrier" not in jax.jit(barrier).lower(x).as_text()
+    assert jnp.array_equal(jax.grad(lambda x: jnp.sum(barrier(x) ** 2))(x), 2 * x)
+
+
+# --- what jax.make_jaxpr gives ---
+
+# Each with one equation, of which one input has no part in the first output.
+EQUATIONS = {
+    "scan": lambda x, y, z: jax.lax.scan(lambda c, x: (c + x, y), z, x),
+    "while": lambda x, y, z: jax.lax.while_loop(
+        lambda c: c[0] < z, lambda c: (c[0] + 1, y * c[0]), (0.0, y)
+    ),
+    "cond": lambda x, y, z: jax.lax.cond(True, lambda x, y: (x, 2 * y), lambda x, y: (-x, y), x, y),
+    "jit": jax.jit(lambda x, y, z: (x + z, y)),
+}
+# What another jax may make of it.
+CHANGES = {
+    "another name": lambda eqn: eqn.replace(primitive=Primitive("unknown")),
+    "no parameters": lambda eqn: eqn.replace(params={}),
+    "no functions": lambda eqn: eqn.replace(params=dict.fromkeys(eqn.params)),
+    "names of another": lambda eqn: eqn.replace(primitive=Primitive(OTHER[eqn.primitive.name])),
+    "an input less": lambda eqn: eqn.replace(invars=eqn.invars[1:]),
+    "an output less": lambda eqn: eqn.replace(outvars=eqn.outvars[:1]),
+    "another order": lambda eqn: eqn.replace(invars=eqn.invars[::-1]),
+}
+OTHER = {"scan": "while", "while": "cond", "cond": "scan", "jit": "cond"}
+
+
+def live_in_equation(name, change=lambda eqn: eqn):
+    jaxpr = jax.make_jaxpr(EQUATIONS[name])(jnp.ones(3), jnp.ones((2, 2)), 1.0).jaxpr
+    (eqn,) = (change(eqn) for eqn in jaxpr.eqns if eqn.primitive.name == name)
+    invars = [v for v in eqn.invars if not isinstance(v, Literal)]
+    one = jaxpr.replace(eqns=[eqn], invars=invars, outvars=eqn.outvars)
+    return live_inputs(one, [True] + [False] * (len(eqn.outvars) - 1))
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_input_counts_as_used_where_jax_has_changed(name, change):
+    assert not all(live_in_equation(name))
+    if (name, change) != ("jit", "another order"):  # which the same types do not show
+        assert all(live_in_equation(name, CHANGES[change]))
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_no_input_is_lost_where_parameters_have_other_names(name):
+    def renamed(eqn):
+        return eqn.replace(params={f"new_{key}": value for key, value in eqn.params.items()})
+
+    live = live_in_equation(name, renamed)
+    assert live == live_in_equation(name) or all(live)
+
+
+def test_an_unknown_loop_is_refused_and_can_be_substituted(monkeypatch):
+    """As a jax that writes its scan down otherwise than all that are known would have it."""
+    model, x = zoo.Scan(0), jnp.ones((2, zoo.WIDTH))
+    variables = random_variables(model, x)
+    assert not lora_jax.kernel_axes(model, variables, x).tied
+
+    monkeypatch.delitem(compat._KNOWN, "scan")
+    axes = lora_jax.kernel_axes(model, variables, x)
+    assert axes.tied == set(axes) == {"blocks/up/kernel", "blocks/down/kernel"}
+    pattern = "blocks/.*/kernel"
+    with pytest.raises(ValueError, match=r"'blocks/down/kernel'.*tied='substitute'"):
+        lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule(pattern, 2)]), axes=axes)
+    config = LoraConfig([Rule(pattern, 2, tied="substitute")])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    adapters = random_like(adapters)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    merged = lora_jax.lora_merge(frozen, adapters)
+    assert relative_error(y, model.apply({"params": merged}, x)) < 1e-5
+
+
+def converts(*arrays, dtype, **kwargs):
+    return nn.dtypes.promote_dtype(*arrays, dtype=dtype, **kwargs)
+
+
+def test_a_promotion_that_is_not_known_is_refused(monkeypatch):
+    model = nn.Dense(5, promote_dtype=converts, dtype=jnp.bfloat16)
+    variables = random_variables(model, X)
+    assert set(lora_jax.kernel_axes(model, variables, X)) == {"kernel"}
+    monkeypatch.setattr(jax.lax.convert_element_type_p, "name", "another")
+    axes = lora_jax.kernel_axes(model, variables, X)
+    assert "promote_dtype" in axes.refused["kernel"]
+
+
+# --- Flax's scopes ---
+
+
+class Mapped(nn.Module):
+    """A dense layer of bounded weights."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        def bounded(tree):
+            return jax.tree.map(jnp.tanh, tree)
+
+        mapped = nn.map_variables(nn.Dense, "params", bounded, init=self.is_initializing())
+        return mapped(zoo.WIDTH, name="d")(x), None
+
+
+class MapsStatistics(nn.Module):
+    """Another collection is mapped, as by the scans of T5X."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        mapped = nn.map_variables(nn.Dense, "batch_stats", lambda tree: tree)
+        return mapped(zoo.WIDTH, name="d")(x), None
+
+
+def scanned(cls):
+    return nn.scan(cls, {"params": 0}, split_rngs={"params": True}, length=2)()
+
+
+def nothing_said(scope):
+    return ()
+
+
+def said_otherwise(scope):
+    return tuple(f"{part} of transform" for part in scope.path)
+
+
+@pytest.fixture(params=[nothing_said, said_otherwise])
+def no_debug_path(request, monkeypatch):
+    path = property(request.param, lambda scope, value: None)
+    monkeypatch.setattr(flax.core.scope.Scope, "debug_path", path, raising=False)
+
+
+REFUSED = r"kernel' .*mapped by nn\.map_variables.*substitute=True"
+
+
+def check_refused(model, *args):
+    """By kernel_axes, and by lora_apply where the axes are said."""
+    variables = random_variables(model, *args)
+    axes = lora_jax.kernel_axes(model, variables, *args)
+    assert list(axes) == []
+    config = LoraConfig([Rule(".*kernel", 2)])
+    with pytest.raises(ValueError, match=REFUSED):
+        lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
+    kernels = dict(axes.kernels)
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=kernels)
+    with pytest.raises(ValueError, match=REFUSED):
+        lora_jax.lora_apply(model, {"params": frozen}, adapters, *args)
+
+
+@pytest.mark.parametrize("model", [Mapped(), scanned(Mapped), zoo.Scan(0)])
+def test_without_debug_path_layers_in_transforms_are_refused(no_debug_path, model):
+    """As what is around them might map their parameters."""
+    check_refused(model, X)
+
+
+def test_without_debug_path_other_layers_are_adapted(no_debug_path):
+    model = zoo.Compact()
+    variables, frozen, adapters = split(model)
+    assert set(lora_jax.kernel_axes(model, variables, X)) == {"first/kernel", "second/kernel"}
+    merged = {"params": lora_jax.lora_merge(frozen["params"], adapters)}
+    y = lora_jax.lora_apply(model, frozen, adapters, X)
+    assert relative_error(y, model.apply(merged, X)) < 1e-5
+
+
+def test_a_use_inside_jit_that_nobody_sees_is_an_error(monkeypatch):
+    """The first call traces the layer; the second finds it in the cache of nn.jit."""
+
+    Dense = nn.jit(nn.Dense)
+
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Dense(7, name="cached_layer")(x)
+
+    def say(scope, path):
+        vars(scope)["said"] = tuple(part.replace("jit(", "compiled(") for part in path)
+
+    path = property(lambda scope: vars(scope)["said"], say)
+    monkeypatch.setattr(flax.core.scope.Scope, "debug_path", path, raising=False)
+    _, frozen, adapters = split(Jitted())
+    assert lora_jax.lora_apply(Jitted(), frozen, adapters, X).shape == (4, 7)
+    with pytest.raises(ValueError, match=r"'cached_layer/kernel' was not used"):
+        lora_jax.lora_apply(Jitted(), frozen, adapters, X)
+
+
+def test_without_debug_path_a_mapped_batch_is_refused(no_debug_path):
+    x = jnp.ones((4, 4, zoo.WIDTH))
+    with pytest.raises(ValueError, match=r"inside an nn\.vmap"):
+        in_mixed_batch(zoo.Vmap(None), x)
+
+
+@pytest.mark.parametrize("gone", ["module", "variable"])
+def test_where_a_map_does_not_say_of_what_it_is_one_of_parameters(monkeypatch, gone):
+    model = scanned(MapsStatistics)
+    axes = lora_jax.kernel_axes(model, random_variables(model, X), X)
+    assert set(axes) == {"d/kernel"}
+    if gone == "module":
+        monkeypatch.setitem(vars(flax.core.lift), "__name__", "flax.core.moved")
+    else:
+        monkeypatch.setattr(compat, "_MAPPED", "another")
+    check_refused(model, X)
+
+
+@pytest.mark.parametrize(
+    "counters", [lambda scope: collections.defaultdict(int), lambda scope: {"dropout": 0}]
+)
+def test_dropout_needs_the_counters_of_keys(monkeypatch, counters):
+    _, frozen, adapters = split(zoo.Compact(), dropout=0.5)
+    rngs = {"dropout": KEY}
+    lora_jax.lora_apply(zoo.Compact(), frozen, adapters, X, rngs=rngs)
+    monkeypatch.setattr(
+        flax.core.scope.Scope,
+        "rng_counters",
+        property(counters, lambda scope, value: None),
+        raising=False,
+    )
+    with pytest.raises(RuntimeError, match=r"Flax .* has no Scope\.rng_counters"):
+        lora_jax.lora_apply(zoo.Compact(), frozen, adapters, X, rngs=rngs)
+    lora_jax.lora_apply(zoo.Compact(), frozen, adapters, X)
+
+
+@pytest.mark.parametrize("ask", [compat.streams, compat.mutable_but_params])
+def test_what_a_scope_does_not_have_is_an_error(ask):
+    module: Any = types.SimpleNamespace(scope=types.SimpleNamespace())
+    with pytest.raises(RuntimeError, match=r"Flax .* has no Scope\."):
+        ask(module)
+
+
+# --- layers of packages ---
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_layer_of_a_package_that_has_moved_is_unknown(moved):
+    class Einsum(nn.Module):
+        weight_name: str = "w"
+
+        @nn.compact
+        def __call__(self, eqn, x):
+            return jnp.einsum(eqn, x, self.param("w", nn.initializers.normal(), (zoo.WIDTH, 5)))
+
+    function = Einsum.__call__
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    module, name = compat.GEMMA_EINSUM.split(".Einsum")
+    function.__module__, function.__qualname__ = module + "2" * moved, "Einsum" + name
+    variables = random_variables(Einsum(), "bd,dk->bk", X)
+    axes = lora_jax.kernel_axes(Einsum(), variables, "bd,dk->bk", X)
+    assert set(axes) == (set() if moved else {"w"})
+    config = LoraConfig([Rule("w", 2)])
+    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
+    if moved:
+        with pytest.raises(ValueError, match=r"'w'.*there is no handler for .*Einsum"):
+            lora_jax.lora_apply(Einsum(), {"params": frozen}, adapters, "bd,dk->bk", X)
