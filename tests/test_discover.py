@@ -13,7 +13,7 @@ import zoo
 from helpers import random_like, random_variables, relative_error
 
 import lora_jax
-from lora_jax import KernelAxes, LoraConfig, Rule, liveness
+from lora_jax import KernelAxes, LoraConfig, Rule
 
 KEY = jax.random.key(0)
 
@@ -189,26 +189,6 @@ def test_loops_and_custom_gradients_tie_nothing():
     axes = lora_jax.kernel_axes(model, model.init(KEY, x), x)
     assert set(axes) == {"dense/kernel"}
     assert not axes.tied
-
-
-def test_an_unknown_loop_is_refused_and_can_be_substituted(monkeypatch):
-    """As a jax that writes its scan down otherwise than all that are known would have it."""
-    model, x = zoo.Scan(0), jnp.ones((2, zoo.WIDTH))
-    variables = random_variables(model, x)
-    assert not lora_jax.kernel_axes(model, variables, x).tied
-
-    monkeypatch.delitem(liveness._KNOWN, "scan")
-    axes = lora_jax.kernel_axes(model, variables, x)
-    assert axes.tied == set(axes) == {"blocks/up/kernel", "blocks/down/kernel"}
-    pattern = "blocks/.*/kernel"
-    with pytest.raises(ValueError, match=r"'blocks/down/kernel'.*tied='substitute'"):
-        lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule(pattern, 2)]), axes=axes)
-    config = LoraConfig([Rule(pattern, 2, tied="substitute")])
-    frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
-    adapters = random_like(adapters)
-    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    merged = lora_jax.lora_merge(frozen, adapters)
-    assert relative_error(y, model.apply({"params": merged}, x)) < 1e-5
 
 
 def test_axes_may_be_any_mapping():
