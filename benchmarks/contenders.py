@@ -210,23 +210,39 @@ def adapters(case: Case, config: lora_jax.LoraConfig, params: Any, count: int | 
     return make(params)
 
 
+def by_hand(call: Callable[[], Any], adapters: Any, add: Callable[..., jax.Array]) -> Any:
+    """Calls a model in which ``add(x, U, V)`` is added to what each adapted layer computes.
+
+    Args:
+      call: of the model.
+      adapters: ``U`` and ``V`` by the path of the layer.
+      add: what is added.
+    """
+
+    def intercept(
+        next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        y = next_fun(*args, **kwargs)
+        path = "/".join(context.module.path)
+        if path not in adapters or context.method_name != "__call__":
+            return y
+        (x,) = args
+        return y + add(x, *(array.astype(x.dtype) for array in adapters[path]))
+
+    with nn.intercept_methods(intercept):
+        return call()
+
+
 def lora_plain(case: Case) -> Problem:
     """LoRA in twenty lines: an interceptor, and the gradient as it comes."""
     plain, scale = model_loss(models.make(case)), case.scale
 
     def loss(adapters: Any, params: Any, batch: Any) -> jax.Array:
-        def intercept(
-            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            y = next_fun(*args, **kwargs)
-            path = "/".join(context.module.path)
-            if path not in adapters or context.method_name != "__call__":
-                return y
-            (x,), (u, v) = args, adapters[path]
-            return y + scale * (x @ u.astype(x.dtype)) @ v.astype(x.dtype)
+        def add(x: jax.Array, U: jax.Array, V: jax.Array) -> jax.Array:
+            return scale * (x @ U) @ V
 
-        with nn.intercept_methods(intercept):
-            return plain(params, batch)
+        out: jax.Array = by_hand(lambda: plain(params, batch), adapters, add)
+        return out
 
     return Problem(loss, models.factors(case), models.params(case))
 

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import lora_jax
 from benchmarks import cases, models
 from benchmarks.cases import Case, Noise
-from benchmarks.contenders import Program, adapters, config, device_facts, device_memory
+from benchmarks.contenders import Program, adapters, by_hand, config, device_facts, device_memory
 from benchmarks.step import Step
 
 COUNTS = (1, 8, 32)
@@ -153,7 +153,7 @@ def of_library(case: Case, *, variant: str) -> Step:
     return step(case, counts_of(case), adapted(models.make(case)), params, many)
 
 
-def by_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:
+def of_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:
     """LoRA by an interceptor; ``add(x, U, V, ids)`` is one layer's ``(x U_i) V_i``.
 
     Its factors are in the base's dtype already, as one would keep them for this.
@@ -161,18 +161,11 @@ def by_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:
     model = models.make(case)
 
     def apply(params: Any, adapters: Any, ids: Any, inputs: Any) -> Any:
-        def intercept(
-            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            y = next_fun(*args, **kwargs)
-            path = "/".join(context.module.path)
-            if path not in adapters or context.method_name != "__call__":
-                return y
-            (x,), (U, V) = args, adapters[path]
-            return y + case.scale * add(x, U, V, ids)
-
-        with nn.intercept_methods(intercept):
-            return model.apply({"params": params}, *inputs)
+        return by_hand(
+            lambda: model.apply({"params": params}, *inputs),
+            adapters,
+            lambda x, U, V: case.scale * add(x, U, V, ids),
+        )
 
     def many(count: int) -> Any:
         return models.factors(case, jnp.dtype(case.dtype), stack=(count,))
@@ -213,5 +206,5 @@ CONTENDERS: dict[str, Callable[[Case], Step]] = {
     "serve-merged": of_merged,
     "serve-lora": functools.partial(of_library, variant="lora"),
     "serve-dora": functools.partial(of_library, variant="dora"),
-    **{f"serve-{name}": functools.partial(by_hand, add=add) for name, add in WAYS.items()},
+    **{f"serve-{name}": functools.partial(of_hand, add=add) for name, add in WAYS.items()},
 }

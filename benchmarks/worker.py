@@ -61,19 +61,19 @@ def first_losses(step: Step) -> list[float]:
 def obey(step: Step, lines: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
     """Does what each line says."""
     for line in lines:
-        *words, last = line.split()
-        if last == "quit":
+        line = line.strip()
+        if line == "quit":
             return
-        if last == "facts":
+        if line == "facts":
             answer({"facts": step.facts, **memory(step)})
-        elif words == ["profile"]:
+            continue
+        if line.startswith("profile "):
             from benchmarks.kernels import most_expensive
 
-            answer({"kernels": most_expensive(step.jobs[last])})
-        elif (job := " ".join(words)) not in step.jobs:
-            answer({"missing": job})
-        else:
-            answer(timed(step, job, int(last)))
+            answer({"kernels": most_expensive(step.jobs[line.removeprefix("profile ")])})
+            continue
+        job, _, count = line.rpartition(" ")  # a job may have spaces in its name
+        answer(timed(step, job, int(count)) if job in step.jobs else {"missing": job})
 
 
 def main(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -14,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import attention, cases, kernels, report, stats
+from benchmarks import attention, cases, kernels, report, stats, worker
 from benchmarks.cases import CASES
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import page
 from benchmarks.gpu.cases import DEMO, LLAMA_1B, LLAMA_3B, bytes_needed, heat, races, tiny_races
 from benchmarks.gpu.contest import Contest, Run
 from benchmarks.race import check_losses
-from benchmarks.step import FAMILIES
+from benchmarks.step import FAMILIES, Step
 
 ROOT = Path(__file__).parent.parent
 NAMES = [race.name for race in races()]
@@ -51,8 +52,7 @@ def as_on_a_gpu(source, target):
 @pytest.mark.slow
 def test_all_cases_in_small_and_the_page_of_them(tmp_path):
     rehearsal = tmp_path / "rehearsal"
-    args = ("--tiny", "--rounds", "2", "--steps", "1", "--minutes", "20")
-    process = run(*args, env={**os.environ, "OUT": str(rehearsal)})
+    process = run("--tiny", "--minutes", "20", env={**os.environ, "OUT": str(rehearsal)})
     assert process.returncode == 0, process.stdout + process.stderr
     found = results(rehearsal)
     assert list(found) == sorted(NAMES)
@@ -334,6 +334,34 @@ def test_what_is_missing_is_no_failure(error, kind):
     here.drop("qwix", error)
     assert here._results["qwix"][kind] == error
     assert bool(here._run.failed) == (kind == "error")
+
+
+def test_what_was_measured_before_is_kept():
+    here = contest(heat(LLAMA_1B, ("floor", "lora")))
+    here._results["floor"] = {"jobs": {"step": {"median": 1.0}}}
+    here._running["floor"] = Ready(1.0)
+    here.drop("floor", "died with exit status -9: Killed")
+    assert here._results["floor"] == {
+        "jobs": {"step": {"median": 1.0}},
+        "log": "its last words",
+    }
+    assert not here._running
+    assert here._run.failed == ["floor: died with exit status -9: Killed"]
+
+
+@pytest.mark.parametrize("contender", ["peft-lora", "torch-full"])
+def test_pytorch_is_not_profiled_by_jax(contender):
+    here = contest(heat(LLAMA_1B, ("lora", contender)))
+    here.profile(contender, Ready(1.0))
+    assert here._results[contender]["left_out"].startswith("not profiled: ")
+
+
+def test_kernels_of_a_job_whose_name_has_a_space(monkeypatch):
+    lines, answers = io.StringIO("profile decode, 8\ndecode, 8 2\n"), []
+    monkeypatch.setattr(kernels, "most_expensive", lambda job: [job()])
+    worker.obey(Step({"decode, 8": lambda: 3.0}, {}), lines, answers.append)
+    assert answers[0] == {"kernels": [3.0]}
+    assert len(answers[1]["seconds"]) == 2
 
 
 def test_attention_that_is_not_there_is_left_out():

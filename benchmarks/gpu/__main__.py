@@ -48,8 +48,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="time that it takes at most (default: 7)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="rounds at most (default: 10)")
-    parser.add_argument("--steps", type=int, default=3, help="steps in a round (default: 3)")
+    parser.add_argument("--rounds", type=int, help="rounds at most (default: 10, or 2 if tiny)")
+    parser.add_argument("--steps", type=int, help="steps in a round (default: 3, or 1 if tiny)")
     parser.add_argument(
         "--tiny", action="store_true", help="a rehearsal, also on a CPU: small models"
     )
@@ -61,6 +61,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of results (default: $OUT, or runs/gpu where it is not set)",
     )
     options = parser.parse_args(argv)
+    if options.rounds is None:
+        options.rounds = 2 if options.tiny else 10
+    if options.steps is None:
+        options.steps = 1 if options.tiny else 3
     if options.minutes <= 0 or options.rounds < 1 or options.steps < 1:
         parser.error("--minutes, --rounds and --steps must be positive")
     known = {

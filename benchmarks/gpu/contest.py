@@ -24,7 +24,9 @@ GROUP_SECONDS, READY_SECONDS, END_SECONDS = 12.0, 90.0, 3.0
 # The share of a GPU's memory that is given to contenders, and what each holds besides.
 USABLE, CONTEXT = 0.93, 1.5 * 2**30
 # What is no failure: what is not there, not possible, or not in time.
-LEFT_OUT = re.compile(r"not installed: |cut: |.*product='merged', which is not possible")
+LEFT_OUT = re.compile(
+    r"not installed: |not profiled: |cut: |.*product='merged', which is not possible"
+)
 
 
 @dataclasses.dataclass
@@ -64,15 +66,18 @@ class Run:
 
     def worker(self, contender: str, case: Case, log: str) -> Worker:
         """Starts a contender."""
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            # So that which product is the fastest is found out once for all contenders, and that
+            # the small programs that make weights are compiled once.
+            "JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         if self.gpu:
             share = min(bytes_needed(contender, case) / self.gpu["memory_bytes"], USABLE)
-            environment |= {
-                # Else the allocator doubles what it takes each time, and leaves no room.
-                "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}",
-                # So that which product is the fastest is found out once for all contenders.
-                "JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled"),
-            }
+            # Else the allocator doubles what it takes each time, and leaves no room.
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"
         elif self.options.tiny:
             environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
             environment |= {"XLA_FLAGS": self.flags} if self.flags else {}
@@ -122,7 +127,7 @@ class Contest:
             for worker in self._running.values():
                 worker.stop()
             why = "there was no time left"
-            if reference in self._results and "jobs" not in self._results[reference]:
+            if self._results.get(reference, {}).keys() & {"error", "left_out"}:
                 why = f"{reference} could not be measured"
             for label in self._entries.keys() - self._results.keys():
                 self.drop(label, f"cut: {why}")
@@ -235,6 +240,10 @@ class Contest:
         """The most expensive kernels of a step, or of each job."""
         if label in self._results:
             return
+        if self._entries[label][0].startswith(("torch", "peft")):
+            self._results[label] = self.entry(label)
+            self._results[label]["left_out"] = "not profiled: jax.profiler sees what JAX runs only"
+            return
         self._results[label] = self.entry(label) | {"kernels": {}}
         for job in jobs_of(worker):
             answer = worker.ask(f"profile {job}", self._run.end)
@@ -251,7 +260,8 @@ class Contest:
     def drop(self, label: str, error: str) -> None:
         """Notes why a contender was not measured, and ends it."""
         left_out = LEFT_OUT.match(error) is not None
-        self._results[label] = self.entry(label) | {"left_out" if left_out else "error": error}
+        if "jobs" not in self._results.get(label, {}):  # else it is the reference, measured before
+            self._results[label] = self.entry(label) | {"left_out" if left_out else "error": error}
         print(f"  {label}: {'left out, ' if left_out else 'ERROR, '}{error}", flush=True)
         if not left_out:
             self._run.failed.append(f"{label}: {error}")
