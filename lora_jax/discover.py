@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.compat import Probe, Transforms
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model
-from lora_jax.liveness import live_inputs
+from lora_jax.liveness import arrays_in, live_inputs
 from lora_jax.meshes import explicit_sharding
 from lora_jax.registry import entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
@@ -94,7 +94,7 @@ def kernel_axes(
             if kwargs.get("mutable", False) is not False and isinstance(model, nn.Module):
                 # That the parameters are given back is no use of them.
                 out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
-            return list(_arrays(out))
+            return list(arrays_in(out))
 
         return observer, jax.make_jaxpr(call)(*abstract).jaxpr
 
@@ -127,17 +127,6 @@ def kernel_axes(
         shared=frozenset(p for p, methods in observer.methods.items() if len(methods) > 1),
         unlike=observer.unlike,
     )
-
-
-def _arrays(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
-    """The arrays in a result, also in objects of classes that jax does not know."""
-    for leaf in jax.tree.leaves(out):
-        if isinstance(leaf, jax.Array):
-            yield leaf
-        elif isinstance(leaf, type | nn.Module) or id(leaf) in inside:
-            continue
-        elif hasattr(leaf, "__dict__"):
-            yield from _arrays(vars(leaf), (*inside, id(leaf)))
 
 
 def _is_array(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.axes import KernelAxes
 from lora_jax.equation import Equation
 from lora_jax.meshes import left_to_compiler
-from lora_jax.mixed import Rows, mixed_einsum, mixed_linear
+from lora_jax.mixed import Ids, mixed_einsum, mixed_linear
 from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, factors_of
 
 
@@ -37,7 +37,7 @@ class AdaptedKernel:
     Attributes:
       value: the kernel ``W`` as it is stored.
       dtype: its dtype.
-      rows: which adapter each row of the batch has, or ``None`` where one is for all.
+      ids: which of several adapters a row of the batch has, or ``None`` where there is one.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class AdaptedKernel:
         rng: chex.PRNGKey | None = None,
         observer: Observer | None = None,
         use: Callable[[], None] | None = None,
-        rows: Rows | None = None,
+        ids: Ids | None = None,
     ) -> None:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
-        self._use, self.rows = use, rows
+        self._use, self.ids = use, ids
         self.value = self._cut(value)
 
     @property
@@ -192,11 +192,11 @@ class AdaptedKernel:
         Raises:
           ValueError: in a mixed batch positions in those have adapters of their own.
         """
-        if self.rows is not None and len(self.rows.shape) > max(len(batch), 1):
+        if self.ids is not None and len(self.ids.shape) > max(len(batch), 1):
             raise ValueError(
-                f"adapter_ids is {self.rows.shape}, but the layer of {self._path!r} convolves the "
-                f"axes behind {batch}, so that no position in them can have an adapter of its own: "
-                f"give one number for each example."
+                f"Of one row adapter_ids is {self.ids.shape}, but the layer of {self._path!r} "
+                f"convolves the axes behind {batch}, so that no position in them can have an "
+                f"adapter of its own: give one number for each example."
             )
 
     def refuse(self, reason: str) -> None:
@@ -223,8 +223,8 @@ class AdaptedKernel:
     def _factors(self, axes: KernelAxes, W: chex.Array) -> tuple[Factors | None, chex.Array | None]:
         """The factors of this layer, which must be for these axes of the kernel.
 
-        And the ids of the rows, where they have adapters of their own: then the factors are those
-        of all adapters, on an axis in front.
+        And the id, or those of the tokens, where there are several adapters: then the factors are
+        those of all of them, on an axis in front.
         """
         if self._observer is not None:
             self._observer.use(axes)
@@ -236,7 +236,7 @@ class AdaptedKernel:
         layer = own.in_layer(axes)
         if layer is not None:
             adapter = self._sliced(layer, W)
-            ids = None if self.rows is None else self.rows.in_layer(layer, W.shape)
+            ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
             return factors_of(adapter, self._path), ids
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
@@ -253,8 +253,8 @@ class AdaptedKernel:
         arrays = {}
         behind = len(axes.stack_shape(W.shape))
         for name, shape in adapter.shapes(W.shape).items():
-            if self.rows is not None:
-                shape = (*shape[:behind], self.rows.count, *shape[behind:])
+            if self.ids is not None:
+                shape = (*shape[:behind], self.ids.count, *shape[behind:])
             array = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
             if array is None:
                 raise ValueError(
@@ -264,7 +264,7 @@ class AdaptedKernel:
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
-            arrays[name] = array if self.rows is None else jnp.moveaxis(array, behind, 0)
+            arrays[name] = array if self.ids is None else jnp.moveaxis(array, behind, 0)
         if all(array is getattr(adapter, name) for name, array in arrays.items()):
             return adapter
         return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
@@ -288,7 +288,7 @@ class AdaptedKernel:
 
 
 def _spread(ids: chex.Array, batch: tuple[int, ...]) -> chex.Array:
-    """The ids of the rows, where more axes than those of the ids are made one."""
+    """The ids of the tokens, where more axes than those of the ids are made one."""
     if ids.shape != batch[: ids.ndim]:
         return ids  # which will not fit
     ids = jnp.reshape(ids, (*ids.shape, *(1,) * (len(batch) - ids.ndim)))

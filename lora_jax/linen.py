@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -29,18 +29,26 @@ from lora_jax import compat
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
+from lora_jax.compat import is_traced
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.mixed import BASE, MAP_ROWS, Rows, checked_ids, taken
+from lora_jax.liveness import arrays_in, live_inputs
+from lora_jax.mixed import BASE, Ids, checked_ids, own_leaf, taken
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
-from lora_jax.rowwise import OwnLeaves, beside, call_by_rows, own_leaves
+from lora_jax.rows import over_rows
 from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.
 SUFFIX = "@lora"
 
 # Arguments by which Flax models are told that they are evaluated, with the value that says so.
-_EVALUATES = {"deterministic": True, "train": False, "training": False, "is_training": False}
+_EVALUATES = {
+    "deterministic": True,
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "enable_dropout": False,
+}
 # Arguments of ``apply`` itself.
 _OF_APPLY = ("rngs", "mutable", "method", "capture_intermediates")
 
@@ -52,6 +60,10 @@ def lora_apply(
     /,
     *args: Any,
     adapter_ids: Any = None,
+    in_axes: Any = ...,
+    out_axes: Any = 0,
+    variable_axes: Mapping[str, Any] | None = None,
+    adapter_dropout: bool | None = None,
     allow_unused: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -64,16 +76,22 @@ def lora_apply(
     closes over is compiled into it as a constant.
 
     Adapter dropout (``Rule(dropout=...)``) is active when the call passes a ``dropout`` rng,
-    ``rngs={"dropout": key}``, and does not evaluate: ``deterministic=True``, ``train=False``,
-    ``training=False`` or ``is_training=False``, as an argument or as the default of the model's
-    method. So leave out the rng to switch it off in evaluation, or pass such an argument. (An rng
-    by another name, on which Flax would fall back, is not one for adapters.)
+    ``rngs={"dropout": key}``; ``adapter_dropout`` says whether it is. As a convenience it is off
+    as well where the call evaluates in Flax's own words: ``deterministic=True``, ``train=False``,
+    ``training=False``, ``is_training=False`` or ``enable_dropout=False``, as an argument or as the
+    default of the model's method. (An rng by another name, on which Flax would fall back, is not
+    one for adapters.)
 
     With ``adapter_ids`` every example of the batch has an adapter of its own, of a stack
-    (:func:`lora_jax.stack`), or with the id -1 the base alone; the product with ``W`` is computed
-    once for all of them (:mod:`lora_jax.mixed`). The first axes of the input of every adapted layer
-    must be those of the batch. Ids may be traced: other ids, and other adapters of the same shapes,
-    are no other program. An id that is of no adapter is an error, or, traced, gives NaN in its row.
+    (:func:`lora_jax.stack`), or with the id -1 the base alone. By definition that is ``jax.vmap``
+    of a call with one row, a batch of the size 1, over ``(id, row)``, so every row has what it
+    would have alone, and the product with ``W`` is computed once for all of them. Arrays among the
+    arguments have their rows in the first axis, or where ``in_axes`` says. Where it does not and
+    there are several, the model is also traced with all of one of them beside a row of the others:
+    if it can be called so, the caller is asked which is meant. Numbers are for all rows, and each
+    row has a key of its own of every ``rngs``. Ids may be traced: other ids, and other adapters of
+    the same shapes, are no other program. An id that is of no adapter is an error, or, traced,
+    gives NaN in its row.
 
     Args:
       model: the model; it need not know of this library. A ``flax.linen`` module, or a Flax model
@@ -83,9 +101,18 @@ def lora_apply(
       adapters: the adapters from :func:`lora_jax.lora_init`.
       *args: for ``model.apply``.
       adapter_ids: integers, ``(batch,)`` for one adapter for each example, ``(batch, tokens)`` for
-        one for each token; or one number, for one adapter for all. With it ``adapters`` are
-        stacked, and ``variables`` may have all parameters: a leaf that was trained whole is there
-        for the rows with the base alone.
+        one for each token, where these are the axes behind the batch of every adapted layer's
+        input; or one number, for one adapter for all. With it ``adapters`` are stacked, and
+        ``variables`` may have all parameters: a leaf that was trained whole is there for the rows
+        with the base alone.
+      in_axes: where the arrays in ``args`` have the rows of ``adapter_ids``, as for ``jax.vmap``:
+        an axis, ``None`` for what is one for all rows, or a tuple with one of these, or a tree of
+        them, for each argument. A dict is for keyword arguments, by name. What is not said is 0.
+      out_axes: where the result has the rows, as for ``jax.vmap``.
+      variable_axes: where the other collections have them, as for ``flax.linen.vmap``:
+        ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays without such an axis
+        are for all rows. It must be said for every collection but ``batch_stats``, which has none.
+      adapter_dropout: whether adapters have their dropout; by default as said above.
       allow_unused: allow adapters that this call does not use, for a ``method`` that runs a part
         of the model. Otherwise they are an error: they would not be trained.
       **kwargs: for ``model.apply``: ``rngs``, ``mutable``, ``method``,
@@ -112,72 +139,168 @@ def lora_apply(
       (5, 2)
     """
     check_model(model, variables, "lora_apply")
-    dropout = _dropout_is_active(model, args, kwargs)
+    dropout = (
+        _dropout_is_active(model, args, kwargs) if adapter_dropout is None else adapter_dropout
+    )
+    one = functools.partial(_apply, model, dropout=dropout, allow_unused=allow_unused)
+    if adapter_ids is None:
+        return one(variables, adapters, args, kwargs)
+    count = _count(adapters)
+    ids = checked_ids(adapter_ids, count)
+    of = functools.partial(_Of, count=count, known=_check_base(variables, adapters, ids))
+    if ids.ndim == 0:
+        return one(variables, adapters, args, kwargs, of(ids, mapped=False))
+
+    def row(id_: chex.Array, rest: Any, args: Any, kwargs: Any) -> Any:
+        row_variables = {**rest, "params": variables["params"]}
+        ids = id_[None] if id_.ndim else id_  # (1, tokens)
+        return one(row_variables, adapters, args, kwargs, of(ids, mapped=True))
+
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    axes = {"in_axes": in_axes, "out_axes": out_axes, "variable_axes": variable_axes or {}}
+    return over_rows(row, ids, rest, args, kwargs, **axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Of:
+    """Which of several adapters a call has.
+
+    Attributes:
+      ids: of the adapter, or ``(1, tokens)`` of those of the tokens.
+      count: number of adapters.
+      known: whether it is known that no row needs a leaf of the base which is not there.
+      mapped: whether the call is that of one of many rows.
+    """
+
+    ids: chex.Array
+    count: int
+    known: bool
+    mapped: bool
+
+
+def _apply(
+    model: Any,
+    variables: Mapping[str, Any],
+    adapters: chex.ArrayTree,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    of: _Of | None = None,
+    *,
+    dropout: bool,
+    allow_unused: bool,
+) -> Any:
+    """:func:`lora_apply` with one adapter, or of one row of the batch."""
     nodes: dict[Key, _Placed] = {}
-    count = None if adapter_ids is None else _count(adapters)
-    ids = None if count is None else checked_ids(adapter_ids, count)
-    one_for_all = ids is not None and ids.ndim == 0
 
-    def place(key: Key, kernel: Any, node: Adapter | Shift) -> dict[Key, Any]:
-        path, rows = path_of(key), None
+    def place(key: Key, leaf: Any, node: Adapter | Shift) -> dict[Key, Any]:
         if isinstance(node, Shift):  # never stacked
-            return {key: merged_kernel(kernel, node)}
-        adapter = node
-        if one_for_all:
-            adapter = jax.tree.map(lambda array: taken(array, ids, 0.0), adapter)
-        if adapter.substitute:
-            if ids is None:
-                return {key: merged_kernel(kernel, adapter)}
-            if not one_for_all:
-                raise ValueError(
-                    f"The adapters of {path!r} have substitute=True, and W' cannot be another one "
-                    f"in every row. {MAP_ROWS}"
-                )
-            merged = merged_kernel(kernel, adapter)
-            return {key: jax.tree.map(lambda W_, W: jnp.where(ids == BASE, W, W_), merged, kernel)}
-        if dropout and adapter.dropout is None:
-            raise ValueError(
-                f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
-                f"active: train them apart, or call without the 'dropout' rng."
-            )
-        array = unbox(kernel)
-        adapter = normalized(array, adapter)
-        if one_for_all and adapter.m is not None:
-            adapter = adapter.replace(m=jnp.where(ids == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
-        arrays = {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}
-        if ids is not None and count is not None and not one_for_all:
-            rows = Rows.beside(ids, count, adapter.axes, array.shape)
-            behind = len(adapter.axes.stack_shape(array.shape))
-            arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in arrays.items()}
-        arrays = {
-            name: adapter.axes.place(x, 1 if name == "m" else 2) for name, x in arrays.items()
-        }
-        # With dropout off it is off in the tree's structure, so that nn.jit traces again.
-        rate = adapter.dropout if dropout else 0.0
-        adapter = adapter.replace(dropout=rate, **arrays)  # type: ignore[attr-defined]
-        nodes[key] = _Placed(adapter, path, rows)
-        return {key: kernel, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
+            return {key: merged_kernel(leaf, node)}
+        if node.substitute:
+            return {key: _substituted(path_of(key), leaf, node, of)}
+        nodes[key] = _placed(path_of(key), unbox(leaf), node, of, dropout)
+        return {key: leaf, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
-    whole = None if ids is None else functools.partial(beside, ids=ids)
+    count, whole = None, None
+    if of is not None:
+        count, whole = of.count, functools.partial(own_leaf, ids=of.ids, known=of.known)
     placed = join(variables["params"], adapters, place, count, whole)
-    own = {
-        leaf.path: leaf
-        for leaf in flatten(placed, "params").values()
-        if isinstance(leaf, OwnLeaves)
-    }
-    batch = None if ids is None or ids.ndim == 0 else ids.shape[0]
-    calls = _Calls(nodes, kwargs.get("method"), own, batch=batch)
-    _ACTIVE.stack = [*_ACTIVE.stack, calls]
-    try:
-        with nn.intercept_methods(calls.intercept):
-            out = call_model(model, {**variables, "params": placed}, args, kwargs)
-    finally:
-        _ACTIVE.stack = _ACTIVE.stack[:-1]
-    if not allow_unused:
-        calls.check_used(model)
+
+    def call(placed: chex.ArrayTree, calls: _Calls) -> Any:
+        _ACTIVE.stack = [*_ACTIVE.stack, calls]
+        try:
+            with nn.intercept_methods(calls.intercept):
+                return call_model(model, {**variables, "params": placed}, args, kwargs)
+        finally:
+            _ACTIVE.stack = _ACTIVE.stack[:-1]
+
+    calls = _Calls(nodes)
+    out = call(placed, calls)
+    unused = [] if allow_unused else [key for key in nodes if path_of(key) not in calls.used]
+    if unused and (key := _without_use(call, placed, unused)):
+        raise ValueError(calls.unused(key, len(unused), model, kwargs.get("method")))
     if kwargs.get("mutable", False) is False:
         return out
     return _restored(out, variables["params"], placed)
+
+
+def _substituted(path: str, kernel: Any, adapter: Adapter, of: _Of | None) -> Any:
+    """``W'`` in the place of the parameter."""
+    if of is None:
+        return merged_kernel(kernel, adapter)
+    if of.ids.ndim > 0:
+        raise ValueError(
+            f"The adapters of {path!r} have substitute=True, and W' cannot be another one for "
+            f"every token: give one id for each row."
+        )
+    adapter = jax.tree.map(lambda array: taken(array, of.ids, 0.0), adapter)
+    merged = merged_kernel(kernel, adapter)
+    return jax.tree.map(lambda W_, W: jnp.where(of.ids == BASE, W, W_), merged, kernel)
+
+
+def _placed(path: str, W: Any, adapter: Adapter, of: _Of | None, dropout: bool) -> _Placed:
+    """An adapter as it stands beside its kernel."""
+    if dropout and adapter.dropout is None:
+        raise ValueError(
+            f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
+            f"active: train them apart, or call without the 'dropout' rng."
+        )
+    alone = of is not None and not of.mapped
+    if of is not None and alone:
+        adapter = jax.tree.map(lambda array: taken(array, of.ids, 0.0), adapter)
+    adapter = normalized(W, adapter)
+    if of is not None and alone and adapter.m is not None:
+        adapter = adapter.replace(m=jnp.where(of.ids == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
+    arrays = {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}
+    ids = None
+    if of is not None and of.mapped:
+        # All adapters are there, and each layer takes the row's own from them.
+        ids = Ids.beside(of.ids, of.count, adapter.axes, W.shape)
+        behind = len(adapter.axes.stack_shape(W.shape))
+        arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in arrays.items()}
+    arrays = {name: adapter.axes.place(x, 1 if name == "m" else 2) for name, x in arrays.items()}
+    # With dropout off it is off in the tree's structure, so that nn.jit traces again.
+    rate = adapter.dropout if dropout else 0.0
+    return _Placed(adapter.replace(dropout=rate, **arrays), path, ids)  # type: ignore[attr-defined]
+
+
+def _check_base(variables: Mapping[str, Any], adapters: chex.ArrayTree, ids: Any) -> bool:
+    """Whether it is known that no row needs a leaf of the base that is not there.
+
+    Raises:
+      ValueError: it is known that one does.
+    """
+    if is_traced(ids) or not ids.is_fully_addressable:
+        return False
+    base = flatten(variables["params"], "frozen")
+    for key, node in flatten(adapters, "adapters").items():
+        whole = node is not empty_node and not isinstance(node, Adapter | Shift)
+        if whole and key not in base and bool((np.asarray(ids) == BASE).any()):
+            raise ValueError(
+                f"{path_of(key)!r} was trained whole, and the base lacks it, so no row can have "
+                f"the base alone (id {BASE}): pass all of the model's parameters as "
+                f"{{'params': params}}."
+            )
+    return True
+
+
+def _without_use(call: Callable[..., Any], placed: chex.ArrayTree, keys: list[Key]) -> Key | None:
+    """Which of these adapters, of whose use nothing was seen, has no part in the result.
+
+    ``nn.jit`` does not call a layer again that it has in its cache. So the call is traced, with the
+    layers as ``nn.jit`` has them, and what its results depend on was used.
+    """
+    flat = flatten(placed, "params")
+    own = {key: (*key[:-1], key[-1] + SUFFIX) for key in keys}
+
+    def results(nodes: dict[Key, Any]) -> list[Any]:
+        given = {**flat, **{own[key]: node for key, node in nodes.items()}}
+        return list(arrays_in(call(unflatten(given, placed), _Calls({}))))
+
+    nodes = {key: flat[own[key]] for key in keys}
+    jaxpr = jax.make_jaxpr(results)(nodes).jaxpr
+    live = live_inputs(jaxpr, [True] * len(jaxpr.outvars))
+    used = jax.tree.unflatten(jax.tree.structure(nodes), live)
+    return next((key for key in keys if not any(jax.tree.leaves(used[key]))), None)
 
 
 def _count(adapters: chex.ArrayTree) -> int:
@@ -271,12 +394,7 @@ class _Placed:
 
     adapter: Adapter
     path: str = flax.struct.field(pytree_node=False)
-    rows: Rows | None = None
-
-
-# Placed adapters that were used inside an nn.jit, of any call, by their structure: nn.jit does not
-# trace again what it has in its cache, so that the use is seen by the first call only.
-_SEEN_IN_JIT: set[Any] = set()
+    ids: Ids | None = None
 
 
 class _Active(threading.local):
@@ -293,13 +411,9 @@ class _Calls:
     """The interceptor of one ``lora_apply``, and what it saw."""
 
     nodes: Mapping[Key, _Placed]
-    method: Any
-    own: Mapping[str, OwnLeaves] = dataclasses.field(default_factory=dict)
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
-    batch: Any = None
-    mapped: set[Key] = dataclasses.field(default_factory=set)
     around: compat.Transforms = dataclasses.field(default_factory=compat.Transforms)
 
     def intercept(
@@ -319,38 +433,12 @@ class _Calls:
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
-        self._note_mapped(module, (args, kwargs))
-        if self.own and context.method_name != "setup" and (own := own_leaves(module)):
-            self._check_mapped(module, [leaf.leaves for leaf in own.values()])
-            self._note(module, own.values())
-            return call_by_rows(module, context.method_name, own, args, kwargs)
         entry = entry_of(context.orig_method)
         names = entry.names(module) if entry else ()
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
             return next_fun(*args, **kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
-        for kernel in kernels:
-            if kernel is not None and kernel.rows is not None:
-                self._check_mapped(module, kernel.rows.ids)
         return entry.handler(module, kernels, next_fun, *args, **kwargs)
-
-    def _note_mapped(self, module: nn.Module, given: Any) -> None:
-        """Notes that an nn.vmap may have taken the axis of the batch off what is given."""
-        if self.batch is None or not self.around.may_have(module, "vmap"):
-            return
-        sizes = compat.mapped_sizes(jax.tree.leaves(given))
-        if sizes is None or self.batch in sizes:
-            self.mapped.add(module.path)
-
-    def _check_mapped(self, module: nn.Module, own: Any) -> None:
-        """Errors where this module, or one around it, was noted, and the ids are not mapped."""
-        inside = any(module.path[: len(path)] == path for path in self.mapped)
-        if inside and not compat.mapped_sizes(jax.tree.leaves(own)):
-            raise ValueError(
-                f"The layer {path_of(module.path)!r} is inside an nn.vmap over an axis of the size "
-                f"of adapter_ids, {self.batch}, so the first axis of its input may not be the "
-                f"batch. {MAP_ROWS}"
-            )
 
     def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
         if not module.has_variable("params", name):
@@ -364,20 +452,13 @@ class _Calls:
             _refuse_mapped(module)
 
         rng = self._dropout_rng(module, path) if adapter.dropout else None
-        use = functools.partial(self._note, module, [placed])
-        return AdaptedKernel(path, value, adapter, rng, use=use, rows=placed.rows)
+        use = functools.partial(self.used.add, path)
+        return AdaptedKernel(path, value, adapter, rng, use=use, ids=placed.ids)
 
     @functools.cached_property
     def _as_placed(self) -> set[int]:
         """The factors that no transform has replaced."""
         return {id(node.adapter.U) for node in self.nodes.values()}
-
-    def _note(self, module: nn.Module, placed: Iterable[_Placed | OwnLeaves]) -> None:
-        """These were used."""
-        for node in placed:
-            self.used.add(node.path)
-            if compat.is_inside_jit(module):
-                _SEEN_IN_JIT.add(jax.tree.structure(node))
 
     def _dropout_rng(self, module: nn.Module, path: str) -> chex.PRNGKey:
         """A key from the module's own stream, which then goes on as if it had not been asked."""
@@ -391,26 +472,11 @@ class _Calls:
         self.draws[path] = self.draws.get(path, 0) + 1
         return jax.random.fold_in(rng, zlib.crc32(f"{path}{SUFFIX}{self.draws[path]}".encode()))
 
-    def check_used(self, model: nn.Module) -> None:
-        """Errors where an adapter had no part in the call."""
-        unused = [key for key, node in self.nodes.items() if not self._was_used(node)]
-        if unused:
-            raise ValueError(self._unused(unused, model))
-        for path, leaves in self.own.items():
-            if not self._was_used(leaves):
-                raise ValueError(
-                    f"{path!r} was trained whole and differs from row to row, but no module was "
-                    f"called that has it as a parameter of its own."
-                )
-
-    def _was_used(self, node: _Placed | OwnLeaves) -> bool:
-        return node.path in self.used or jax.tree.structure(node) in _SEEN_IN_JIT
-
-    def _unused(self, unused: list[Key], model: nn.Module) -> str:
-        key, method = unused[0], self.method
+    def unused(self, key: Key, count: int, model: nn.Module, method: Any) -> str:
+        """What to say of an adapter that had no part in the call."""
         path = path_of(key)
         classes = self.classes.get(key[:-1])
-        others = f" (and {len(unused) - 1} more adapters)" if len(unused) > 1 else ""
+        others = f" (and {count - 1} more adapters)" if count > 1 else ""
         if classes is None:
             reached = f"{type(model).__name__}.{getattr(method, '__name__', method or '__call__')}"
             return (

@@ -10,8 +10,11 @@ for one that is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import flax.linen as nn
+import jax
 
 from lora_jax.compat import Branches, Loop, is_literal, written
 
@@ -36,6 +39,24 @@ def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
             uses = zip(eqn.invars, _inputs_of(eqn, given), strict=True)
             live |= {v for v, is_live in uses if is_live and not is_literal(v)}
     return [v in live for v in jaxpr.invars]
+
+
+def arrays_in(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
+    """The arrays in a result, also in objects of classes that jax does not know.
+
+    Example:
+      >>> import jax.numpy as jnp, types
+      >>> out = {"a": jnp.ones(2), "b": types.SimpleNamespace(c=jnp.ones(3))}
+      >>> [array.shape for array in arrays_in(out)]
+      [(2,), (3,)]
+    """
+    for leaf in jax.tree.leaves(out):
+        if isinstance(leaf, jax.Array):
+            yield leaf
+        elif isinstance(leaf, type | nn.Module) or id(leaf) in inside:
+            continue
+        elif hasattr(leaf, "__dict__"):
+            yield from arrays_in(vars(leaf), (*inside, id(leaf)))
 
 
 def _inputs_of(eqn: Any, outputs: list[bool]) -> list[bool]:

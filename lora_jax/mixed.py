@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax.adapter import Whole
 from lora_jax.axes import KernelAxes
 from lora_jax.compat import is_traced
 from lora_jax.equation import Equation
@@ -40,18 +41,15 @@ from lora_jax.product import (
     refuse_ways,
     scaled,
 )
+from lora_jax.tree import Key, path_of, unbox
 
 # The id of a row that has the base alone.
 BASE = -1
 
-# What to do where a batch of mixed requests is not possible.
-MAP_ROWS = (
-    "Map over the rows instead: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, "
-    "x[None], adapter_ids=i)[0])(adapter_ids, x)."
-)
-
-# A number copied takes as long as this many multiplications.
-COPY = 16
+# What takes as long as a multiplication with the factors of all adapters, as measured on CPUs: to
+# copy a number is as many of them; and of the first FEW vectors of a row, a multiplication with its
+# own factors is as many.
+COPY, SMALL, FEW = 4, 5, 16
 
 
 def checked_ids(adapter_ids: Any, count: int) -> chex.Array:
@@ -91,7 +89,7 @@ def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.
     """``array[ids]``, and the value for the base where the id is -1."""
 
     def take(array: chex.Array, ids: chex.Array, base: chex.Array) -> chex.Array:
-        rows = jnp.take(array, jnp.clip(ids, 0, array.shape[0] - 1), axis=0)
+        rows = jnp.take(array, ids, axis=0, mode="clip")
         own = (...,) + (None,) * (rows.ndim - ids.ndim)
         if not jnp.issubdtype(array.dtype, jnp.inexact):
             return jnp.where((ids == BASE)[own], base, rows)
@@ -103,27 +101,56 @@ def taken(array: chex.Array, ids: chex.Array, base: float | chex.Array) -> chex.
     return rows
 
 
+def own_leaf(key: Key, leaf: Any, node: Any, ids: chex.Array, *, known: bool) -> dict[Key, Any]:
+    """A leaf that was trained whole, such as a head or a bias: that of the id.
+
+    Args:
+      key: of the parameter.
+      leaf: the base's own, or ``None``.
+      node: the leaves of all adapters, on an axis in front.
+      ids: of one row.
+      known: whether it is known that no row has the base alone which the leaf is missing for.
+
+    Raises:
+      ValueError: ids of tokens, a stack of another model.
+    """
+    path = path_of(key)
+    if ids.ndim > 0:
+        raise ValueError(
+            f"{path!r} was trained whole, so that adapter_ids must be one number for each example, "
+            f"not for each token."
+        )
+    dtype = node.dtype if isinstance(node, Whole) else unbox(node).dtype
+    box = node.value if isinstance(node, Whole) else node
+    shape = jnp.shape(unbox(box))
+    if leaf is not None and jnp.shape(unbox(leaf)) != shape[1:]:
+        raise ValueError(
+            f"{path!r} was trained whole: its stack is {shape}, but the base has "
+            f"{jnp.shape(unbox(leaf))} there. Was it made for another model?"
+        )
+    base = (0.0 if known else jnp.nan) if leaf is None else unbox(leaf)
+    return {key: jax.tree.map(lambda array: taken(array, ids, base).astype(dtype), box)}
+
+
 @flax.struct.dataclass
-class Rows:
-    """Which adapter each row of the batch has, beside a kernel.
+class Ids:
+    """Which of several adapters a row of the batch has, beside a kernel.
 
     Attributes:
-      ids: one for each row, repeated along the axes that stack the kernel, so that transforms slice
-        them alike.
-      shape: the sizes of the axes of the batch that the ids are for.
+      ids: of the row, or of each of its tokens, repeated along the axes that stack the kernel,
+        so that transforms slice them alike.
+      shape: of the ids: ``()``, or ``(1, tokens)``.
       count: number of adapters.
-      row: the row that the layer sees, where it sees one only.
     """
 
     ids: Any
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     count: int = flax.struct.field(pytree_node=False)
-    row: Any = None
 
     @classmethod
     def beside(
         cls, ids: chex.Array, count: int, axes: KernelAxes, kernel_shape: Sequence[int]
-    ) -> Rows:
+    ) -> Ids:
         """The ids in the place for a kernel of that shape."""
         stacks = (kernel_shape[axis] for axis in axes.stacks)
         repeated = jnp.broadcast_to(jnp.reshape(ids, -1), (*stacks, ids.size))
@@ -134,21 +161,15 @@ class Rows:
         stacks = tuple(kernel_shape[axis] for axis in axes.stacks)
         ids = axes.take(self.ids, 1, (*stacks, math.prod(self.shape)))
         assert ids is not None  # as the factors, which are taken before, were
-        ids = jnp.reshape(ids[(0,) * len(stacks)], self.shape)
-        if self.row is None:
-            return ids
-        like = PartitionSpec(*spec_of(ids)[1:])
-        own: chex.Array = left_to_compiler(lambda ids, b: ids[b], ids, self.row, like=like)
-        return own
+        return jnp.reshape(ids[(0,) * len(stacks)], self.shape)
 
 
-def check_rows(ids: chex.Array, shape: Sequence[int], path: str) -> None:
+def check_tokens(ids: chex.Array, shape: Sequence[int], path: str) -> None:
     """Errors where the first axes of a layer's input are not those of the ids."""
     if tuple(shape[: ids.ndim]) != ids.shape:
         raise ValueError(
-            f"adapter_ids is {ids.shape}, but the layer of {path!r} gets an input of shape "
-            f"{tuple(shape)}, whose first axes are not the rows of the batch. Give one id for each "
-            f"example. If there is one, the layer has another axis in front. {MAP_ROWS}"
+            f"Of one row adapter_ids is {ids.shape}, but the layer of {path!r} gets an input of "
+            f"shape {tuple(shape)}, whose first axes are not its tokens. Give one id for each row."
         )
 
 
@@ -174,27 +195,26 @@ def _below(axes: Sequence[int], axis: int) -> int:
     return sum(axes[i] < axes[axis] for i in range(axis))
 
 
-def way_for(ids: chex.Array, count: int, rows: Any, copied: int, multiplied: int) -> str:
+def way_for(count: int, vectors: Any, copied: int, multiplied: int) -> str:
     """The way that takes less time.
 
     Args:
-      ids: of the rows.
       count: number of adapters.
-      rows: number of vectors that the layer multiplies, in all.
+      vectors: how many the layer multiplies for one id.
       copied: size of the factors of one adapter.
       multiplied: multiplications of one vector with them.
 
     Example:
-      >>> way_for(jnp.zeros(32, int), 32, 32 * 128, copied=8 * 768, multiplied=8 * 768)
+      >>> way_for(4, vectors=128, copied=8 * 768, multiplied=8 * 768)
       'gather'
-      >>> way_for(jnp.zeros(32, int), 4, 32, copied=8 * 768, multiplied=8 * 768)
+      >>> way_for(4, vectors=8, copied=8 * 768, multiplied=8 * 768)
       'one-hot'
     """
-    # A symbolic number of rows, of jax.export, cannot be compared.
-    if not isinstance(rows, int) or not isinstance(ids.size, int):
+    # A symbolic number of vectors, of jax.export, cannot be compared.
+    if not isinstance(vectors, int):
         return "gather"
-    gather = ids.size * copied * COPY + rows * multiplied
-    return "gather" if gather < count * rows * multiplied else "one-hot"
+    own = (vectors + (SMALL - 1) * min(vectors, FEW)) * multiplied
+    return "gather" if COPY * copied + own < count * vectors * multiplied else "one-hot"
 
 
 def mixed_einsum(
@@ -227,13 +247,13 @@ def mixed_einsum(
     n = ids.ndim
     rows = tuple(range(n))
     letters = equation.x[:n]
-    check_rows(ids, x.shape, factors.path)
+    check_tokens(ids, x.shape, factors.path)
     if not all(c in equation.y and c not in equation.W for c in letters):
         raise ValueError(
-            f"adapter_ids is {ids.shape}, but the first axes of the input of the layer of "
-            f"{factors.path!r} are contracted or stack its kernels, as in "
-            f"'{equation.x},{equation.W}->{equation.y}', so they are not the rows of the batch. "
-            f"{MAP_ROWS}"
+            f"Of one row adapter_ids is {ids.shape}, but the first axes of the input of the layer "
+            f"of {factors.path!r} are contracted or stack its kernels, as in "
+            f"'{equation.x},{equation.W}->{equation.y}', so they are not its tokens. Give one id "
+            f"for each row."
         )
     in_y = tuple(equation.y.index(c) for c in letters)
     one = equation.of_row(n)
@@ -253,7 +273,7 @@ def mixed_einsum(
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     outer = factors.way == "outer"
     size = (U.size + V.size) // count
-    way = "gather" if outer else way_for(ids, count, equation.rows, size, r * (d + k))
+    way = "gather" if outer else way_for(count, one.rows, size, r * (d + k))
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         return factored_product(
@@ -271,6 +291,7 @@ def mixed_einsum(
         )
 
     def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
+        ids = after(ids, x)
         a = None if a is None else taken(a, ids, 1.0)
         (U, V, mask), shared = laid_out(way, U, V, ids)
         in_axes = (in_y, rows, shared, shared, rows, rows)
@@ -296,14 +317,14 @@ def mixed_linear(
     n = ids.ndim
     rows = tuple(range(n))
     y = base(x, W)
-    check_rows(ids, x.shape, factors.path)
-    check_rows(ids, y.shape, factors.path)
+    check_tokens(ids, x.shape, factors.path)
+    check_tokens(ids, y.shape, factors.path)
     U, V = factors.U, factors.V
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
-    vectors = y.size // k if isinstance(y.size, int) else y.size
+    vectors = y.size // (k * ids.size) if isinstance(y.size, int) else y.size
     multiplied = r * (1 if looks_up else d) + r * k
-    way = way_for(ids, count, vectors, (U.size + V.size) // count, multiplied)
+    way = way_for(count, vectors, (U.size + V.size) // count, multiplied)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         own = factors._replace(U=U, V=V, a=a)
@@ -312,6 +333,7 @@ def mixed_linear(
         return low_rank_linear(linear, y, x, W, own, axes, groups=groups, mask=mask)[(0,) * n]
 
     def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
+        ids = after(ids, x)
         a = None if a is None else taken(a, ids, 1.0)
         (U, V, mask), shared = laid_out(way, U, V, ids)
         in_axes = (rows, rows, shared, shared, rows, rows)
@@ -319,6 +341,28 @@ def mixed_linear(
 
     x = x if dropped_x is None else dropped_x
     return left_to_compiler(add, y, x, U, V, factors.a, ids, like=y)
+
+
+def after(ids: chex.Array, x: chex.Array) -> chex.Array:
+    """The ids, in a form that cannot be computed before ``x``.
+
+    On CPUs XLA runs early what it can, and so copies the factors for all rows of all layers before
+    the first layer: they would be in memory at once, and out of the caches when they are used. It
+    takes no notice of ``jax.lax.optimization_barrier`` there. So 0 is added to the ids, made from a
+    number of ``x`` by two shifts.
+
+    Example:
+      >>> after(jnp.array([2, -1]), jnp.array([jnp.nan, 1.0]))
+      Array([ 2, -1], dtype=int32)
+    """
+    if not on_cpu() or x.dtype.itemsize > 4 or 0 in x.shape:
+        return ids
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    one = jax.lax.stop_gradient(x)[(0,) * x.ndim]
+    half = bits.type(4 * bits.itemsize)
+    number = jax.lax.bitcast_convert_type(one, bits)
+    zero = jax.lax.shift_right_logical(jax.lax.shift_right_logical(number, half), half)
+    return ids + zero.astype(ids.dtype)
 
 
 def laid_out(

@@ -53,41 +53,6 @@ def test_is_traced(monkeypatch, gone):
     assert found == [True] * 4
 
 
-def test_mapped_sizes():
-    found = []
-
-    def look(x, y):
-        found.extend([compat.mapped_sizes([x]), compat.mapped_sizes([y])])
-
-    jax.vmap(look, (1, None), None)(jnp.ones((2, 3)), jnp.ones((5, 2)))
-    assert found == [[3], []]
-
-
-class Experts(nn.Module):
-    """Mapped over the second axis of x."""
-
-    @nn.compact
-    def __call__(self, x):
-        experts = nn.vmap(nn.Dense, {"params": 0}, {"params": True}, 1, 1)
-        return experts(5, name="experts")(x)
-
-
-def in_mixed_batch(model, x, axes=None):
-    variables, _, adapters = split(model, x, axes)
-    stacked = lora_jax.stack([adapters])
-    return lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=np.zeros(len(x), int))
-
-
-def test_a_vmap_that_does_not_tell_its_size_is_refused_in_a_mixed_batch(monkeypatch):
-    """Or it might be over the rows, and each would have the adapter of another."""
-    x = jnp.ones((4, 3, zoo.WIDTH))
-    axes = lora_jax.kernel_axes(Experts(), random_variables(Experts(), x), x)
-    assert in_mixed_batch(Experts(), x, axes).shape == (4, 3, 5)
-    monkeypatch.setattr(compat, "_mapped_size", lambda x: None)  # as under another name
-    with pytest.raises(ValueError, match=r"inside an nn\.vmap"):
-        in_mixed_batch(Experts(), x, axes)
-
-
 # --- a barrier ---
 
 
