@@ -8,6 +8,7 @@ answer that is right and says less. ``tests/test_compat.py`` takes each part awa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,6 @@ import flax.core.scope
 import flax.linen as nn
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 
 # --- arrays without a value ---
 
@@ -36,25 +36,6 @@ def is_traced(x: Any) -> bool:
         return isinstance(x, jax.Array) and not x.devices()
     except jax.errors.ConcretizationTypeError:
         return True
-
-
-def mapped_sizes(arrays: Iterable[Any]) -> list[int] | None:
-    """The sizes of the axes that the innermost ``jax.vmap`` took off arrays; ``None`` if untold.
-
-    Why: in a batch of mixed requests an ``nn.vmap`` may map over the rows, ids or no ids.
-    Gone: nothing is told, which is taken for an axis of that size.
-    """
-    told: list[Any] = []
-    jax.vmap(lambda x: told.append(_mapped_size(x)), in_axes=1, out_axes=None)(jnp.zeros((2, 3)))
-    if told != [3]:
-        return None
-    sizes = map(_mapped_size, arrays)
-    return [size for size in sizes if size is not None]
-
-
-def _mapped_size(x: Any) -> int | None:
-    axis, whole = getattr(x, "batch_dim", None), getattr(x, "val", None)
-    return None if axis is None or whole is None else int(jnp.shape(whole)[axis])
 
 
 # --- a barrier ---
@@ -243,33 +224,28 @@ def _alike(a: Sequence[Any], b: Sequence[Any]) -> int:
 # --- Flax's scopes ---
 
 
-class Transforms:
-    """Which of Flax's transforms are around a module, in one call of a model.
+class Maps:
+    """Whether ``nn.map_variables`` is around a module, in one call of a model.
 
-    Why: ``nn.map_variables`` would map adapters as it maps kernels, and an ``nn.vmap`` may map over
-    the rows of a batch. Flax says what is around a scope in its ``debug_path`` only, as in
-    ``("block", "vmap(dense)")``.
-    Gone: each may be around everything, where Flax does not say it of a probe that has it around.
+    Why: it would map adapters as it maps kernels. Flax says what is around a scope in its
+    ``debug_path`` only, as in ``("block", "map_variables(dense)")``.
+    Gone: it may be around everything, where Flax does not say it of a probe that has it around.
     """
 
-    def __init__(self) -> None:
-        self._says: dict[str, bool] = {}
+    @functools.cached_property
+    def _is_said(self) -> bool:
+        inside: list[nn.Module] = []
+        _MAPPED_PROBE(inside.append, parent=None).apply({})
+        return any(map(_says_mapped, inside))
 
-    def may_have(self, module: nn.Module, transform: str) -> bool:
-        """Whether ``"map_variables"`` or ``"vmap"`` is around a module."""
-        if transform not in self._says:
-            inside: list[nn.Module] = []
-            _PROBES[transform](inside.append, parent=None).apply({})
-            self._says[transform] = any(_is_said(probe, transform) for probe in inside)
-        return not self._says[transform] or _is_said(module, transform)
-
-    def may_map_params(self, module: nn.Module) -> bool:
-        """Whether the parameters that a module sees may have gone through ``nn.map_variables``.
+    def may_be_of_params(self, module: nn.Module) -> bool:
+        """Whether the parameters that a module sees may have gone through it.
 
         Which collections are mapped stands nowhere but in Flax's own call of the map, further up.
         Gone: every map is one of parameters.
         """
-        return self.may_have(module, "map_variables") and not _maps_others_only()
+        is_around = not self._is_said or _says_mapped(module)
+        return is_around and not _maps_others_only()
 
 
 _MAPPED = "mapped_collections"  # what nn.map_variables calls them inside
@@ -296,24 +272,12 @@ class Probe(nn.Module):
         self.tell(self)
 
 
-_PROBES: dict[str, Any] = {
-    "map_variables": nn.map_variables(Probe, "params", lambda tree: tree),
-    "vmap": nn.vmap(Probe, {"params": None}, {"params": False}, axis_size=2),
-}
+_MAPPED_PROBE: Any = nn.map_variables(Probe, "params", lambda tree: tree)
 
 
-def is_inside_jit(module: nn.Module) -> bool:
-    """Whether a module is for certain inside an ``nn.jit``.
-
-    Why: of what is in the cache of ``nn.jit`` nothing is seen when it is called again.
-    Gone: ``False``, and an adapter there is an error from the second call on: it was not used.
-    """
-    return _is_said(module, "jit")
-
-
-def _is_said(module: nn.Module, transform: str) -> bool:
+def _says_mapped(module: nn.Module) -> bool:
     path = getattr(module.scope, "debug_path", None) or ()
-    return any(f"{transform}(" in str(part) for part in path)
+    return any("map_variables(" in str(part) for part in path)
 
 
 def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:
@@ -329,30 +293,6 @@ def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:
         _refuse("Scope.rng_counters", "the dropout of adapters would change that of the model")
     counters[stream] = before
     return key
-
-
-def streams(module: nn.Module) -> tuple[str, ...]:
-    """The names of the streams of random numbers that a module has.
-
-    Why: a module that is applied row by row needs keys for each row.
-    Gone: an error.
-    """
-    rngs = getattr(module.scope, "rngs", None)
-    if rngs is None:
-        _refuse("Scope.rngs", "leaves that were trained whole cannot differ from row to row")
-    return tuple(rngs)
-
-
-def mutable_but_params(module: nn.Module) -> Any:
-    """The collections that a module may write to, as ``mutable=`` of ``apply``.
-
-    Why: a module that is applied row by row may write what it could write otherwise.
-    Gone: an error.
-    """
-    mutable = getattr(module.scope, "mutable", None)
-    if mutable is None:
-        _refuse("Scope.mutable", "leaves that were trained whole cannot differ from row to row")
-    return mutable and flax.core.scope.subtract_filters(mutable, "params")
 
 
 def _refuse(what: str, so: str) -> NoReturn:

@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.compat import Probe, Transforms
+from lora_jax.compat import Maps, Probe
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model
 from lora_jax.liveness import arrays_in, live_inputs
@@ -193,7 +193,7 @@ class _Observer:
     methods: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     unlike: dict[str, str] = dataclasses.field(default_factory=dict)
     modules: set[Key] = dataclasses.field(default_factory=set)
-    around: Transforms = dataclasses.field(default_factory=Transforms)
+    maps: Maps = dataclasses.field(default_factory=Maps)
 
     def intercept(
         self,
@@ -232,7 +232,7 @@ class _Observer:
             self.handled[label.path] = f"the handler of {entry.layer} did not compute with it"
             value = unbox(module.get_variable("params", name))
             as_given = value is self.given[label.path]
-            if not as_given and self.around.may_map_params(module):
+            if not as_given and self.maps.may_be_of_params(module):
                 self.refused[label.path] = MAPPED
         kernels = tuple(self._kernel(module, name, ours.get(name)) for name in names)
         return entry.handler(module, kernels, next_fun, *args, **kwargs)

@@ -63,6 +63,7 @@ def lora_apply(
     in_axes: Any = ...,
     out_axes: Any = 0,
     variable_axes: Mapping[str, Any] | None = None,
+    spmd_axis_name: Any = None,
     adapter_dropout: bool | None = None,
     allow_unused: bool = False,
     **kwargs: Any,
@@ -112,6 +113,8 @@ def lora_apply(
       variable_axes: where the other collections have them, as for ``flax.linen.vmap``:
         ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays without such an axis
         are for all rows. It must be said for every collection but ``batch_stats``, which has none.
+      spmd_axis_name: the axis of a mesh that the rows are sharded by, as for ``jax.vmap``: for
+        models that say how their activations are sharded, and leave the batch out of it.
       adapter_dropout: whether adapters have their dropout; by default as said above.
       allow_unused: allow adapters that this call does not use, for a ``method`` that runs a part
         of the model. Otherwise they are an error: they would not be trained.
@@ -157,8 +160,17 @@ def lora_apply(
         return one(row_variables, adapters, args, kwargs, of(ids, mapped=True))
 
     rest = {name: tree for name, tree in variables.items() if name != "params"}
-    axes = {"in_axes": in_axes, "out_axes": out_axes, "variable_axes": variable_axes or {}}
-    return over_rows(row, ids, rest, args, kwargs, **axes)
+    return over_rows(
+        row,
+        ids,
+        rest,
+        args,
+        kwargs,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        variable_axes=variable_axes or {},
+        spmd_axis_name=spmd_axis_name,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,7 +426,7 @@ class _Calls:
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
-    around: compat.Transforms = dataclasses.field(default_factory=compat.Transforms)
+    maps: compat.Maps = dataclasses.field(default_factory=compat.Maps)
 
     def intercept(
         self,
@@ -448,7 +460,7 @@ class _Calls:
             return AdaptedKernel(path_of((*module.path, name)), value)
         placed: _Placed = module.get_variable("params", name + SUFFIX)
         path, adapter = placed.path, placed.adapter
-        if id(adapter.U) not in self._as_placed and self.around.may_map_params(module):
+        if id(adapter.U) not in self._as_placed and self.maps.may_be_of_params(module):
             _refuse_mapped(module)
 
         rng = self._dropout_rng(module, path) if adapter.dropout else None

@@ -50,6 +50,7 @@ def over_rows(
     in_axes: Any,
     out_axes: Any,
     variable_axes: Mapping[str, Any],
+    spmd_axis_name: Any,
 ) -> Any:
     """``call`` for every row with its id, as by ``jax.vmap``.
 
@@ -62,6 +63,7 @@ def over_rows(
       in_axes: as for :func:`lora_jax.lora_apply`; alike the others.
       out_axes: as there.
       variable_axes: as there.
+      spmd_axis_name: as there.
     """
     keys = {name: kwargs[name] for name in _KEYS if kwargs.get(name) is not None}
     plain = {name: value for name, value in kwargs.items() if name not in keys}
@@ -80,7 +82,17 @@ def over_rows(
     inputs.check_said(one, ids, keys)
 
     mapped, ids, keys = _sharded_alike(inputs.mapped, inputs.axes, ids, keys)
-    arrays = jax.vmap(one, (0, inputs.axes, 0))(ids, mapped, keys)
+    try:
+        rows = jax.vmap(one, (0, inputs.axes, 0), spmd_axis_name=spmd_axis_name)
+        arrays = rows(ids, mapped, keys)
+    except Exception as error:
+        if inputs.unsaid:
+            error.add_note(
+                f"With adapter_ids each row is a call of its own. The {', '.join(inputs.unsaid)} "
+                f"was taken to have the rows in the first axis, as in_axes or variable_axes do not "
+                f"say otherwise."
+            )
+        raise
     out = results[0].joined(arrays)
     if ids.ndim > 1:
         inputs.check_tokens(one, ids, keys)

@@ -1,8 +1,6 @@
 """What nobody promises, taken away: an error, a refusal, or an answer that is right."""
 
 import collections
-import types
-from typing import Any
 
 import flax.core.lift
 import flax.core.scope
@@ -230,33 +228,6 @@ def test_without_debug_path_other_layers_are_adapted(no_debug_path):
     assert relative_error(y, model.apply(merged, X)) < 1e-5
 
 
-def test_a_use_inside_jit_that_nobody_sees_is_an_error(monkeypatch):
-    """The first call traces the layer; the second finds it in the cache of nn.jit."""
-
-    Dense = nn.jit(nn.Dense)
-
-    class Jitted(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return Dense(7, name="cached_layer")(x)
-
-    def say(scope, path):
-        vars(scope)["said"] = tuple(part.replace("jit(", "compiled(") for part in path)
-
-    path = property(lambda scope: vars(scope)["said"], say)
-    monkeypatch.setattr(flax.core.scope.Scope, "debug_path", path, raising=False)
-    _, frozen, adapters = split(Jitted())
-    assert lora_jax.lora_apply(Jitted(), frozen, adapters, X).shape == (4, 7)
-    with pytest.raises(ValueError, match=r"'cached_layer/kernel' was not used"):
-        lora_jax.lora_apply(Jitted(), frozen, adapters, X)
-
-
-def test_without_debug_path_a_mapped_batch_is_refused(no_debug_path):
-    x = jnp.ones((4, 4, zoo.WIDTH))
-    with pytest.raises(ValueError, match=r"inside an nn\.vmap"):
-        in_mixed_batch(zoo.Vmap(None), x)
-
-
 @pytest.mark.parametrize("gone", ["module", "variable"])
 def test_where_a_map_does_not_say_of_what_it_is_one_of_parameters(monkeypatch, gone):
     model = scanned(MapsStatistics)
@@ -285,13 +256,6 @@ def test_dropout_needs_the_counters_of_keys(monkeypatch, counters):
     with pytest.raises(RuntimeError, match=r"Flax .* has no Scope\.rng_counters"):
         lora_jax.lora_apply(zoo.Compact(), frozen, adapters, X, rngs=rngs)
     lora_jax.lora_apply(zoo.Compact(), frozen, adapters, X)
-
-
-@pytest.mark.parametrize("ask", [compat.streams, compat.mutable_but_params])
-def test_what_a_scope_does_not_have_is_an_error(ask):
-    module: Any = types.SimpleNamespace(scope=types.SimpleNamespace())
-    with pytest.raises(RuntimeError, match=r"Flax .* has no Scope\."):
-        ask(module)
 
 
 # --- layers of packages ---

@@ -199,6 +199,26 @@ def test_called_again_without_a_new_trace(case):
     assert relative_error(s.adapted(s.frozen, s.trained, s.x), first) > 1e-2
 
 
+def test_the_use_in_another_model_is_no_use():
+    """Of an adapter of the same structure, by a layer that nn.jit has in its cache."""
+
+    class Model(nn.Module):
+        calls: bool
+
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.jit(nn.Dense)(6, name="layer_of_two_models")
+            y = layer(x)
+            return nn.Dense(3, name="head")(y if self.calls else x)
+
+    x = jnp.ones((2, 6))
+    frozen, adapters = dense_case(Model(True), x)
+    for _ in range(2):
+        lora_jax.lora_apply(Model(True), {"params": frozen}, adapters, x)
+    with pytest.raises(ValueError, match=r"'layer_of_two_models/kernel' was not used"):
+        lora_jax.lora_apply(Model(False), {"params": frozen}, adapters, x)
+
+
 def dense_case(model, x, **rule):
     params = random_variables(model, x)["params"]
     config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", **{"rank": 2, **rule})])
