@@ -86,13 +86,13 @@ def lora_apply(
     With ``adapter_ids`` every example of the batch has an adapter of its own, of a stack
     (:func:`lora_jax.stack`), or with the id -1 the base alone. By definition that is ``jax.vmap``
     of a call with one row, a batch of the size 1, over ``(id, row)``, so every row has what it
-    would have alone, and the product with ``W`` is computed once for all of them. Arrays among the
-    arguments have their rows in the first axis, or where ``in_axes`` says. Where it does not and
-    there are several, the model is also traced with all of one of them beside a row of the others:
-    if it can be called so, the caller is asked which is meant. Numbers are for all rows, and each
-    row has a key of its own of every ``rngs``. Ids may be traced: other ids, and other adapters of
-    the same shapes, are no other program. An id that is of no adapter is an error, or, traced,
-    gives NaN in its row.
+    would have alone, and the product with ``W`` is computed once for all of them. Arrays have
+    their rows in the first axis, or where ``in_axes``, ``variable_axes`` and ``out_axes`` say.
+    Where there are several arrays and these do not say it, the model is traced once more for each,
+    with all of it beside one row of the others: if it can be called so, the caller is asked which
+    is meant. Numbers are for all rows, and each row has a key of its own of every one in ``rngs``.
+    Ids may be traced: other ids, and other adapters of the same shapes, are no other program. An id
+    that is of no adapter is an error, or, traced, gives NaN in its row.
 
     Args:
       model: the model; it need not know of this library. A ``flax.linen`` module, or a Flax model
@@ -111,8 +111,8 @@ def lora_apply(
         them, for each argument. A dict is for keyword arguments, by name. What is not said is 0.
       out_axes: where the result has the rows, as for ``jax.vmap``.
       variable_axes: where the other collections have them, as for ``flax.linen.vmap``:
-        ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays without such an axis
-        are for all rows. It must be said for every collection but ``batch_stats``, which has none.
+        ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays that have no such axis
+        are one for all rows. ``batch_stats`` has no rows; else what is not said is 0.
       spmd_axis_name: the axis of a mesh that the rows are sharded by, as for ``jax.vmap``: for
         models that say how their activations are sharded, and leave the batch out of it.
       adapter_dropout: whether adapters have their dropout; by default as said above.
@@ -150,14 +150,14 @@ def lora_apply(
         return one(variables, adapters, args, kwargs)
     count = _count(adapters)
     ids = checked_ids(adapter_ids, count)
-    of = functools.partial(_Of, count=count, known=_check_base(variables, adapters, ids))
+    which = functools.partial(_Which, count=count, known=_check_base(variables, adapters, ids))
     if ids.ndim == 0:
-        return one(variables, adapters, args, kwargs, of(ids, mapped=False))
+        return one(variables, adapters, args, kwargs, which(ids, mapped=False))
 
     def row(id_: chex.Array, rest: Any, args: Any, kwargs: Any) -> Any:
         row_variables = {**rest, "params": variables["params"]}
         ids = id_[None] if id_.ndim else id_  # (1, tokens)
-        return one(row_variables, adapters, args, kwargs, of(ids, mapped=True))
+        return one(row_variables, adapters, args, kwargs, which(ids, mapped=True))
 
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     return over_rows(
@@ -174,7 +174,7 @@ def lora_apply(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Of:
+class _Which:
     """Which of several adapters a call has.
 
     Attributes:
@@ -196,7 +196,7 @@ def _apply(
     adapters: chex.ArrayTree,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    of: _Of | None = None,
+    which: _Which | None = None,
     *,
     dropout: bool,
     allow_unused: bool,
@@ -208,13 +208,13 @@ def _apply(
         if isinstance(node, Shift):  # never stacked
             return {key: merged_kernel(leaf, node)}
         if node.substitute:
-            return {key: _substituted(path_of(key), leaf, node, of)}
-        nodes[key] = _placed(path_of(key), unbox(leaf), node, of, dropout)
+            return {key: _substituted(path_of(key), leaf, node, which)}
+        nodes[key] = _placed(path_of(key), unbox(leaf), node, which, dropout)
         return {key: leaf, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
     count, whole = None, None
-    if of is not None:
-        count, whole = of.count, functools.partial(own_leaf, ids=of.ids, known=of.known)
+    if which is not None:
+        count, whole = which.count, functools.partial(own_leaf, ids=which.ids, known=which.known)
     placed = join(variables["params"], adapters, place, count, whole)
 
     def call(placed: chex.ArrayTree, calls: _Calls) -> Any:
@@ -235,38 +235,38 @@ def _apply(
     return _restored(out, variables["params"], placed)
 
 
-def _substituted(path: str, kernel: Any, adapter: Adapter, of: _Of | None) -> Any:
+def _substituted(path: str, kernel: Any, adapter: Adapter, which: _Which | None) -> Any:
     """``W'`` in the place of the parameter."""
-    if of is None:
+    if which is None:
         return merged_kernel(kernel, adapter)
-    if of.ids.ndim > 0:
+    if which.ids.ndim > 0:
         raise ValueError(
             f"The adapters of {path!r} have substitute=True, and W' cannot be another one for "
             f"every token: give one id for each row."
         )
-    adapter = jax.tree.map(lambda array: taken(array, of.ids, 0.0), adapter)
+    adapter = jax.tree.map(lambda array: taken(array, which.ids, 0.0), adapter)
     merged = merged_kernel(kernel, adapter)
-    return jax.tree.map(lambda W_, W: jnp.where(of.ids == BASE, W, W_), merged, kernel)
+    return jax.tree.map(lambda W_, W: jnp.where(which.ids == BASE, W, W_), merged, kernel)
 
 
-def _placed(path: str, W: Any, adapter: Adapter, of: _Of | None, dropout: bool) -> _Placed:
+def _placed(path: str, W: Any, adapter: Adapter, which: _Which | None, dropout: bool) -> _Placed:
     """An adapter as it stands beside its kernel."""
     if dropout and adapter.dropout is None:
         raise ValueError(
             f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
             f"active: train them apart, or call without the 'dropout' rng."
         )
-    alone = of is not None and not of.mapped
-    if of is not None and alone:
-        adapter = jax.tree.map(lambda array: taken(array, of.ids, 0.0), adapter)
+    alone = which is not None and not which.mapped
+    if which is not None and alone:
+        adapter = jax.tree.map(lambda array: taken(array, which.ids, 0.0), adapter)
     adapter = normalized(W, adapter)
-    if of is not None and alone and adapter.m is not None:
-        adapter = adapter.replace(m=jnp.where(of.ids == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
+    if which is not None and alone and adapter.m is not None:
+        adapter = adapter.replace(m=jnp.where(which.ids == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
     arrays = {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}
     ids = None
-    if of is not None and of.mapped:
+    if which is not None and which.mapped:
         # All adapters are there, and each layer takes the row's own from them.
-        ids = Ids.beside(of.ids, of.count, adapter.axes, W.shape)
+        ids = Ids.beside(which.ids, which.count, adapter.axes, W.shape)
         behind = len(adapter.axes.stack_shape(W.shape))
         arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in arrays.items()}
     arrays = {name: adapter.axes.place(x, 1 if name == "m" else 2) for name, x in arrays.items()}
