@@ -133,6 +133,7 @@ class AdaptedKernel:
         stacks: tuple[int, ...] = (),
         groups: int = 1,
         batch: tuple[int, ...] | None = None,
+        precision: jax.lax.PrecisionLike = None,
     ) -> chex.Array:
         """``product(x, W')`` for a product that is linear in the kernel, such as a convolution.
 
@@ -148,6 +149,7 @@ class AdaptedKernel:
           stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
           groups: number of groups that the outputs are in, each with inputs of its own.
           batch: sizes of the axes that the layer has made the first one of ``x`` from, if it has.
+          precision: of the product with ``V``, behind that with ``U``: the one of ``product``.
 
         Raises:
           ValueError: an adapter made for other axes of the kernel, more than one output axis.
@@ -184,7 +186,7 @@ class AdaptedKernel:
         if ids is not None:
             ids = ids if batch is None else _spread(ids, batch)
             return mixed_linear(product, x, W, factors, axes, ids, **options)
-        return adapted_linear(product, x, W, factors, axes, **options)
+        return adapted_linear(product, x, W, factors, axes, precision=precision, **options)
 
     def check_batch(self, batch: tuple[int, ...]) -> None:
         """Says which sizes of the input are of the batch, in a layer that mixes those behind them.

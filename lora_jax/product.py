@@ -174,6 +174,7 @@ def adapted_linear(
     *,
     base: Product,
     groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
     dropped_x: chex.Array | None = None,
 ) -> chex.Array:
     """``linear(x, W')`` for any product that is linear in the kernel, such as a convolution.
@@ -188,6 +189,7 @@ def adapted_linear(
       axes: how ``W`` is a matrix. The result's last axes are the stacks and the outputs.
       base: the layer's own product of ``x`` and ``W``.
       groups: number of groups that the outputs are in, each with inputs of its own.
+      precision: of the product with ``V``; that of ``linear`` is its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
     refuse_ways(factors)
@@ -195,7 +197,7 @@ def adapted_linear(
 
     def add(y: chex.Array, x: chex.Array, U: chex.Array, V: chex.Array, a: Any) -> chex.Array:
         own = factors._replace(U=U, V=V, a=a)
-        return low_rank_linear(linear, y, x, W, own, axes, groups=groups)
+        return low_rank_linear(linear, y, x, W, own, axes, groups=groups, precision=precision)
 
     x = x if dropped_x is None else dropped_x
     return left_to_compiler(add, y, x, factors.U, factors.V, factors.a, like=y)
@@ -211,6 +213,7 @@ def low_rank_linear(
     *,
     groups: int = 1,
     mask: chex.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> chex.Array:
     """``a (y + s linear(x, U) V)``, and with a mask ``(r,)`` ``a (y + s (mask linear(x, U)) V)``.
 
@@ -223,6 +226,7 @@ def low_rank_linear(
       axes: how ``W`` is a matrix.
       groups: number of groups.
       mask: of the columns of ``U``.
+      precision: of the product with ``V``.
     """
     (out,) = axes.outputs
     U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
@@ -243,12 +247,13 @@ def low_rank_linear(
         xU = xU * along(mask, xU).astype(xU.dtype)
     if groups > 1:
         V = jnp.reshape(V, (rank, groups, -1))
-        delta = jnp.einsum("...gr,rgk->...gk", xU, V)
+        delta = jnp.einsum("...gr,rgk->...gk", xU, V, precision=precision)
     elif axes.stacks:
         stacks = "abcdefgh"[: len(axes.stacks)]
-        delta = jnp.einsum(f"...{stacks}r,{stacks}rk->...{stacks}k", xU, V)
+        equation = f"...{stacks}r,{stacks}rk->...{stacks}k"
+        delta = jnp.einsum(equation, xU, V, precision=precision)
     else:
-        delta = _dot(_rows(xU, 0, on_cpu()), V, -2, None)
+        delta = _dot(_rows(xU, 0, on_cpu()), V, -2, precision)
     y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
     return y if factors.a is None else scaled(factors.a, y)
 

@@ -647,3 +647,22 @@ def test_linear_promotes_as_einsum_does():
     kernel = lora_jax.AdaptedKernel("w", jnp.ones((2, 3, 4)), adapter)
     with pytest.raises(ValueError, match=r"'w' cannot be adapted.*leaves 2 axes of the kernel"):
         kernel.linear(jnp.matmul, X, inputs=(0,))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_linear_products_have_the_precision_that_they_are_given(groups):
+    W, x = jnp.ones((3 // groups, 4)), jnp.ones((2, 3 // groups * groups))
+    adapter = lora_jax.Adapter(jnp.ones((3 // groups, 1)), jnp.ones((1, 4)))
+
+    def linear(x, K):
+        x = jnp.reshape(x, (2, groups, -1))
+        K = jnp.reshape(K, (-1, groups, K.shape[-1] // groups))
+        return jnp.einsum("ngd,dgk->ngk", x, K, precision="highest").reshape(2, -1)
+
+    def product(x):
+        kernel = lora_jax.AdaptedKernel("w", W, adapter)
+        return kernel.linear(linear, x, inputs=(0,), groups=groups, precision="highest")
+
+    text = jax.jit(product).lower(x).as_text()
+    assert "HIGHEST" in text
+    assert "DEFAULT" not in text
