@@ -323,7 +323,11 @@ def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None
             f"The adapter for {path!r} is of variant {adapter.variant!r}, but has {has}. Was it "
             f"saved with another variant?"
         )
-    for name, expected in adapter.shapes(shape).items():
+    try:
+        shapes = adapter.shapes(shape)
+    except ValueError as error:
+        raise ValueError(f"The adapter for {path!r} does not fit: {error}") from None
+    for name, expected in shapes.items():
         found = tuple(jnp.shape(getattr(adapter, name)))
         if count is not None:
             expected = (count, *expected)
