@@ -433,6 +433,41 @@ def test_bad_registrations(args, kwargs, error, match):
         lora_jax.register(*args, **kwargs)
 
 
+def test_a_handler_is_not_replaced_by_chance():
+    """A notebook's cell that shall run twice says `override=True`: then the last one counts."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", NORMAL, (x.shape[-1], 4))
+
+    def first(layer, w, x):
+        return w.einsum("nd,dk->nk", x)
+
+    def second(layer, w, x):
+        return 2 * w.einsum("nd,dk->nk", x)
+
+    model, x = Layer(), jnp.ones((2, 3))
+    params = model.init(KEY, x)["params"]
+    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule("w", 2)]))
+
+    def factor():
+        y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+        return round(float(jnp.mean(y / model.apply({"params": params}, x))), 3)
+
+    assert lora_jax.register(Layer, "w")(first) is first
+    assert lora_jax.register(Layer, "w")(first) is first
+    message = r"register\(Layer, ...\): its __call__ has the handler .*first for \('w',\) already"
+    with pytest.raises(ValueError, match=f"{message}.*override=True"):
+        lora_jax.register(Layer, "w")(second)
+    assert factor() == 1
+    assert lora_jax.register(Layer, "w", override=True)(second) is second
+    assert factor() == 2
+    lora_jax.register(Layer, "w")(second)
+    with pytest.raises(ValueError, match="has the handler"):
+        lora_jax.register(Layer, "w")(first)
+
+
 def test_dropout_of_a_lookup_is_refused():
     model, tokens = nn.Embed(11, 6), jnp.arange(4)
     params = model.init(KEY, tokens)["params"]
@@ -467,22 +502,6 @@ def test_embedding_of_one_row():
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
     merged = lora_jax.lora_merge(frozen, adapters)
     assert relative_error(y, model.apply({"params": merged}, tokens)) < 1e-6
-
-
-def test_registered_again():
-    """As a notebook's cell does that runs twice: the last one counts."""
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x @ self.param("w", NORMAL, (6, 6))
-
-    lora_jax.register(Layer, "w")(lambda layer, w, x: 2 * w.einsum("...d,dk->...k", x))
-    lora_jax.register(Layer, "w")(lambda layer, w, x: w.einsum("...d,dk->...k", x))
-    params = Layer().init(KEY, X)["params"]
-    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule("w", 2)]))
-    y = lora_jax.lora_apply(Layer(), {"params": frozen}, adapters, X)
-    assert relative_error(y, Layer().apply({"params": params}, X)) < 1e-6
 
 
 def test_handler_that_does_not_compute_with_its_kernel():
