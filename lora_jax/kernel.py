@@ -52,6 +52,7 @@ class AdaptedKernel:
     ) -> None:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.rows = use, rows
+        self._draws = 0
         self.value = self._cut(value)
 
     @property
@@ -272,6 +273,7 @@ class AdaptedKernel:
         return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
 
     def _dropped(self, x: chex.Array) -> chex.Array | None:
+        """The input of the factors with dropout; each product of the handler has its own mask."""
         if self._rng is None or self._adapter is None:
             return None
         rate = self._adapter.dropout or 0.0
@@ -285,7 +287,9 @@ class AdaptedKernel:
             keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
             return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
-        rest: chex.Array = left_to_compiler(dropped, x, self._rng, like=x)
+        rng = jax.random.fold_in(self._rng, self._draws) if self._draws else self._rng
+        self._draws += 1
+        rest: chex.Array = left_to_compiler(dropped, x, rng, like=x)
         return rest
 
 

@@ -478,6 +478,24 @@ def test_dropout_of_a_lookup_is_refused():
         lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens, rngs={"dropout": KEY})
 
 
+def test_each_product_of_a_handler_has_dropout_of_its_own():
+    """The first one that of the key as it is."""
+    x, s = jnp.ones((3, 40)), 2.0
+    adapter = lora_jax.Adapter(
+        random_like(jnp.zeros((40, 5))), jnp.eye(5), rank=5, alpha=5 * s, dropout=0.25
+    )
+    kernel = lora_jax.AdaptedKernel("w", jnp.zeros((40, 5)), adapter, KEY)
+    products = [
+        kernel.einsum("nd,dk->nk", x),
+        kernel.einsum("nd,dk->nk", x),
+        kernel.linear(jnp.matmul, x, inputs=(0,)),
+    ]
+    keys = [KEY, jax.random.fold_in(KEY, 1), jax.random.fold_in(KEY, 2)]
+    for got, key in zip(products, keys, strict=True):
+        kept = x * jax.random.bernoulli(key, 0.75, x.shape) / 0.75
+        assert relative_error(got, s * kept @ adapter.U) < 1e-5
+
+
 @pytest.mark.parametrize("model", [nn.Conv(30, (3,)), nn.Einsum((6, 30), "...d,dk->...k")])
 def test_dropout_of_other_layers(model):
     x = jnp.ones((2, 5, 6))
