@@ -18,7 +18,7 @@ from lora_jax.config import nearest
 from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.product import dense_norm
 from lora_jax.tree import Key, check_fits, flatten, path_of, raise_precision, unbox, unflatten
-from lora_jax.variants import magnitude_ratio
+from lora_jax.variants import float32_or_more, magnitude_ratio
 
 
 def stack(
@@ -87,7 +87,8 @@ def _stacked(first: chex.Array, *others: chex.Array) -> chex.Array:
     """The arrays on a new axis in front, in a mesh sharded as the first."""
 
     def stacked(*arrays: chex.Array) -> chex.Array:
-        return jnp.stack(arrays)
+        widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+        return jnp.stack([array.astype(widest) for array in arrays])
 
     like = PartitionSpec(None, *spec_of(first))
     whole: chex.Array = left_to_compiler(stacked, first, *others, like=like)
@@ -252,13 +253,15 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
     if like.variant == node.variant and everywhere:
         return padded.replace(m=jnp.asarray(node.m))
     if like.variant == "scaled":
-        m = jnp.ones((*V.shape[:-2], V.shape[-1]), V.dtype)
+        dtype = V.dtype if leaf is None else float32_or_more(_kernel(path, leaf, base).dtype)
+        m = jnp.ones((*V.shape[:-2], V.shape[-1]), dtype)
         if node.variant == "dora":
             node = _frozen(_kernel(path, leaf, base), node)
     else:
         m = dense_norm(_kernel(path, leaf, base), padded)
     if node.m is not None:
-        m = jnp.asarray(node.m) if everywhere else m.at[..., parts, :].set(node.m)
+        own = jnp.asarray(node.m)
+        m = own if everywhere else m.at[..., parts, :].set(own.astype(m.dtype))
     return padded.replace(m=m)
 
 
@@ -298,7 +301,8 @@ def _spread(array: chex.Array, parts: list[int], like: Adapter, axis: int) -> ch
 
 
 def _frozen(kernel: chex.Array, adapter: Adapter) -> Adapter:
-    a = magnitude_ratio(adapter.m, dense_norm(kernel, adapter))
+    norm = dense_norm(kernel, adapter)
+    a = magnitude_ratio(jnp.asarray(adapter.m).astype(norm.dtype), norm)
     return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
 
 

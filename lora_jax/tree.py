@@ -50,7 +50,8 @@ def lora_init(
     Returns:
       ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
       ``adapters`` has an :class:`Adapter`, with ``U`` of shape ``(d, r)``, ``V`` of shape
-      ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32.
+      ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32; ``m`` of a float64
+        kernel is float64, as its norm is.
 
     Raises:
       TypeError: ``params`` is no nested dict of arrays.
