@@ -20,8 +20,9 @@ from lora_jax.variants import VARIANTS, float32_or_more
 class Adapter:
     """The trained arrays of one kernel, and what is static about them.
 
-    A pytree: its leaves are ``U``, ``V`` and, for DoRA, ``m``, all float32; the other fields are
-    part of its structure, so that ``jax.jit`` traces again when one of them changes.
+    A pytree: its leaves are ``U``, ``V`` and, for DoRA, ``m``, all float32, but that ``m`` has the
+    precision of the kernel where that is more; the other fields are part of its structure, so that
+    ``jax.jit`` traces again when one of them changes.
 
     Attributes:
       U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, wherever the kernel has
@@ -164,7 +165,7 @@ def init_adapter(
     magnitude = VARIANTS[rule.variant].magnitude
     m = None
     if magnitude is not None:
-        m = magnitude(axes.as_matrix(kernel).astype(jnp.float32))
+        m = magnitude(axes.as_matrix(kernel).astype(float32_or_more(kernel.dtype)))
     return Adapter(
         U=U,
         V=V,

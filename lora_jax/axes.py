@@ -31,6 +31,11 @@ class KernelAxes:
         computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
       parts: which of the fused kernels are adapted; all by default.
 
+    Raises:
+      TypeError: a field that is no int, or no tuple of them.
+      ValueError: an axis that is in no field or in two, no inputs or no outputs, ``fused`` below 1,
+        parts that are not among the fused kernels, or named twice.
+
     Example:
       >>> axes = KernelAxes(inputs=(0,), outputs=(2, 3), stacks=(1,))
       >>> axes.stack_shape((768, 12, 8, 64)), axes.matrix_shape((768, 12, 8, 64))
@@ -48,12 +53,18 @@ class KernelAxes:
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "stacks", "parts"):
             try:
-                value = tuple(map(operator.index, getattr(self, name)))
+                value = tuple(map(_index, getattr(self, name)))
             except TypeError:
                 raise TypeError(
                     f"KernelAxes({name}=...) must be a tuple of ints, got {getattr(self, name)!r}."
                 ) from None
             object.__setattr__(self, name, value if name == "parts" else tuple(sorted(value)))
+        try:
+            object.__setattr__(self, "fused", _index(self.fused))
+        except TypeError:
+            raise TypeError(f"KernelAxes(fused=...) must be an int, got {self.fused!r}.") from None
+        if self.fused < 1:
+            raise ValueError(f"KernelAxes(fused={self.fused}): fused must be at least 1.")
         axes = sorted((*self.inputs, *self.outputs, *self.stacks))
         if axes != list(range(len(axes))) or not self.inputs or not self.outputs:
             raise ValueError(
@@ -80,9 +91,18 @@ class KernelAxes:
         return stacks if self.fused == 1 else (*stacks, len(self.parts))
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """``(d, k)`` of one matrix."""
-        d = math.prod(shape[axis] for axis in self.inputs)
-        return d, math.prod(shape[axis] for axis in self.outputs) // self.fused
+        """``(d, k)`` of one matrix.
+
+        Raises:
+          ValueError: the outputs are not so many kernels side by side.
+        """
+        d, k = (math.prod(shape[i] for i in axes) for axes in (self.inputs, self.outputs))
+        if k % self.fused:
+            raise ValueError(
+                f"A kernel of shape {tuple(shape)} has {k} outputs, which are not {self.fused} "
+                f"kernels side by side."
+            )
+        return d, k // self.fused
 
     def as_matrix(self, kernel: chex.Array) -> chex.Array:
         """The adapted matrices of a kernel, ``(*stack, d, k)``."""
@@ -185,6 +205,13 @@ class KernelAxes:
         """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""
         *lead, width = matrix.shape
         return jnp.moveaxis(jnp.reshape(matrix, (*lead, self.fused, width // self.fused)), -2, -3)
+
+
+def _index(value: object) -> int:
+    """An int of any kind, but no bool."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)

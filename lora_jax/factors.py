@@ -145,6 +145,11 @@ def _open_peft(path: StrPath) -> Opened:
                 f"{files.tensors.path}: {module!r} has A {A.shape} and B {B.shape}, which is not "
                 f"of rank {r}, as {CONFIG} says."
             )
+        if "m" in arrays and arrays["m"].size != B.shape[0]:
+            raise ValueError(
+                f"{files.tensors.path}: {module!r} has m {arrays['m'].shape}, but {B.shape[0]} "
+                f"outputs."
+            )
         both = to_factors("conv" if A.ndim > 2 else "linear", arrays, matrix, r, 1)
         factors[module] = Factors(both["U"], both["V"], both.get("m"), s)
         if "bias" in keys:

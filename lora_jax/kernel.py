@@ -52,6 +52,7 @@ class AdaptedKernel:
     ) -> None:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.ids = use, ids
+        self._draws = 0
         self.value = self._cut(value)
 
     @property
@@ -133,6 +134,7 @@ class AdaptedKernel:
         stacks: tuple[int, ...] = (),
         groups: int = 1,
         batch: tuple[int, ...] | None = None,
+        precision: jax.lax.PrecisionLike = None,
     ) -> chex.Array:
         """``product(x, W')`` for a product that is linear in the kernel, such as a convolution.
 
@@ -148,6 +150,7 @@ class AdaptedKernel:
           stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
           groups: number of groups that the outputs are in, each with inputs of its own.
           batch: sizes of the axes that the layer has made the first one of ``x`` from, if it has.
+          precision: of the product with ``V``, behind that with ``U``: the one of ``product``.
 
         Raises:
           ValueError: an adapter made for other axes of the kernel, more than one output axis.
@@ -179,6 +182,7 @@ class AdaptedKernel:
         options: dict[str, Any] = {
             "base": base,
             "groups": groups,
+            "precision": precision,
             "dropped_x": self._dropped(x),
         }
         if ids is not None:
@@ -270,6 +274,7 @@ class AdaptedKernel:
         return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
 
     def _dropped(self, x: chex.Array) -> chex.Array | None:
+        """The input of the factors with dropout; each product of the handler has its own mask."""
         if self._rng is None or self._adapter is None:
             return None
         rate = self._adapter.dropout or 0.0
@@ -283,7 +288,9 @@ class AdaptedKernel:
             keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
             return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
-        rest: chex.Array = left_to_compiler(dropped, x, self._rng, like=x)
+        rng = jax.random.fold_in(self._rng, self._draws) if self._draws else self._rng
+        self._draws += 1
+        rest: chex.Array = left_to_compiler(dropped, x, rng, like=x)
         return rest
 
 

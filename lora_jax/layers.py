@@ -83,6 +83,7 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
                 inputs=tuple(range(W.ndim - 1)),
                 groups=kwargs.get("feature_group_count", 1),
                 batch=batch,
+                precision=kwargs.get("precision"),
             )
 
         return conv
@@ -103,7 +104,7 @@ def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.A
     x, W, bias = _promoted(layer, kernel, inputs)
     pixels = tuple(range(W.ndim - 2))
     local = _bare(nn.ConvLocal, layer)
-    y = kernel.linear(local, x, W, inputs=(W.ndim - 2,), stacks=pixels)
+    y = kernel.linear(local, x, W, inputs=(W.ndim - 2,), stacks=pixels, precision=layer.precision)
     return y if bias is None else y + along(bias, y)
 
 
@@ -116,7 +117,8 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array
     x, W, bias = _promoted(layer, kernel, inputs)
     out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
     contracted = tuple(axis for axis in range(W.ndim) if axis != out)
-    y = kernel.linear(_bare(nn.ConvTranspose, layer, out), x, W, inputs=contracted)
+    transposed = _bare(nn.ConvTranspose, layer, out)
+    y = kernel.linear(transposed, x, W, inputs=contracted, precision=layer.precision)
     return y if bias is None else y + along(bias, y)
 
 

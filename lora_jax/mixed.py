@@ -310,6 +310,7 @@ def mixed_linear(
     *,
     base: Product,
     groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
     dropped_x: chex.Array | None = None,
 ) -> chex.Array:
     """:func:`lora_jax.product.adapted_linear` of a batch of rows: see :func:`mixed_einsum`."""
@@ -330,7 +331,10 @@ def mixed_linear(
         own = factors._replace(U=U, V=V, a=a)
         batch = (None,) * n  # the layer may need to have them
         y, x = y[batch], x[batch]
-        return low_rank_linear(linear, y, x, W, own, axes, groups=groups, mask=mask)[(0,) * n]
+        y = low_rank_linear(
+            linear, y, x, W, own, axes, groups=groups, mask=mask, precision=precision
+        )
+        return y[(0,) * n]
 
     def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
         ids = after(ids, x)

@@ -51,8 +51,9 @@ def load(
     """Loads an adapter that PEFT saved: as :func:`lora_jax.lora_init`, with trained adapters.
 
     Whatever the folder says is used or refused. Factors and magnitudes become float32, as PEFT
-    makes them. DoRA's norm is detached in the gradient, as in PEFT. The biases of ``B``
-    (``lora_bias``) are each a :class:`lora_jax.Shift` of the layer's own bias.
+    makes them, and magnitudes of float64 kernels float64. DoRA's norm is detached in the gradient,
+    as in PEFT. The biases of ``B`` (``lora_bias``) are each a :class:`lora_jax.Shift` of the
+    layer's own bias.
 
     Args:
       path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.

@@ -104,6 +104,12 @@ def read(path: StrPath) -> PeftFiles:
                 f"should have {', '.join(sorted(needed))}."
                 + (" Were the magnitudes of DoRA dropped?" if lacks == {"m"} else "")
             )
+        for role in ("A", "B"):
+            shape = tensors.info[roles[role]].shape
+            if len(shape) < 2 or 0 in shape:
+                raise ValueError(
+                    f"{tensors.path}: {roles[role]!r} is {shape}, which is no matrix with numbers."
+                )
     for name, key in whole.items():
         biases = config.bias != "none" and name.endswith(".bias")
         # PEFT also saves weights that it does not train, such as embeddings of a new size.

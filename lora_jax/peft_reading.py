@@ -18,6 +18,7 @@ from lora_jax.peft_targets import check_equal, nested_modules, target_of
 from lora_jax.tensors import Tensors, is_floating
 from lora_jax.torch_layout import factor_shapes, to_factors
 from lora_jax.torch_params import TorchParams
+from lora_jax.variants import float32_or_more
 
 # Arrays of a module by their role, with the PyTorch parameter that they adapt.
 Part = tuple[Torch, dict[str, np.ndarray]]
@@ -152,7 +153,10 @@ def to_adapter(path: str, found: list[Part], files: PeftFiles, model: TorchParam
     for name in ("U", "V", "m") if config.dora else ("U", "V"):
         stacked = np.stack([factors[index][name] for index in sorted(factors)])
         one = stacked.shape[len(stacked.shape) - (1 if name == "m" else 2) :]
-        out[name] = jnp.asarray(stacked.reshape(*stack, *one), jnp.float32)
+        # As lora_init has them: a magnitude is as exact as the norm that it is divided by.
+        kernel = jnp.result_type(model.leaves[path].dtype)  # float32, unless jax_enable_x64
+        dtype = float32_or_more(kernel) if name == "m" else jnp.float32
+        out[name] = jnp.asarray(stacked.reshape(*stack, *one), dtype)
     return Adapter(
         **out,
         variant="dora" if config.dora else "lora",

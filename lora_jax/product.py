@@ -25,6 +25,9 @@ DoRA's norm depends on parameters only, so it is computed once for a call of the
 its layers and of what rematerialises them (:func:`normalized`), and never with ``U V`` formed:
 
     ||W + s U V||_c^2 = ||W||_c^2 + 2 s sum_r (U^T W) * V + s^2 sum_r (U^T U V) * V.
+
+Where the adapter removes most of a column these terms cancel, and leave their rounding errors. What
+is computed once, and not in every step, therefore forms ``U V`` (:func:`dense_norm`).
 """
 
 from __future__ import annotations
@@ -45,7 +48,14 @@ from lora_jax.axes import KernelAxes
 from lora_jax.compat import barrier
 from lora_jax.equation import Equation
 from lora_jax.meshes import left_to_compiler, spec_of
-from lora_jax.variants import along, float32_or_more, magnitude_ratio, product, safe_sqrt
+from lora_jax.variants import (
+    along,
+    column_norm,
+    float32_or_more,
+    magnitude_ratio,
+    product,
+    safe_sqrt,
+)
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
 
@@ -164,6 +174,7 @@ def adapted_linear(
     *,
     base: Product,
     groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
     dropped_x: chex.Array | None = None,
 ) -> chex.Array:
     """``linear(x, W')`` for any product that is linear in the kernel, such as a convolution.
@@ -178,6 +189,7 @@ def adapted_linear(
       axes: how ``W`` is a matrix. The result's last axes are the stacks and the outputs.
       base: the layer's own product of ``x`` and ``W``.
       groups: number of groups that the outputs are in, each with inputs of its own.
+      precision: of the product with ``V``; that of ``linear`` is its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
     refuse_ways(factors)
@@ -185,7 +197,7 @@ def adapted_linear(
 
     def add(y: chex.Array, x: chex.Array, U: chex.Array, V: chex.Array, a: Any) -> chex.Array:
         own = factors._replace(U=U, V=V, a=a)
-        return low_rank_linear(linear, y, x, W, own, axes, groups=groups)
+        return low_rank_linear(linear, y, x, W, own, axes, groups=groups, precision=precision)
 
     x = x if dropped_x is None else dropped_x
     return left_to_compiler(add, y, x, factors.U, factors.V, factors.a, like=y)
@@ -201,6 +213,7 @@ def low_rank_linear(
     *,
     groups: int = 1,
     mask: chex.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> chex.Array:
     """``a (y + s linear(x, U) V)``, and with a mask ``(r,)`` ``a (y + s (mask linear(x, U)) V)``.
 
@@ -213,6 +226,7 @@ def low_rank_linear(
       axes: how ``W`` is a matrix.
       groups: number of groups.
       mask: of the columns of ``U``.
+      precision: of the product with ``V``.
     """
     (out,) = axes.outputs
     U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
@@ -233,12 +247,13 @@ def low_rank_linear(
         xU = xU * along(mask, xU).astype(xU.dtype)
     if groups > 1:
         V = jnp.reshape(V, (rank, groups, -1))
-        delta = jnp.einsum("...gr,rgk->...gk", xU, V)
+        delta = jnp.einsum("...gr,rgk->...gk", xU, V, precision=precision)
     elif axes.stacks:
         stacks = "abcdefgh"[: len(axes.stacks)]
-        delta = jnp.einsum(f"...{stacks}r,{stacks}rk->...{stacks}k", xU, V)
+        equation = f"...{stacks}r,{stacks}rk->...{stacks}k"
+        delta = jnp.einsum(equation, xU, V, precision=precision)
     else:
-        delta = _dot(_rows(xU, 0, on_cpu()), V, -2, None)
+        delta = _dot(_rows(xU, 0, on_cpu()), V, -2, precision)
     y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
     return y if factors.a is None else scaled(factors.a, y)
 
@@ -542,16 +557,29 @@ def _ratio(
 ) -> chex.Array:
     W = axes.as_matrix(kernel)
     dtype = float32_or_more(W.dtype)
-    norm = factored_norm(W.astype(dtype), U.astype(dtype), V.astype(dtype), s)
+    W, U, V, m = (array.astype(dtype) for array in (W, U, V, m))
+    norm = factored_norm(W, U, V, s, m)
     if detach_norm:
         norm = jax.lax.stop_gradient(norm)
-    return magnitude_ratio(m.astype(dtype), norm)
+    return magnitude_ratio(m, norm)
 
 
-def factored_norm(W: chex.Array, U: chex.Array, V: chex.Array, s: float) -> chex.Array:
+def factored_norm(
+    W: chex.Array, U: chex.Array, V: chex.Array, s: float, m: chex.Array | None = None
+) -> chex.Array:
     """``||W + s U V||_c`` without the product ``U V``: ``(d, k), (d, r), (r, k) -> (k,)``.
 
-    Leading axes may stack.
+    Leading axes may stack. The terms of its square are sums of ``d`` numbers, whose rounding errors
+    grow as ``sqrt(d)``. Where the terms cancel, the norm is known no better than to these; and
+    where ``m`` is as near as that, it is taken for the norm. So a LoRA that :func:`lora_jax.stack`
+    has made a DoRA, with its own norm for ``m``, keeps ``m / norm = 1`` in every column.
+
+    Args:
+      W: the kernel.
+      U: left factor.
+      V: right factor.
+      s: the scale.
+      m: the magnitude, if it may be the norm; it has no gradient here.
 
     Example:
       >>> W, U, V = jnp.ones((4, 3)), jnp.ones((4, 1)), jnp.ones((1, 3))
@@ -562,4 +590,42 @@ def factored_norm(W: chex.Array, U: chex.Array, V: chex.Array, s: float) -> chex
     squared = jnp.sum(jnp.square(W), axis=-2)
     cross = jnp.sum(product(transposed, W) * V, axis=-2)
     quadratic = jnp.sum(product(product(transposed, U), V) * V, axis=-2)
-    return safe_sqrt(squared + 2 * s * cross + s**2 * quadratic)
+    terms = squared + s**2 * quadratic
+    total = terms + 2 * s * cross
+    if m is not None:
+        known = jnp.square(jax.lax.stop_gradient(m))
+        error = W.shape[-2] ** 0.5 * np.finfo(W.dtype).eps * terms
+        same = (total < terms / 2) & (jnp.abs(total - known) <= error)
+        total = jnp.where(same, known + (total - jax.lax.stop_gradient(total)), total)
+    return safe_sqrt(total)
+
+
+@jax.jit
+def dense_norm(kernel: chex.Array, adapter: Adapter) -> chex.Array:
+    """``||W + s U V||_c`` with ``U V`` formed, which loses no digits where they cancel.
+
+    Args:
+      kernel: as it is stored.
+      adapter: its adapter, or several on an axis in front, of which one after another is formed.
+
+    Returns:
+      ``(*stack, k)`` in float32 or more.
+
+    Example:
+      >>> dense_norm(jnp.ones((4, 3)), Adapter(jnp.ones((4, 1)), -jnp.ones((1, 3))))
+      Array([0., 0., 0.], dtype=float32)
+    """
+    if adapter.count is not None:
+        norms: chex.Array = jax.lax.map(functools.partial(dense_norm, kernel), adapter)
+        return norms
+
+    def norm(kernel: chex.Array, U: chex.Array, V: chex.Array) -> chex.Array:
+        W = adapter.axes.as_matrix(kernel)
+        W = W.astype(float32_or_more(W.dtype))
+        U, V = U.astype(W.dtype), V.astype(W.dtype)
+        return column_norm(W + adapter.scale * product(U, V))
+
+    *stack, _, k = spec_of(adapter.V)
+    like = PartitionSpec(*stack, k)
+    one: chex.Array = left_to_compiler(norm, kernel, adapter.U, adapter.V, like=like)
+    return one

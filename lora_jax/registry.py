@@ -25,12 +25,14 @@ class Entry:
       names: the names of its kernels.
       handler: computes the output.
       registered: the names that a user has registered it for; ``None`` for a built-in one.
+      given: the user's own function.
     """
 
     layer: str
     names: Names
     handler: Handler
     registered: tuple[str, ...] | None = None
+    given: Callable[..., Any] | None = None
 
 
 # By the function in the class body: a subclass that calls super().__call__ reaches it once,
@@ -88,7 +90,7 @@ def register(
       *kernels: names of its parameters that can be adapted.
       method: the method that uses them; register each one that does.
       override: replace a handler that this library has for the layer itself, or one that was
-        registered for other kernels.
+        registered before. (The same function may be registered again without it.)
 
     Returns:
       A decorator, which returns the handler unchanged.
@@ -152,7 +154,16 @@ def register(
             del call
             return handler(layer, *kernels, *args, **kwargs)
 
-        _ENTRIES[function] = Entry(cls.__qualname__, lambda _: kernels, without_call, kernels)
+        there = _ENTRIES.get(function)
+        if there is not None and there.given is not handler and not override:
+            name = getattr(there.given, "__qualname__", repr(there.given))
+            raise ValueError(
+                f"register({cls.__name__}, ...): its {method} has the handler {name} for "
+                f"{there.registered} already. To replace it, pass override=True."
+            )
+        _ENTRIES[function] = Entry(
+            cls.__qualname__, lambda _: kernels, without_call, kernels, handler
+        )
         return handler
 
     return decorate

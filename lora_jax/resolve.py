@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,11 @@ def resolve_axes(
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(
                 f"{where}, which is not floating-point but {dtype}: make the pattern narrower."
+            )
+        if 0 in shape:
+            raise ValueError(
+                f"{where}, of shape {shape}, in which there are no numbers: make the pattern "
+                f"narrower."
             )
         if rule.tied is not None and model is None:
             raise ValueError(
@@ -111,12 +117,14 @@ def _axes_of(
         problem = _unread(path, rule, model) or _unadaptable(path, rule, model)
         if problem:
             return problem
-    if isinstance(found, str) or rule.fused == 1:
+    if isinstance(found, str):
         return found
-    k = found.matrix_shape(shape)[1]
-    if k % rule.fused:
-        raise ValueError(f"{where}, whose {k} outputs are not {rule.fused} kernels side by side.")
-    return KernelAxes(found.inputs, found.outputs, found.stacks, rule.fused, rule.parts or ())
+    if rule.fused > 1:
+        found = dataclasses.replace(found, fused=rule.fused, parts=rule.parts or ())
+    k = math.prod(shape[axis] for axis in found.outputs)
+    if k % found.fused:
+        raise ValueError(f"{where}, whose {k} outputs are not {found.fused} kernels side by side.")
+    return found
 
 
 def _stated(

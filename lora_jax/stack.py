@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.config import nearest
 from lora_jax.meshes import left_to_compiler, spec_of
-from lora_jax.product import factored_norm, normalized
+from lora_jax.product import dense_norm
 from lora_jax.tree import Key, check_fits, flatten, path_of, raise_precision, unbox, unflatten
-from lora_jax.variants import float32_or_more
+from lora_jax.variants import float32_or_more, magnitude_ratio
 
 
 def stack(
@@ -87,7 +87,8 @@ def _stacked(first: chex.Array, *others: chex.Array) -> chex.Array:
     """The arrays on a new axis in front, in a mesh sharded as the first."""
 
     def stacked(*arrays: chex.Array) -> chex.Array:
-        return jnp.stack(arrays)
+        widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+        return jnp.stack([array.astype(widest) for array in arrays])
 
     like = PartitionSpec(None, *spec_of(first))
     whole: chex.Array = left_to_compiler(stacked, first, *others, like=like)
@@ -98,8 +99,10 @@ def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayT
     """Computes DoRA's norm once, for inference: ``m`` becomes ``a = m / ||W + s U V||_c``.
 
     Outputs stay the same, and a call of the model no longer computes a norm of every kernel, for
-    each adapter that there is. What is left is ``W' = a (W + s U V)``, which trains otherwise than
-    DoRA, and which PEFT does not have: keep the adapters themselves.
+    each adapter that there is. (They may come nearer to the formula: the norm is computed with
+    ``U V`` formed, which loses no digits where an adapter removes most of a column.) What is left
+    is ``W' = a (W + s U V)``, which trains otherwise than DoRA, and which PEFT does not have: keep
+    the adapters themselves.
 
     Args:
       frozen: the base, or all parameters of the model.
@@ -250,14 +253,15 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
     if like.variant == node.variant and everywhere:
         return padded.replace(m=jnp.asarray(node.m))
     if like.variant == "scaled":
-        m = jnp.ones((*V.shape[:-2], V.shape[-1]), V.dtype)
+        dtype = V.dtype if leaf is None else float32_or_more(_kernel(path, leaf, base).dtype)
+        m = jnp.ones((*V.shape[:-2], V.shape[-1]), dtype)
         if node.variant == "dora":
             node = _frozen(_kernel(path, leaf, base), node)
     else:
-        W = like.axes.as_matrix(_kernel(path, leaf, base))
-        m = factored_norm(W.astype(float32_or_more(W.dtype)), U, V, like.scale)
+        m = dense_norm(_kernel(path, leaf, base), padded)
     if node.m is not None:
-        m = jnp.asarray(node.m) if everywhere else m.at[..., parts, :].set(node.m)
+        own = jnp.asarray(node.m)
+        m = own if everywhere else m.at[..., parts, :].set(own.astype(m.dtype))
     return padded.replace(m=m)
 
 
@@ -297,8 +301,9 @@ def _spread(array: chex.Array, parts: list[int], like: Adapter, axis: int) -> ch
 
 
 def _frozen(kernel: chex.Array, adapter: Adapter) -> Adapter:
-    scaled = normalized(kernel, adapter)
-    return scaled.replace(variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
+    norm = dense_norm(kernel, adapter)
+    a = magnitude_ratio(jnp.asarray(adapter.m).astype(norm.dtype), norm)
+    return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
 
 
 def _kernel(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:

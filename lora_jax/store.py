@@ -150,6 +150,8 @@ def save(
             if name in arrays:
                 raise ValueError(f"Two arrays would have the name {name!r}.")
             arrays[name] = host(array, name)
+        if isinstance(node, Adapter):
+            _check_arrays(node, f"adapters: {leaf_path!r}")
     if not arrays:
         raise ValueError("There is nothing to save: adapters is empty.")
     content = encode(arrays)
@@ -444,6 +446,8 @@ def _adapter(
     for name in _AXES:
         if name != "fused" and not is_ints(axes[name]):
             raise ValueError(f"{where}: axes: {name!r} must be integers, got {axes[name]!r}.")
+    if not axes["parts"]:  # by default all are, but who says that there are not 10**12?
+        raise ValueError(f"{where}: axes: of fused={axes['fused']} kernels no parts are named.")
     options = {name: said[name] for name in _FIELDS if name not in ("rank", "untied", "axes")}
     try:
         Rule(re.escape(path), said["rank"], **options)
@@ -486,7 +490,9 @@ def _check_arrays(adapter: Adapter, where: str) -> None:
             f"{where}: the shapes {shapes} are not those of an adapter of rank {adapter.rank} for "
             f"{axes}."
         )
-    for name in shapes:
+    for name, shape in shapes.items():
+        if 0 in shape:
+            raise ValueError(f"{where}: {name} is {shape}, in which there are no numbers.")
         if not jnp.issubdtype(getattr(adapter, name).dtype, jnp.floating):
             raise ValueError(f"{where}: {name} is of dtype {getattr(adapter, name).dtype}.")
 

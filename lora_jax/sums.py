@@ -111,10 +111,10 @@ def as_adapter(total: Sum, W: chex.Array | None, like: Adapter) -> Adapter:
     if total.c is None:
         return dataclasses.replace(like, U=U, V=Z, m=None, variant="lora", detach_norm=False)
     assert W is not None
-    c = jnp.asarray(total.c, jnp.float32)
-    V = Z / jnp.where(c == 0, 1, c)[..., None, :]
-    m = c if like.variant == "scaled" else c * column_norm(W + product(U, V))
-    return dataclasses.replace(like, U=U, V=V, m=m.astype(jnp.float32))
+    c = jnp.asarray(total.c, W.dtype)
+    V = (Z / jnp.where(c == 0, 1, c)[..., None, :]).astype(jnp.float32)
+    norm = column_norm(W + product(U.astype(W.dtype), V.astype(W.dtype)))
+    return dataclasses.replace(like, U=U, V=V, m=c if like.variant == "scaled" else c * norm)
 
 
 def matrix_of(kernel: Any, node: Adapter) -> chex.Array:

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +175,10 @@ def _header(file: Any, path: Path) -> tuple[dict[str, Info], dict[str, str]]:
             )
         if len(shape) > 32:
             raise ValueError(f"{where} has {len(shape)} axes.")
+        # Beside a size of 0 there may be any other one, and no byte says otherwise.
+        largest = math.prod(filter(None, shape)) * DTYPES[said["dtype"]].itemsize
+        if 0 in shape and largest > sys.maxsize:
+            raise ValueError(f"{where} is {tuple(shape)}, which is larger than an array may be.")
         info[name] = Info(DTYPES[said["dtype"]], tuple(shape))
         begin, end = offsets
         if end - begin != info[name].nbytes:

@@ -50,7 +50,8 @@ def lora_init(
     Returns:
       ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
       ``adapters`` has an :class:`Adapter`, with ``U`` of shape ``(d, r)``, ``V`` of shape
-      ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32.
+      ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32; ``m`` of a float64
+        kernel is float64, as its norm is.
 
     Raises:
       TypeError: ``params`` is no nested dict of arrays.
@@ -323,7 +324,11 @@ def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None
             f"The adapter for {path!r} is of variant {adapter.variant!r}, but has {has}. Was it "
             f"saved with another variant?"
         )
-    for name, expected in adapter.shapes(shape).items():
+    try:
+        shapes = adapter.shapes(shape)
+    except ValueError as error:
+        raise ValueError(f"The adapter for {path!r} does not fit: {error}") from None
+    for name, expected in shapes.items():
         found = tuple(jnp.shape(getattr(adapter, name)))
         if count is not None:
             expected = (count, *expected)

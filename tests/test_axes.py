@@ -1,9 +1,11 @@
 """A kernel as a stack of matrices, and back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax
 from lora_jax import KernelAxes
 
 CASES = [
@@ -71,3 +73,50 @@ def test_fused_kernels_lie_side_by_side():
 def test_every_axis_once(axes):
     with pytest.raises(ValueError, match=r"must name every axis of the kernel once"):
         KernelAxes(*axes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"fused": 0}, ValueError, r"KernelAxes\(fused=0\): fused must be at least 1"),
+        ({"fused": -2}, ValueError, r"KernelAxes\(fused=-2\): fused must be at least 1"),
+        ({"fused": 0, "parts": (0,)}, ValueError, "fused must be at least 1"),
+        ({"fused": 2.0}, TypeError, r"KernelAxes\(fused=...\) must be an int, got 2.0"),
+        ({"fused": True}, TypeError, r"KernelAxes\(fused=...\) must be an int, got True"),
+        ({"fused": None}, TypeError, r"KernelAxes\(fused=...\) must be an int, got None"),
+        ({"fused": 2, "parts": (0, 0)}, ValueError, "parts must be some of 0 to 1, each once"),
+        ({"fused": 2, "parts": (2,)}, ValueError, "parts must be some of 0 to 1, each once"),
+        ({"fused": 2, "parts": (-1,)}, ValueError, "parts must be some of 0 to 1, each once"),
+        ({"fused": 2, "parts": (True,)}, TypeError, r"KernelAxes\(parts=...\) must be a tuple of"),
+        ({"fused": 2, "parts": (0.0,)}, TypeError, r"KernelAxes\(parts=...\) must be a tuple of"),
+        ({"inputs": (False,)}, TypeError, r"KernelAxes\(inputs=...\) must be a tuple of ints"),
+        ({"inputs": 0}, TypeError, r"KernelAxes\(inputs=...\) must be a tuple of ints"),
+    ],
+)
+def test_impossible_fields(fields, error, message):
+    with pytest.raises(error, match=message):
+        KernelAxes(**fields)
+
+
+def test_outputs_that_are_not_so_many_kernels():
+    """So that no output is left out: a kernel of 7 outputs is not 3 of 2."""
+    axes = KernelAxes(fused=3)
+    with pytest.raises(
+        ValueError, match=r"\(4, 7\) has 7 outputs, which are not 3 kernels side by"
+    ):
+        axes.matrix_shape((4, 7))
+    params = {"kernel": jnp.ones((4, 7))}
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", 1)])
+    with pytest.raises(
+        ValueError, match="'kernel', whose 7 outputs are not 3 kernels side by side"
+    ):
+        lora_jax.lora_init(jax.random.key(0), params, config, axes={"kernel": axes})
+    adapter = lora_jax.Adapter(jnp.ones((3, 4, 1)), jnp.ones((3, 1, 2)), axes=axes)
+    with pytest.raises(ValueError, match=r"adapter for 'kernel' does not fit: .* has 7 outputs"):
+        lora_jax.lora_merge(params, {"kernel": adapter})
+
+
+def test_ints_of_any_kind():
+    axes = KernelAxes(np.array([0]), [np.int8(1)], fused=np.int64(2))
+    assert axes == KernelAxes(fused=2)
+    assert repr(axes) == repr(KernelAxes(fused=2))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import types
 
 import flax.core
@@ -854,3 +855,36 @@ def test_exported_with_a_symbolic_batch():
         exported = export.export(adapted)(jax.ShapeDtypeStruct(shape, "float32"))
         x = random_like(jnp.zeros((7, 4)))
         assert relative_error(exported.call(x), adapted(x)) < 1e-6
+
+
+PRECISE = {
+    "Dense": (nn.Dense(4, precision="highest"), (2, 5)),
+    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(-2, -1), precision="highest"), (2, 5, 3)),
+    "batched": (nn.DenseGeneral(3, batch_dims=(0,), precision="highest"), (2, 5, 3)),
+    "attention": (nn.MultiHeadDotProductAttention(2, precision="highest"), (2, 5, 4)),
+    "Einsum": (nn.Einsum((5, 4), "bd,dk->bk", precision="highest"), (2, 5)),
+    "Conv": (nn.Conv(4, (3,), precision="highest"), (2, 5, 6)),
+    "groups": (nn.Conv(4, (3,), feature_group_count=2, precision="highest"), (2, 5, 6)),
+    "ConvLocal": (nn.ConvLocal(4, (3,), precision="highest"), (2, 5, 6)),
+    "ConvTranspose": (nn.ConvTranspose(4, (3,), precision="highest"), (2, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("layer", PRECISE)
+def test_every_product_has_the_precision_of_its_layer(layer, variant):
+    """Forwards and backwards, with `U` and with `V`."""
+    model, shape = PRECISE[layer]
+    x = jnp.ones(shape)
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = lora_jax.kernel_axes(model, {"params": params}, x)
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 1, variant=variant)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
+
+    def loss(adapters, x):
+        return jnp.sum(lora_jax.lora_apply(model, {"params": frozen}, adapters, x))
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(adapters, x).as_text()
+    products = [line for line in text.splitlines() if re.search("dot_general|convolution", line)]
+    assert len(products) >= 4
+    assert not [line for line in products if "HIGHEST" not in line]

@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 from helpers import random_like, random_variables
 
 import lora_jax
+from lora_jax.factors import open_adapter
 from lora_jax.names import Name
 from lora_jax.peft_config import by_pattern, first_match
 from lora_jax.tensors import Tensors, encode
@@ -576,6 +577,8 @@ def renamed(old, new):
         ),
         (lambda t: t.update({f"{UP}.lora_A.weight": np.ones((6, 2))}), "A of .* should be"),
         (lambda t: t.update({f"{UP}.lora_A.weight": np.ones((2, 6), int)}), "int64"),
+        (lambda t: t.update({f"{UP}.lora_A.weight": np.ones((0, 6))}), r"A.weight' is \(0, 6\)"),
+        (lambda t: t.update({f"{UP}.lora_B.weight": np.ones(())}), r"B.weight' is \(\), which is"),
         (
             lambda t: t.update({f"{UP}.lora_A.weight": np.full((2, 6), np.nan)}),
             "lora_A.weight' has NaN",
@@ -589,6 +592,32 @@ def test_tensors_that_do_not_fit(saved, model, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(saved[0], model)
     assert str(saved[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_A.weight", (0, 2**62), "is .* larger than an array may be"),
+        ("lora_A.weight", (0, 6), "which is no matrix with numbers"),
+        ("lora_B.weight", (6, 0), "which is no matrix with numbers"),
+        ("lora_magnitude_vector", (0,), r"'model.layers.0.up' has m \(0,\), but 6 outputs"),
+        ("lora_magnitude_vector", (2**62, 0), "is .* larger than an array may be"),
+    ],
+)
+def test_shapes_without_numbers(saved, name, shape, message):
+    """They take no bytes of the file, so it need not be large for any size beside the 0."""
+    tensors = dict(Tensors(saved[0] / FILE))
+    tensors[f"{UP}.{name}"] = np.zeros(0, np.float32)
+    content = encode(tensors)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[f"{UP}.{name}"]["shape"] = shape
+    new = json.dumps(header).encode()
+    content = len(new).to_bytes(8, "little") + new + content[8 + length :]
+    (saved[0] / FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_adapter(saved[0])
+    assert str(saved[0] / FILE) in str(caught.value)
 
 
 def test_no_pickle(saved, model):

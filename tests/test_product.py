@@ -17,6 +17,7 @@ from lora_jax.product import (
     adapted_einsum,
     adapted_linear,
     chosen,
+    dense_norm,
     factored_norm,
     factors_of,
     normalized,
@@ -76,6 +77,37 @@ def test_factored_norm_survives_cancellation():
         )(a["U"], a["V"])
         assert 0 <= norm < 1e-2 * jnp.linalg.norm(a["U"] @ a["V"], axis=0).sum()
         assert all(jnp.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 1e-4, 0.0])
+@pytest.mark.parametrize("d", [5, 64, 1024])
+@pytest.mark.parametrize("r", [1, 4])
+def test_factored_norm_takes_a_magnitude_that_is_the_norm(d, r, left):
+    """Where terms cancel, it is told by its rounding errors; and the derivative is that of it."""
+    rng = np.random.default_rng(d)
+    U, V, rest = (rng.standard_normal(shape) for shape in ((d, r), (r, 32), (d, 32)))
+    U, V = np.float32(U), np.float32(V)
+    W = np.float32(left * rest - 2.0 * (np.float64(U) @ V))
+    adapted = np.float64(W) + 2.0 * (np.float64(U) @ V)
+    m = dense_norm(W, Adapter(U, V, rank=r, alpha=2.0 * r))
+    norm, back = jax.vjp(lambda W, U, V, m: factored_norm(W, U, V, 2.0, m), W, U, V, m)
+    assert relative_error(norm, m) < 1e-6
+    dW, dU, dV, dm = back(jnp.ones_like(norm))
+    assert not dm.any()
+    if left >= 1e-2:
+        direction = adapted / np.linalg.norm(adapted, axis=0)
+        assert relative_error(dW, direction) < 1e-2
+        assert relative_error(dU, 2.0 * direction @ V.T) < 1e-2
+        assert relative_error(dV, 2.0 * U.T @ direction) < 1e-2
+
+
+def test_factored_norm_does_not_take_another_magnitude():
+    a = arrays(d=64)
+    for W in (a["W"], 0.2 * a["W"] - a["U"] @ a["V"]):  # in the second the terms cancel
+        norm = factored_norm(W, a["U"], a["V"], 1.0)
+        for factor in (1.001, 0.9, 2.0):
+            got = factored_norm(W, a["U"], a["V"], 1.0, factor * norm)
+            assert jnp.array_equal(got, norm)
 
 
 def test_safe_sqrt():

@@ -433,6 +433,41 @@ def test_bad_registrations(args, kwargs, error, match):
         lora_jax.register(*args, **kwargs)
 
 
+def test_a_handler_is_not_replaced_by_chance():
+    """A notebook's cell that shall run twice says `override=True`: then the last one counts."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", NORMAL, (x.shape[-1], 4))
+
+    def first(layer, w, x):
+        return w.einsum("nd,dk->nk", x)
+
+    def second(layer, w, x):
+        return 2 * w.einsum("nd,dk->nk", x)
+
+    model, x = Layer(), jnp.ones((2, 3))
+    params = model.init(KEY, x)["params"]
+    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule("w", 2)]))
+
+    def factor():
+        y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+        return round(float(jnp.mean(y / model.apply({"params": params}, x))), 3)
+
+    assert lora_jax.register(Layer, "w")(first) is first
+    assert lora_jax.register(Layer, "w")(first) is first
+    message = r"register\(Layer, ...\): its __call__ has the handler .*first for \('w',\) already"
+    with pytest.raises(ValueError, match=f"{message}.*override=True"):
+        lora_jax.register(Layer, "w")(second)
+    assert factor() == 1
+    assert lora_jax.register(Layer, "w", override=True)(second) is second
+    assert factor() == 2
+    lora_jax.register(Layer, "w")(second)
+    with pytest.raises(ValueError, match="has the handler"):
+        lora_jax.register(Layer, "w")(first)
+
+
 def test_dropout_of_a_lookup_is_refused():
     model, tokens = nn.Embed(11, 6), jnp.arange(4)
     params = model.init(KEY, tokens)["params"]
@@ -441,6 +476,24 @@ def test_dropout_of_a_lookup_is_refused():
     lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
     with pytest.raises(ValueError, match=r"'embedding' has dropout.*int32.*dropout=0"):
         lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens, rngs={"dropout": KEY})
+
+
+def test_each_product_of_a_handler_has_dropout_of_its_own():
+    """The first one that of the key as it is."""
+    x, s = jnp.ones((3, 40)), 2.0
+    adapter = lora_jax.Adapter(
+        random_like(jnp.zeros((40, 5))), jnp.eye(5), rank=5, alpha=5 * s, dropout=0.25
+    )
+    kernel = lora_jax.AdaptedKernel("w", jnp.zeros((40, 5)), adapter, KEY)
+    products = [
+        kernel.einsum("nd,dk->nk", x),
+        kernel.einsum("nd,dk->nk", x),
+        kernel.linear(jnp.matmul, x, inputs=(0,)),
+    ]
+    keys = [KEY, jax.random.fold_in(KEY, 1), jax.random.fold_in(KEY, 2)]
+    for got, key in zip(products, keys, strict=True):
+        kept = x * jax.random.bernoulli(key, 0.75, x.shape) / 0.75
+        assert relative_error(got, s * kept @ adapter.U) < 1e-5
 
 
 @pytest.mark.parametrize("model", [nn.Conv(30, (3,)), nn.Einsum((6, 30), "...d,dk->...k")])
@@ -467,22 +520,6 @@ def test_embedding_of_one_row():
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
     merged = lora_jax.lora_merge(frozen, adapters)
     assert relative_error(y, model.apply({"params": merged}, tokens)) < 1e-6
-
-
-def test_registered_again():
-    """As a notebook's cell does that runs twice: the last one counts."""
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x @ self.param("w", NORMAL, (6, 6))
-
-    lora_jax.register(Layer, "w")(lambda layer, w, x: 2 * w.einsum("...d,dk->...k", x))
-    lora_jax.register(Layer, "w")(lambda layer, w, x: w.einsum("...d,dk->...k", x))
-    params = Layer().init(KEY, X)["params"]
-    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule("w", 2)]))
-    y = lora_jax.lora_apply(Layer(), {"params": frozen}, adapters, X)
-    assert relative_error(y, Layer().apply({"params": params}, X)) < 1e-6
 
 
 def test_handler_that_does_not_compute_with_its_kernel():
@@ -647,3 +684,22 @@ def test_linear_promotes_as_einsum_does():
     kernel = lora_jax.AdaptedKernel("w", jnp.ones((2, 3, 4)), adapter)
     with pytest.raises(ValueError, match=r"'w' cannot be adapted.*leaves 2 axes of the kernel"):
         kernel.linear(jnp.matmul, X, inputs=(0,))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_linear_products_have_the_precision_that_they_are_given(groups):
+    W, x = jnp.ones((3 // groups, 4)), jnp.ones((2, 3 // groups * groups))
+    adapter = lora_jax.Adapter(jnp.ones((3 // groups, 1)), jnp.ones((1, 4)))
+
+    def linear(x, K):
+        x = jnp.reshape(x, (2, groups, -1))
+        K = jnp.reshape(K, (-1, groups, K.shape[-1] // groups))
+        return jnp.einsum("ngd,dgk->ngk", x, K, precision="highest").reshape(2, -1)
+
+    def product(x):
+        kernel = lora_jax.AdaptedKernel("w", W, adapter)
+        return kernel.linear(linear, x, inputs=(0,), groups=groups, precision="highest")
+
+    text = jax.jit(product).lower(x).as_text()
+    assert "HIGHEST" in text
+    assert "DEFAULT" not in text

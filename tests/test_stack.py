@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import random_like, relative_error
 
@@ -110,6 +111,92 @@ def test_padding_stays_zero_in_training():
     assert (node.U[0, :, 1:] == 0).all()
     assert (node.V[0, 1:] == 0).all()
     assert (node.U[0, :, 0] != 0).all()
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Cell, {"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(name="cells")(x, None)[1]
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x, nn.Dense(12, name="dense")(x)
+
+
+WIDE = {
+    "dense": (nn.Dense(12), (3, 192), {}),
+    "fused": (nn.Dense(36), (3, 192), {"fused": 3, "parts": (0, 2)}),
+    "stacked kernels": (Scanned(), (3, 192), {}),
+    "conv": (nn.Conv(12, (3, 3)), (3, 4, 4, 21), {}),
+}
+
+
+def nearly_emptied(layer, left, variant="lora"):
+    """An adapter that leaves so much of every other column, a DoRA beside it, and `W + s U V`."""
+
+    def length(matrix):
+        return np.linalg.norm(matrix, axis=-2, keepdims=True)
+
+    model, shape, fused = WIDE[layer]
+    x = random_like(jnp.zeros(shape), scale=1.0)
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = lora_jax.kernel_axes(model, {"params": params}, x)
+    (path,) = axes
+    key = tuple(path.split("/"))
+
+    def adapters(rank, variant):
+        config = lora_jax.LoraConfig([lora_jax.Rule(path, rank, variant=variant, **fused)])
+        return random_like(lora_jax.lora_init(jax.random.key(1), params, config, axes=axes)[1])
+
+    def with_kernel(matrix):
+        flat = lora_jax.tree.flatten(params, "params")
+        flat[key] = node.axes.from_matrix(jnp.asarray(matrix, jnp.float32), flat[key])
+        return lora_jax.tree.unflatten(flat, params)
+
+    emptying, dora = adapters(2, variant), adapters(1, "dora")
+    node = lora_jax.tree.flatten(emptying, "adapters")[key]
+    W = np.array(node.axes.as_matrix(lora_jax.tree.flatten(params, "params")[key]), np.float64)
+    UV = np.asarray(node.U, np.float64) @ np.asarray(node.V, np.float64)
+    rest = np.random.default_rng(0).standard_normal(W.shape)
+    rest *= left * length(UV) / length(rest)
+    W[..., ::2] = np.float32(rest - UV)[..., ::2]
+    return x, with_kernel(W), emptying, dora, W + UV, with_kernel
+
+
+@pytest.mark.parametrize("layer", WIDE)
+def test_a_lora_beside_a_dora_may_remove_a_column(layer):
+    """Its norm without `U V` is rounding errors there, and one of them over another is not 1."""
+    model = WIDE[layer][0]
+
+    @jax.jit
+    def apply(params, stacked, x, ids):
+        return lora_jax.lora_apply(model, {"params": params}, stacked, x, adapter_ids=ids)
+
+    for left in (1e-2, 1e-3, 1e-4, 0.0):
+        x, params, lora, dora, adapted, with_kernel = nearly_emptied(layer, left)
+        expected = model.apply({"params": with_kernel(adapted)}, x)
+        row = np.s_[:, 1] if layer == "stacked kernels" else np.s_[1]
+        stacked = lora_jax.stack([dora, lora], params)
+        for tree in (stacked, lora_jax.freeze_norm(params, stacked)):
+            assert relative_error(apply(params, tree, x, 1), expected) < 1e-6
+            mixed = apply(params, tree, x, jnp.array([0, 1, -1]))
+            assert relative_error(mixed[row], expected[row]) < 1e-6
+            merged = lora_jax.lora_merge(params, jax.tree.map(lambda array: array[1], tree))
+            assert relative_error(model.apply({"params": merged}, x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("layer", WIDE)
+def test_a_frozen_norm_keeps_the_digits_of_a_dora_that_removes_a_column(layer):
+    _, params, dora, _, adapted, _ = nearly_emptied(layer, 1e-3, "dora")
+    expected = np.linalg.norm(adapted, axis=-2)
+    for tree in (dora, lora_jax.stack([dora, dora])):
+        frozen = lora_jax.tree.flatten(lora_jax.freeze_norm(params, tree), "frozen")
+        for key, node in lora_jax.tree.flatten(tree, "adapters").items():
+            ratio = np.asarray(node.m, np.float64) / np.asarray(frozen[key].m, np.float64)
+            np.testing.assert_allclose(ratio, np.broadcast_to(expected, ratio.shape), rtol=1e-3)
 
 
 OTHER = {"layers_0": {"kernel": jnp.ones((5, 7))}}

@@ -149,6 +149,11 @@ def test_another_model(saved, params, change, message):
         lora_jax.load(saved[0], params)
 
 
+def no_kernels(U, V):
+    axes = lora_jax.KernelAxes((1,), (2,), (0,))
+    return lora_jax.Adapter(jnp.zeros(U), jnp.zeros(V), axes=axes)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
@@ -161,6 +166,8 @@ def test_another_model(saved, params, change, message):
         (lambda a: {"k": a["join"]["kernel"], "k.U": jnp.ones(2)}, ValueError, "Two arrays"),
         (lambda a: jax.tree.map(lambda x: x * jnp.nan, a), ValueError, "'.*' has NaN"),
         (lambda a: jax.eval_shape(lambda: a), TypeError, "no array"),
+        (lambda a: {"k": no_kernels((0, 4, 1), (0, 1, 3))}, ValueError, r"'k': U is \(0, 4, 1\)"),
+        (lambda a: {"k": no_kernels((2, 4, 1), (1, 1, 3))}, ValueError, "'k': the shapes .* not"),
     ],
 )
 def test_what_cannot_be_saved(saved, tmp_path_factory, make, kind, message):
@@ -214,6 +221,7 @@ def set_in(*keys):
 
 
 JOIN = ("adapters", "join/kernel")
+JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,12 @@ JOIN = ("adapters", "join/kernel")
         (set_in(*JOIN, "axes", "inputs", [0, 0]), "must name every axis"),
         (set_in(*JOIN, "axes", "inputs", [-1]), "must be integers"),
         (set_in(*JOIN, "axes", "fused", 10**15), "not those of an adapter"),
+        (set_in(*JOIN, "axes", "fused", 0), r"KernelAxes\(fused=0\): fused must be at least 1"),
+        (set_in(*JOIN, "axes", "fused", -2), r"KernelAxes\(fused=-2\): fused must be at least 1"),
+        (
+            set_in(*JOIN, "axes", {**JOIN_AXES, "fused": 10**15, "parts": []}),
+            "of fused=1000000000000000 kernels no parts are named",
+        ),
         (set_in(*JOIN, "axes", "parts", [10**15]), "parts must be some of"),
         (set_in(*JOIN, "axes", "stacks", [3]), "not those of an adapter"),
     ],
@@ -258,6 +272,16 @@ def test_an_index_that_makes_no_sense(saved, params, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         lora_jax.load(folder, params)
     assert str(folder) in str(caught.value)
+
+
+def test_a_stack_of_no_kernels(tmp_path, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(store, "_check_arrays", lambda *_: None)
+        lora_jax.save(tmp_path / "x", {"k": no_kernels((0, 4, 1), (0, 1, 3))})
+    with pytest.raises(
+        ValueError, match=r"adapter.json: 'k': U is \(0, 4, 1\), in which there are"
+    ):
+        store.read(tmp_path / "x")
 
 
 def test_an_edited_index(saved, params):
@@ -303,6 +327,14 @@ FOUR = b"\0" * 4
         (header_of({"x": entry(), "y": entry()}, FOUR), "'y' begins at byte 0"),
         (header_of({"x": entry(shape=(2**62,))}, FOUR), "'x'.*offsets say 4"),
         (header_of({"x": entry(shape=(2**40, 2**40), offsets=(0, 2**82))}, FOUR), "header says"),
+        (
+            header_of({"x": entry(shape=(0, 2**62), offsets=(0, 0))}),
+            "'x' is .* larger than an array",
+        ),
+        (
+            header_of({"x": entry(shape=(2**64, 0), offsets=(0, 0))}),
+            "'x' is .* larger than an array",
+        ),
         (header_of({"x": entry(shape=(-1,))}, FOUR), "integers from 0"),
         (header_of({"x": entry(shape=(True,))}, FOUR), "integers from 0"),
         (header_of({"x": entry(shape=(1,) * 33)}, FOUR), "33 axes"),

@@ -232,6 +232,11 @@ def test_abstract():
         ),
         ({"kernel": jnp.ones((3, 5), int)}, {}, r"'kernel', which is not floating-point but int"),
         ({"kernel": "W"}, {}, r"'kernel', which is not floating-point but str"),
+        (
+            {"kernel": jnp.ones((0, 3, 5))},
+            {"stack_axes": (0,)},
+            r"'kernel', of shape \(0, 3, 5\), in which there are no numbers",
+        ),
         ({"kernel": jnp.ones((3, 5))}, {"stack_axes": (2,)}, r"has no stack_axes=\(2,\)"),
         ({"kernel": jnp.ones((2, 3, 5))}, {"stack_axes": (0, -3)}, r"has no stack_axes=\(0, -3\)"),
         ({"kernel": jnp.ones((3, 5))}, {"stack_axes": (0,)}, r"is no matrix .*'kernel' \(3, 5\)"),
