@@ -61,7 +61,7 @@ def lora_apply(
     *args: Any,
     adapter_ids: Any = None,
     in_axes: Any = ...,
-    out_axes: Any = 0,
+    out_axes: Any = ...,
     variable_axes: Mapping[str, Any] | None = None,
     spmd_axis_name: Any = None,
     adapter_dropout: bool | None = None,
@@ -109,10 +109,12 @@ def lora_apply(
       in_axes: where the arrays in ``args`` have the rows of ``adapter_ids``, as for ``jax.vmap``:
         an axis, ``None`` for what is one for all rows, or a tuple with one of these, or a tree of
         them, for each argument. A dict is for keyword arguments, by name. What is not said is 0.
-      out_axes: where the result has the rows, as for ``jax.vmap``.
+      out_axes: where the result has the rows, as for ``jax.vmap``. Not said, it is the axis of the
+        batch, for which the model is traced with two rows where it is not plainly the first one.
       variable_axes: where the other collections have them, as for ``flax.linen.vmap``:
         ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays that have no such axis
-        are one for all rows. ``batch_stats`` has no rows; else what is not said is 0.
+        are one for all rows. ``batch_stats`` has no rows; else what is not said is 0, and in the
+        result the axis of the batch.
       spmd_axis_name: the axis of a mesh that the rows are sharded by, as for ``jax.vmap``: for
         models that say how their activations are sharded, and leave the batch out of it.
       adapter_dropout: whether adapters have their dropout; by default as said above.

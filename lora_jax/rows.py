@@ -71,18 +71,18 @@ def over_rows(
     keys = jax.tree.map(lambda key: jax.random.split(key, ids.shape[0]), keys)
     results: list[_Result] = []
 
-    def one(id_: Any, mapped: list[Any], keys: Any, inputs: _Inputs = inputs) -> list[Any]:
+    def one(id_: Any, mapped: list[Any], keys: Any) -> list[Any]:
         rest, args, kwargs = inputs.of_row(mapped)
         out = call(id_, rest, args, {**kwargs, **keys})
         changes = kwargs.get("mutable", False) is not False
-        arrays, result = _Result.of(out, changes, out_axes, variable_axes)
+        grown = functools.partial(inputs.grown, call, id_, keys)
+        arrays, result = _Result.of(out, changes, out_axes, variable_axes, grown)
         results[:] = [result]
         return arrays
 
-    inputs.check_said(one, ids, keys)
-
-    mapped, ids, keys = _sharded_alike(inputs.mapped, inputs.axes, ids, keys)
     try:
+        inputs.check_said(call, ids, keys)
+        mapped, ids, keys = _sharded_alike(inputs.mapped, inputs.axes, ids, keys)
         rows = jax.vmap(one, (0, inputs.axes, 0), spmd_axis_name=spmd_axis_name)
         arrays = rows(ids, mapped, keys)
     except Exception as error:
@@ -95,7 +95,7 @@ def over_rows(
         raise
     out = results[0].joined(arrays)
     if ids.ndim > 1:
-        inputs.check_tokens(one, ids, keys)
+        inputs.check_tokens(call, ids, keys)
     return out
 
 
@@ -178,54 +178,51 @@ class _Inputs:
             leaves[i] = jnp.expand_dims(leaf, axis)
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def check_said(self, one: Callable[..., Any], ids: chex.Array, keys: Any) -> None:
+    def check_said(self, call: Call, ids: chex.Array, keys: Any) -> None:
         """Errors for an array that may have rows or not, by all that the model says.
 
-        Of arrays that have rows, none can be given whole beside one row of the others.
+        Of arrays that have rows, none can be given whole beside one row of the others, with a
+        result as from one row.
         """
-        if self.rows == 1:
+        if self.rows == 1 or not any(set(self.at) - set(i) for i in self.unsaid.values()):
             return
-        row_of = functools.partial(jax.tree.map, functools.partial(_without, 0))
+        row = _row_of(ids), _row_of(keys)
+        expected = self._shapes(call, *row, self._of_rows(1))
         for name, places in self.unsaid.items():
-            others = [j for j, i in enumerate(self.at) if i not in places]
-            if not others:
+            given = {i: leaf for i, leaf in self._of_rows(1).items() if i not in places}
+            if not given:
                 continue
-            at, axes = ([all_[j] for j in others] for all_ in (self.at, self.axes))
-            rows = [_without(axis, self.leaves[j]) for j, axis in zip(at, axes, strict=True)]
-            whole = {
-                i: jax.ShapeDtypeStruct(self.leaves[i].shape, self.leaves[i].dtype) for i in places
-            }
-            call = functools.partial(self._with_all_of, at, axes, one)
             try:
-                jax.eval_shape(call, whole, row_of(ids), rows, row_of(keys))
+                shapes = self._shapes(call, *row, given)
             except Exception:
                 continue  # it cannot
-            raise ValueError(
-                f"The model can be called with all of its {name} for each row, and with one row of "
-                f"it. Say which it shall be, as for jax.vmap: {self._how_to_say(places[0])}."
-            )
+            if shapes == expected:
+                raise ValueError(
+                    f"The model can be called with all of its {name} for each row, and with one "
+                    f"row of it. Say which it shall be, as for jax.vmap: "
+                    f"{self._how_to_say(places[0])}."
+                )
 
-    def check_tokens(self, one: Callable[..., Any], ids: chex.Array, keys: Any) -> None:
+    def check_tokens(self, call: Call, ids: chex.Array, keys: Any) -> None:
         """Errors where ids of tokens may be taken for those of something else.
 
         With another number of tokens every adapted layer must have another one as well.
         """
         tokens = ids.shape[1:]
-        row_of = functools.partial(jax.tree.map, functools.partial(_without, 0))
-        rows = [_without(axis, x) for axis, x in zip(self.axes, self.mapped, strict=True)]
         for more, everywhere in itertools.product((1, -1), (False, True)):
             other = {n: max(n + more, 1) for n in tokens}
-
-            def resized(x: Any, other: Any = other, everywhere: bool = everywhere) -> Any:
-                inside = len(x.shape) if everywhere else len(tokens)
-                fits = everywhere or x.shape[:inside] == tokens
-                shape = [
-                    other.get(n, n) if fits and i < inside else n for i, n in enumerate(x.shape)
-                ]
-                return jax.ShapeDtypeStruct(shape, x.dtype)
-
+            given = {}
+            for axis, (i, leaf) in zip(self.axes, self._of_rows(1).items(), strict=True):
+                behind = list(leaf.shape[:axis] + leaf.shape[axis + 1 :])
+                if everywhere:
+                    behind = [other.get(n, n) for n in behind]
+                elif tuple(behind[: len(tokens)]) == tokens:
+                    behind[: len(tokens)] = [other[n] for n in tokens]
+                shape = (*behind[:axis], 1, *behind[axis:])
+                given[i] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+            id_ = jax.ShapeDtypeStruct([other[n] for n in tokens], ids.dtype)
             try:
-                jax.eval_shape(one, resized(row_of(ids)), list(map(resized, rows)), row_of(keys))
+                self._shapes(call, id_, _row_of(keys), given)
                 return
             except Exception as error:
                 why = str(error).splitlines()[0]
@@ -235,11 +232,40 @@ class _Inputs:
             f"layer is that of the tokens ({why}). Give one id for each row."
         )
 
-    def _with_all_of(
-        self, at: list[int], axes: list[int], one: Any, whole: dict[int, Any], *row: Any
-    ) -> Any:
-        leaves = [whole.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-        return one(*row, dataclasses.replace(self, leaves=leaves, at=at, axes=axes))
+    def grown(self, call: Call, id_: Any, keys: Any) -> list[int | None]:
+        """Which axis of each leaf of the result is longer for two rows than for one, if one is."""
+        found: list[int | None] = []
+        each = (self._shapes(call, id_, keys, self._of_rows(rows)) for rows in (1, 2))
+        for one, two in zip(*each, strict=True):
+            axes = [i for i, sizes in enumerate(zip(one, two, strict=True)) if sizes == (1, 2)]
+            found.append(axes[0] if len(axes) == 1 else None)
+        return found
+
+    def _of_rows(self, rows: int) -> dict[int, jax.ShapeDtypeStruct]:
+        """The arrays that have rows, for so many of them, by their places."""
+        given = {}
+        for i, axis in zip(self.at, self.axes, strict=True):
+            leaf = self.leaves[i]
+            shape = [rows if j == axis else n for j, n in enumerate(leaf.shape)]
+            given[i] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+        return given
+
+    def _shapes(
+        self, call: Call, id_: Any, keys: Any, given: dict[int, jax.ShapeDtypeStruct]
+    ) -> list[tuple[int, ...]]:
+        """The shapes of the result of a call with one id, and other arrays in some places."""
+
+        def result(id_: Any, keys: Any, whole: list[Any], given: dict[int, Any]) -> list[Any]:
+            leaves = [given.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+            for i, leaf in zip(others, whole, strict=True):
+                leaves[i] = leaf
+            rest, args, kwargs = jax.tree.unflatten(self.treedef, leaves)
+            out = jax.tree.leaves(call(id_, rest, args, {**kwargs, **keys}))
+            return [leaf if isinstance(leaf, jax.Array | np.ndarray) else 0 for leaf in out]
+
+        others = [i for i in self.at if i not in given]
+        whole = [jax.ShapeDtypeStruct(self.leaves[i].shape, self.leaves[i].dtype) for i in others]
+        return [leaf.shape for leaf in jax.eval_shape(result, id_, keys, whole, given)]
 
     def _how_to_say(self, i: int) -> str:
         """How the caller says where an array has the rows."""
@@ -307,9 +333,9 @@ def _name(path: tuple[Any, ...]) -> str:
     return f"variable {'/'.join(str(getattr(key, 'key', key)) for key in where)!r}"
 
 
-def _without(axis: int, array: Any) -> jax.ShapeDtypeStruct:
-    shape = [n for i, n in enumerate(array.shape) if i != axis]
-    return jax.ShapeDtypeStruct(shape, array.dtype)
+def _row_of(tree: Any) -> Any:
+    """One row of ids or keys, without its values."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
 
 
 def _sharded_alike(mapped: list[Any], axes: list[int], *others: Any) -> tuple[Any, ...]:
@@ -356,7 +382,12 @@ class _Result:
 
     @classmethod
     def of(
-        cls, out: Any, changes: bool, out_axes: Any, variable_axes: Mapping[str, Any]
+        cls,
+        out: Any,
+        changes: bool,
+        out_axes: Any,
+        variable_axes: Mapping[str, Any],
+        grown: Callable[[], list[int | None]],
     ) -> tuple[list[chex.Array], _Result]:
         """The arrays of one row without the axes of the rows, and the rest.
 
@@ -365,6 +396,7 @@ class _Result:
           changes: whether it is a result and collections of variables.
           out_axes: of the result.
           variable_axes: of the collections.
+          grown: says of each leaf which axis grows with the batch.
 
         Raises:
           ValueError: an array whose axis is not that of the batch.
@@ -373,13 +405,18 @@ class _Result:
         paths, _ = jax.tree_util.tree_flatten_with_path((y, variables))
         said = _prefix(out_axes, y)
         for name, collection in sorted(variables.items()):
-            said += _prefix(variable_axes.get(name, _COLLECTIONS.get(name, 0)), collection)
+            axis = variable_axes.get(name, _COLLECTIONS.get(name, Ellipsis))
+            said += _prefix(axis, collection)
         arrays, axes, leaves = [], [], []
-        for (path, leaf), axis in zip(paths, said, strict=True):
+        for i, ((path, leaf), axis) in enumerate(zip(paths, said, strict=True)):
             if not isinstance(leaf, jax.Array | np.ndarray):
                 leaves.append(leaf)
                 continue
             leaves.append(_ARRAY)
+            if axis is Ellipsis:
+                ones = [axis for axis, size in enumerate(leaf.shape) if size == 1]
+                is_plain = ones == [0] and leaf.ndim > 1 and path[0].idx == 0
+                axis = 0 if is_plain else grown()[i] if ones else None
             axis = _axis_of_rows(path, leaf, axis)
             arrays.append(jnp.asarray(leaf) if axis is None else jnp.squeeze(leaf, axis))
             axes.append(axis)

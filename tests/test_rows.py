@@ -188,8 +188,10 @@ def test_rows_on_another_axis(axis):
         return alone(model, variables, stacked, i, x[:, own]).swapaxes(0, 1)
 
     check_rows(y.swapaxes(0, 1), one)
+    found = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=IDS, in_axes=axis)
+    assert (found == y).all()
     with pytest.raises(ValueError, match=r"result is \(4, 1, 5\), and axis 0.*out_axes=\.\.\."):
-        lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=IDS, in_axes=1)
+        lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=IDS, in_axes=1, out_axes=0)
 
 
 class Several(nn.Module):
@@ -205,18 +207,15 @@ class Several(nn.Module):
         return {"y": y, "table": jnp.arange(7.0), "width": jnp.array(5), "what": "logits"}
 
 
-def test_results_of_all_kinds():
+@pytest.mark.parametrize(
+    "options", [{}, {"out_axes": {"y": 0, "table": None, "width": 0, "what": None}}]
+)
+def test_results_of_all_kinds(options):
     model, x = Several(), X[:, 0]
     variables, _, stacked = adapted(model, x)
-    axes = {"y": 0, "table": None, "width": 0, "what": None}
+    mutable = ["intermediates", "count"]
     out, changed = lora_jax.lora_apply(
-        model,
-        variables,
-        stacked,
-        x,
-        adapter_ids=IDS,
-        mutable=["intermediates", "count"],
-        out_axes=axes,
+        model, variables, stacked, x, adapter_ids=IDS, mutable=mutable, **options
     )
     assert out["what"] == "logits"
     assert out["width"] == 5
@@ -315,17 +314,17 @@ def test_caches_of_scanned_layers(layers):
             assert relative_error(state["cache"]["steps"]["sums"][:, b : b + 1], sums) < 2e-6
 
 
-def test_a_cache_that_the_call_makes():
-    model, x = Step(), X[:, 0]
+@pytest.mark.parametrize("axes", [{}, {"cache": 1}])
+@pytest.mark.parametrize("layers", [1, ROWS])
+def test_a_cache_that_the_call_makes(axes, layers):
+    model, x = Decoder(layers), X[:, 0]
     variables, _, stacked = adapted(model, x, mutable=["cache"])
     variables = {"params": variables["params"]}
-    for axes in ({}, {"cache": 0}):
-        (_, nothing), made = lora_jax.lora_apply(
-            model, variables, stacked, x, adapter_ids=IDS, mutable=["cache"], variable_axes=axes
-        )
-        assert nothing is None
-        assert made["cache"]["sums"].shape == (ROWS, WIDTH)
-        assert made["cache"]["at"].shape == ()
+    made = lora_jax.lora_apply(
+        model, variables, stacked, x, adapter_ids=IDS, mutable=["cache"], variable_axes=axes
+    )[1]["cache"]["steps"]
+    assert made["sums"].shape == (layers, ROWS, WIDTH)
+    assert made["at"].shape == (layers,)
 
 
 class Lookup(nn.Module):
