@@ -79,8 +79,8 @@ def nan_where(wrong: chex.Array) -> chex.Array:
     Where nothing is, no NaN is written, for which users may have told JAX to look.
 
     Example:
-      >>> nan_where(jnp.array([False, True]))
-      Array([ 0., nan], dtype=float32)
+      >>> nan_where(jnp.array([False, True])).tolist()
+      [0.0, nan]
     """
     return 0.0 / jnp.where(wrong, 0.0, 1.0)
 
