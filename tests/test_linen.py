@@ -209,8 +209,7 @@ def test_the_use_in_another_model_is_no_use():
         @nn.compact
         def __call__(self, x):
             layer = nn.jit(nn.Dense)(6, name="layer_of_two_models")
-            y = layer(x)
-            return nn.Dense(3, name="head")(y if self.calls else x)
+            return nn.Dense(3, name="head")(layer(x) if self.calls else x)
 
     x = jnp.ones((2, 6))
     frozen, adapters = dense_case(Model(True), x)
