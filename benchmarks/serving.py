@@ -123,7 +123,7 @@ def plain(model: nn.Module) -> Apply:
 def adapted(model: nn.Module) -> Apply:
     """The model with this library's adapters."""
     return lambda params, adapters, ids, inputs: lora_jax.lora_apply(
-        model, {"params": params}, adapters, *inputs, adapter_ids=ids
+        model, {"params": params}, adapters, *inputs, adapter_ids=ids, in_axes=0
     )
 
 

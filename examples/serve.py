@@ -70,6 +70,8 @@ def cached_apply(model: smollm2.SmolLM2) -> Any:
             cached=True,
             mutable="cache",
             adapter_ids=ids,
+            in_axes=0,
+            variable_axes={"cache": 0},
         )
 
     return apply

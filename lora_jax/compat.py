@@ -118,6 +118,15 @@ def written(eqn: Any) -> Branches | Loop | None:
     return know(eqn) if know else None
 
 
+def is_jit(eqn: Any) -> bool:
+    """Whether an equation of a jaxpr is a function under ``jax.jit``.
+
+    Why: a layer that ``nn.jit`` has in its cache is not called again, and its use is seen there.
+    Gone: only what the result depends on counts as used.
+    """
+    return eqn.primitive.name in ("jit", "pjit")
+
+
 def is_literal(v: Any) -> bool:
     """Whether an input in a jaxpr is a number that is written there."""
     return isinstance(v, jax.extend.core.Literal)

@@ -31,11 +31,11 @@ from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.compat import is_traced
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.liveness import arrays_in, live_inputs
+from lora_jax.liveness import arrays_in, read_inputs
 from lora_jax.mixed import BASE, Ids, checked_ids, own_leaf, taken
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
-from lora_jax.rows import over_rows
+from lora_jax.rows import gives_variables, over_rows
 from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
 
 # The name of an adapter is that of its parameter and this.
@@ -86,13 +86,11 @@ def lora_apply(
     With ``adapter_ids`` every example of the batch has an adapter of its own, of a stack
     (:func:`lora_jax.stack`), or with the id -1 the base alone. By definition that is ``jax.vmap``
     of a call with one row, a batch of the size 1, over ``(id, row)``, so every row has what it
-    would have alone, and the product with ``W`` is computed once for all of them. Arrays have
-    their rows in the first axis, or where ``in_axes``, ``variable_axes`` and ``out_axes`` say.
-    Where there are several arrays and these do not say it, the model is traced once more for each,
-    with all of it beside one row of the others: if it can be called so, the caller is asked which
-    is meant. Numbers are for all rows, and each row has a key of its own of every one in ``rngs``.
-    Ids may be traced: other ids, and other adapters of the same shapes, are no other program. An id
-    that is of no adapter is an error, or, traced, gives NaN in its row.
+    would have alone, and the product with ``W`` is computed once for all of them. One array among
+    the arguments has its rows in the first axis. Where there are several, or a cache, ``in_axes``
+    and ``variable_axes`` say it. Numbers are for all rows, and each row has a key of its own of
+    every one in ``rngs``. Ids may be traced: other ids, and other adapters of the same shapes, are
+    no other program. An id that is of no adapter is an error, or, traced, gives NaN in its row.
 
     Args:
       model: the model; it need not know of this library. A ``flax.linen`` module, or a Flax model
@@ -106,15 +104,16 @@ def lora_apply(
         input; or one number, for one adapter for all. With it ``adapters`` are stacked, and
         ``variables`` may have all parameters: a leaf that was trained whole is there for the rows
         with the base alone.
-      in_axes: where the arrays in ``args`` have the rows of ``adapter_ids``, as for ``jax.vmap``:
-        an axis, ``None`` for what is one for all rows, or a tuple with one of these, or a tree of
-        them, for each argument. A dict is for keyword arguments, by name. What is not said is 0.
+      in_axes: where arguments have the rows of ``adapter_ids``, as for ``jax.vmap``: an axis for
+        all, with ``None`` for what is one for all rows; or a tuple with one for each of ``args``,
+        and behind them a dict for keyword arguments; or that dict alone. In the place of an axis
+        may be a tree of them.
       out_axes: where the result has the rows, as for ``jax.vmap``. Not said, it is the axis of the
         batch, for which the model is traced with two rows where it is not plainly the first one.
       variable_axes: where the other collections have them, as for ``flax.linen.vmap``:
         ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays that have no such axis
-        are one for all rows. ``batch_stats`` has no rows; else what is not said is 0, and in the
-        result the axis of the batch.
+        are one for all rows. ``batch_stats`` has no rows. Those that the call makes have them in
+        the axis of the batch, unless it is said.
       spmd_axis_name: the axis of a mesh that the rows are sharded by, as for ``jax.vmap``: for
         models that say how their activations are sharded, and leave the batch out of it.
       adapter_dropout: whether adapters have their dropout; by default as said above.
@@ -148,7 +147,11 @@ def lora_apply(
         _dropout_is_active(model, args, kwargs) if adapter_dropout is None else adapter_dropout
     )
     one = functools.partial(_apply, model, dropout=dropout, allow_unused=allow_unused)
+    if dropout and not _has_dropout_rng(kwargs):
+        raise ValueError("adapter_dropout=True needs a key: pass rngs={'dropout': key}.")
     if adapter_ids is None:
+        if in_axes is not Ellipsis or out_axes is not Ellipsis or variable_axes:
+            raise ValueError("in_axes, out_axes and variable_axes are of the rows of adapter_ids.")
         return one(variables, adapters, args, kwargs)
     count = _count(adapters)
     ids = checked_ids(adapter_ids, count)
@@ -232,7 +235,7 @@ def _apply(
     unused = [] if allow_unused else [key for key in nodes if path_of(key) not in calls.used]
     if unused and (key := _without_use(call, placed, unused)):
         raise ValueError(calls.unused(key, len(unused), model, kwargs.get("method")))
-    if kwargs.get("mutable", False) is False:
+    if not gives_variables(kwargs):
         return out
     return _restored(out, variables["params"], placed)
 
@@ -298,10 +301,10 @@ def _check_base(variables: Mapping[str, Any], adapters: chex.ArrayTree, ids: Any
 
 
 def _without_use(call: Callable[..., Any], placed: chex.ArrayTree, keys: list[Key]) -> Key | None:
-    """Which of these adapters, of whose use nothing was seen, has no part in the result.
+    """Which of these adapters, of whose use nothing was seen, is not read by the call.
 
     ``nn.jit`` does not call a layer again that it has in its cache. So the call is traced, with the
-    layers as ``nn.jit`` has them, and what its results depend on was used.
+    layers as ``nn.jit`` has them, and what is in the trace was used.
     """
     flat = flatten(placed, "params")
     own = {key: (*key[:-1], key[-1] + SUFFIX) for key in keys}
@@ -311,9 +314,8 @@ def _without_use(call: Callable[..., Any], placed: chex.ArrayTree, keys: list[Ke
         return list(arrays_in(call(unflatten(given, placed), _Calls({}))))
 
     nodes = {key: flat[own[key]] for key in keys}
-    jaxpr = jax.make_jaxpr(results)(nodes).jaxpr
-    live = live_inputs(jaxpr, [True] * len(jaxpr.outvars))
-    used = jax.tree.unflatten(jax.tree.structure(nodes), live)
+    read = read_inputs(jax.make_jaxpr(results)(nodes).jaxpr)
+    used = jax.tree.unflatten(jax.tree.structure(nodes), read)
     return next((key for key in keys if not any(jax.tree.leaves(used[key]))), None)
 
 
@@ -358,10 +360,14 @@ def _is_hugging_face(model: Any) -> bool:
     return callable(model) and isinstance(getattr(model, "module", None), nn.Module)
 
 
-def _dropout_is_active(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _has_dropout_rng(kwargs: Mapping[str, Any]) -> bool:
     rngs = kwargs.get("rngs")
     has_rng = isinstance(rngs, Mapping) and "dropout" in rngs
-    if not has_rng and kwargs.get("dropout_rng") is None:
+    return has_rng or kwargs.get("dropout_rng") is not None
+
+
+def _dropout_is_active(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    if not _has_dropout_rng(kwargs):
         return False
     method = kwargs.get("method") or "__call__"
     function = getattr(type(model), method, None) if isinstance(method, str) else method

@@ -10,13 +10,36 @@ for one that is read.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from lora_jax.compat import Branches, Loop, is_literal, written
+from lora_jax.compat import Branches, Loop, is_jit, is_literal, written
+
+
+def read_inputs(jaxpr: Any) -> list[bool]:
+    """Says of every input of a jaxpr whether an output depends on it, or what ``jax.jit`` holds.
+
+    Inside ``jax.jit`` it counts as well where nothing comes of it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> dead = jax.jit(lambda x, y: (2 * x, y)[1])
+      >>> read_inputs(jax.make_jaxpr(lambda x, y, z: (dead(x, y), z + 1)[0])(1.0, 2.0, 3.0).jaxpr)
+      [True, True, False]
+    """
+    return _inputs(jaxpr, [True] * len(jaxpr.outvars), _Dead.IN_JIT)
+
+
+class _Dead(enum.Enum):
+    """Which equations count although nothing comes of them."""
+
+    NONE = enum.auto()
+    IN_JIT = enum.auto()
+    ALL = enum.auto()
 
 
 def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
@@ -31,12 +54,17 @@ def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
       >>> live_inputs(jaxpr, [True, False]), live_inputs(jaxpr, [True, True])
       ([True, False], [True, True])
     """
+    return _inputs(jaxpr, live_outputs, _Dead.NONE)
+
+
+def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]:
     outputs = zip(jaxpr.outvars, live_outputs, strict=True)
     live = {v for v, is_live in outputs if is_live and not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
-        given = [v in live for v in eqn.outvars]
-        if any(given) or eqn.effects:
-            uses = zip(eqn.invars, _inputs_of(eqn, given), strict=True)
+        given, how = [v in live for v in eqn.outvars], written(eqn)
+        looked_into = dead is _Dead.ALL or (dead is _Dead.IN_JIT and how is not None)
+        if any(given) or eqn.effects or looked_into:
+            uses = zip(eqn.invars, _inputs_of(eqn, how, given, dead), strict=True)
             live |= {v for v, is_live in uses if is_live and not is_literal(v)}
     return [v in live for v in jaxpr.invars]
 
@@ -59,29 +87,33 @@ def arrays_in(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
             yield from arrays_in(vars(leaf), (*inside, id(leaf)))
 
 
-def _inputs_of(eqn: Any, outputs: list[bool]) -> list[bool]:
-    match written(eqn):
+def _inputs_of(
+    eqn: Any, how: Branches | Loop | None, outputs: list[bool], dead: _Dead
+) -> list[bool]:
+    match how:
         case Branches(functions, deciding):
+            if dead is _Dead.IN_JIT and is_jit(eqn):
+                dead = _Dead.ALL
             inputs = [False] * (len(eqn.invars) - deciding)
             for function in functions:
-                inputs = _join(inputs, live_inputs(function, outputs))
+                inputs = _join(inputs, _inputs(function, outputs, dead))
             return [True] * deciding + inputs
         case Loop() as loop:
-            return _inputs_of_loop(loop, outputs)
+            return _inputs_of_loop(loop, outputs, dead)
         case _:
             return [True] * len(eqn.invars)
 
 
-def _inputs_of_loop(loop: Loop, outputs: list[bool]) -> list[bool]:
+def _inputs_of_loop(loop: Loop, outputs: list[bool], dead: _Dead) -> list[bool]:
     consts, kept = loop.consts, loop.consts + loop.carry
     carried, results = outputs[: loop.carry], outputs[loop.carry :]
     of_test: list[bool] = []
     if loop.test is not None:
-        used = live_inputs(loop.test, [True] * len(loop.test.outvars))
+        used = _inputs(loop.test, [True] * len(loop.test.outvars), dead)
         of_test = used[: len(used) - loop.carry]
         carried = _join(carried, used[len(of_test) :])
     while True:  # until one round more finds nothing new
-        inputs = live_inputs(loop.body, carried + results)
+        inputs = _inputs(loop.body, carried + results, dead)
         before, carried = carried, _join(carried, inputs[consts:kept])
         if carried == before:
             return of_test + inputs[:consts] + carried + inputs[kept:]

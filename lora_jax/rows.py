@@ -4,9 +4,8 @@ By definition it is ``jax.vmap`` over ``(id, row)`` of a call with one row, a ba
 So a row has what it would have alone, whatever the model computes: caches, norms, heads that were
 trained whole. What the rows share, first of all ``x W``, is computed once for all of them.
 
-An array has its rows in its first axis, unless the caller says otherwise. Nothing is concluded from
-its size. Where the model can be called either way, as with a memory beside the input that may be
-one for all rows or one for each, the caller is asked.
+Nothing is concluded from the size of an axis. The caller says which arrays have rows, and where, as
+for ``jax.vmap``, and is asked where that is not plain.
 """
 
 from __future__ import annotations
@@ -18,24 +17,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec
 
+from lora_jax.liveness import arrays_in
 from lora_jax.meshes import left_to_compiler, spec_of
 
 # What to do where this is not possible.
 MAP_ROWS = (
     "Map over the rows yourself: jax.vmap(lambda i, x: lora_apply(model, variables, stacked, "
-    "x[None], adapter_ids=i)[0])(adapter_ids, x)."
+    "x[None], adapter_ids=i))(adapter_ids, x)."
 )
 
 # Calls the model: of ids, of its other collections, and of the arguments by position and by name.
 Call = Callable[[Any, dict[str, Any], tuple[Any, ...], dict[str, Any]], Any]
-# Flax's collections that have no rows: BatchNorm's statistics.
-_COLLECTIONS = {"batch_stats": None}
+# Flax's collections that have no rows.
+_COLLECTIONS = {"params": None, "batch_stats": None}
 # Arguments with keys of random numbers, of which each row gets its own.
 _KEYS = ("rngs", "dropout_rng")
 
@@ -67,6 +68,7 @@ def over_rows(
     """
     keys = {name: kwargs[name] for name in _KEYS if kwargs.get(name) is not None}
     plain = {name: value for name, value in kwargs.items() if name not in keys}
+    rest = {name: flax.core.unfreeze(tree) for name, tree in rest.items()}
     inputs = _Inputs.of(ids.shape[0], rest, args, plain, in_axes, variable_axes)
     keys = jax.tree.map(lambda key: jax.random.split(key, ids.shape[0]), keys)
     results: list[_Result] = []
@@ -74,29 +76,28 @@ def over_rows(
     def one(id_: Any, mapped: list[Any], keys: Any) -> list[Any]:
         rest, args, kwargs = inputs.of_row(mapped)
         out = call(id_, rest, args, {**kwargs, **keys})
-        changes = kwargs.get("mutable", False) is not False
+        y, variables = out if gives_variables(kwargs) else (out, {})
+        if unknown := variable_axes.keys() - rest.keys() - variables.keys():
+            raise ValueError(
+                f"variable_axes names the collection {min(unknown)!r}, which is neither given nor "
+                f"in the result."
+            )
         grown = functools.partial(inputs.grown, call, id_, keys)
-        arrays, result = _Result.of(out, changes, out_axes, variable_axes, grown)
-        results[:] = [result]
+        arrays, result = _Result.of(y, variables, out_axes, variable_axes, grown, id_)
+        results[:] = [dataclasses.replace(result, treedef=jax.tree.structure(out))]
         return arrays
 
-    try:
-        inputs.check_said(call, ids, keys)
-        mapped, ids, keys = _sharded_alike(inputs.mapped, inputs.axes, ids, keys)
-        rows = jax.vmap(one, (0, inputs.axes, 0), spmd_axis_name=spmd_axis_name)
-        arrays = rows(ids, mapped, keys)
-    except Exception as error:
-        if inputs.unsaid:
-            error.add_note(
-                f"With adapter_ids each row is a call of its own. The {', '.join(inputs.unsaid)} "
-                f"was taken to have the rows in the first axis, as in_axes or variable_axes do not "
-                f"say otherwise."
-            )
-        raise
+    mapped, ids, keys = _sharded_alike(inputs.mapped, inputs.axes, ids, keys)
+    arrays = jax.vmap(one, (0, inputs.axes, 0), spmd_axis_name=spmd_axis_name)(ids, mapped, keys)
     out = results[0].joined(arrays)
     if ids.ndim > 1:
         inputs.check_tokens(call, ids, keys)
     return out
+
+
+def gives_variables(kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``apply`` gives a result and variables, by its arguments."""
+    return kwargs.get("mutable", False) is not False or bool(kwargs.get("capture_intermediates"))
 
 
 # --- what goes in ---
@@ -112,8 +113,6 @@ class _Inputs:
       treedef: their structure.
       names: what they are called in messages.
       at: the places of those that have rows, and ``axes`` theirs.
-      unsaid: the places among them of which the caller has not said it, by what they are called;
-        those of a collection of variables together.
     """
 
     rows: Any
@@ -122,7 +121,6 @@ class _Inputs:
     names: list[str]
     at: list[int] = dataclasses.field(default_factory=list)
     axes: list[int] = dataclasses.field(default_factory=list)
-    unsaid: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -143,14 +141,18 @@ class _Inputs:
         paths, treedef = jax.tree_util.tree_flatten_with_path(given)
         said = _said_of(given, in_axes, variable_axes)
         one = cls(rows, [leaf for _, leaf in paths], treedef, [_name(path) for path, _ in paths])
-        for i, (leaf, axis, (path, _)) in enumerate(zip(one.leaves, said, paths, strict=True)):
-            if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim == 0 or axis is None:
-                continue
+        may = [
+            i
+            for i, (leaf, axis) in enumerate(zip(one.leaves, said, strict=True))
+            if isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim and axis is not None
+        ]
+        of_args = [i for i in may if paths[i][0][0].idx > 0]
+        if len(of_args) == 1 and said[of_args[0]] is Ellipsis:
+            said[of_args[0]] = 0
+        one._check_said([i for i in may if said[i] is Ellipsis], may)
+        for i in may:
+            leaf, axis, path = one.leaves[i], said[i], paths[i][0]
             is_variable = path[0].idx == 0
-            if axis is Ellipsis:
-                unit = f"collection {path[1].key!r}" if is_variable else one.names[i]
-                one.unsaid.setdefault(unit, []).append(i)
-                axis = 0
             if is_variable and axis >= leaf.ndim:
                 continue  # a counter, of a collection whose arrays have rows further behind
             if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != rows:
@@ -178,30 +180,30 @@ class _Inputs:
             leaves[i] = jnp.expand_dims(leaf, axis)
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def check_said(self, call: Call, ids: chex.Array, keys: Any) -> None:
-        """Errors for an array that may have rows or not, by all that the model says.
-
-        Of arrays that have rows, none can be given whole beside one row of the others, with a
-        result as from one row.
-        """
-        if self.rows == 1 or not any(set(self.at) - set(i) for i in self.unsaid.values()):
+    def _check_said(self, unsaid: list[int], may: list[int]) -> None:
+        """Errors for arrays of which it is not said whether they have rows."""
+        if not unsaid:
             return
-        row = _row_of(ids), _row_of(keys)
-        expected = self._shapes(call, *row, self._of_rows(1))
-        for name, places in self.unsaid.items():
-            given = {i: leaf for i, leaf in self._of_rows(1).items() if i not in places}
-            if not given:
-                continue
-            try:
-                shapes = self._shapes(call, *row, given)
-            except Exception:
-                continue  # it cannot
-            if shapes == expected:
-                raise ValueError(
-                    f"The model can be called with all of its {name} for each row, and with one "
-                    f"row of it. Say which it shall be, as for jax.vmap: "
-                    f"{self._how_to_say(places[0])}."
-                )
+        rest, args, kwargs = jax.tree.unflatten(self.treedef, range(len(self.leaves)))
+        names = ", ".join(f"{self.names[i]} {self.leaves[i].shape}" for i in unsaid)
+
+        def has(places: list[int], tree: Any) -> bool:
+            return any(i in places for i in jax.tree.leaves(tree))
+
+        collections = {name: 0 for name, tree in rest.items() if has(may, tree)}
+        axes = [0 if has(may, tree) else None for tree in args]
+        of_kwargs = {name: 0 for name, tree in kwargs.items() if has(may, tree)}
+        ways = []
+        if has(unsaid, (args, kwargs)):
+            each = repr((*axes, of_kwargs) if of_kwargs else tuple(axes))
+            ways.append(f"in_axes=0, or for each argument in_axes={each}")
+        if has(unsaid, rest):
+            ways.append(f"variable_axes={collections}")
+        raise ValueError(
+            f"With adapter_ids say which arrays have the rows, and in which axis: {names}. As for "
+            f"jax.vmap: {' and '.join(ways)}, with None in the place of 0 for what is one for all "
+            f"rows, or a tree of axes for a tree of arrays."
+        )
 
     def check_tokens(self, call: Call, ids: chex.Array, keys: Any) -> None:
         """Errors where ids of tokens may be taken for those of something else.
@@ -267,31 +269,27 @@ class _Inputs:
         whole = [jax.ShapeDtypeStruct(self.leaves[i].shape, self.leaves[i].dtype) for i in others]
         return [leaf.shape for leaf in jax.eval_shape(result, id_, keys, whole, given)]
 
-    def _how_to_say(self, i: int) -> str:
-        """How the caller says where an array has the rows."""
-        rest, args, kwargs = jax.tree.unflatten(self.treedef, range(len(self.leaves)))
-        for of, named in (("variable_axes", rest), ("in_axes", kwargs)):
-            for name, value in named.items():
-                if i in jax.tree.leaves(value):
-                    return f"{of}={{{name!r}: 0}}, or {of}={{{name!r}: None}}"
-        axes = tuple(None if i in jax.tree.leaves(value) else 0 for value in args)
-        return f"in_axes=0, or in_axes={axes}"
-
 
 def _said_of(given: Any, in_axes: Any, variable_axes: Mapping[str, Any]) -> list[Any]:
     """What the caller says of each leaf: an axis, ``None``, or ``...`` where nothing."""
     rest, args, kwargs = given
-    of_args: Any
+    of_args: Any = in_axes
+    of_kwargs: dict[str, Any] = dict.fromkeys(kwargs, Ellipsis)
+    if isinstance(in_axes, list | tuple):
+        of_args = tuple(in_axes)
+        if len(in_axes) == len(args) + 1 and isinstance(in_axes[-1], Mapping):
+            *of_args, in_axes = in_axes
+            of_args = tuple(of_args)
+    elif in_axes is not Ellipsis and not isinstance(in_axes, Mapping):
+        of_kwargs = dict.fromkeys(kwargs, in_axes)
     if isinstance(in_axes, Mapping):
+        of_args = Ellipsis if of_args is in_axes else of_args
+        of_kwargs |= in_axes
         if unknown := in_axes.keys() - kwargs.keys():
             raise ValueError(
                 f"in_axes names {min(unknown)!r}, but the keyword arguments of the model are "
                 f"{', '.join(kwargs) or 'none'}."
             )
-        of_args, of_kwargs = 0, {name: in_axes.get(name, 0) for name in kwargs}
-    else:
-        of_args = tuple(in_axes) if isinstance(in_axes, list) else in_axes
-        of_kwargs = dict.fromkeys(kwargs, Ellipsis if in_axes is Ellipsis else 0)
     of_rest = {name: variable_axes.get(name, _COLLECTIONS.get(name, Ellipsis)) for name in rest}
     try:
         return [
@@ -383,25 +381,26 @@ class _Result:
     @classmethod
     def of(
         cls,
-        out: Any,
-        changes: bool,
+        y: Any,
+        variables: Mapping[str, Any],
         out_axes: Any,
         variable_axes: Mapping[str, Any],
         grown: Callable[[], list[int | None]],
+        id_: Any,
     ) -> tuple[list[chex.Array], _Result]:
         """The arrays of one row without the axes of the rows, and the rest.
 
         Args:
-          out: of ``apply``.
-          changes: whether it is a result and collections of variables.
+          y: the result.
+          variables: collections that ``apply`` gives beside it.
           out_axes: of the result.
           variable_axes: of the collections.
           grown: says of each leaf which axis grows with the batch.
+          id_: of the row.
 
         Raises:
           ValueError: an array whose axis is not that of the batch.
         """
-        y, variables = out if changes else (out, {})
         paths, _ = jax.tree_util.tree_flatten_with_path((y, variables))
         said = _prefix(out_axes, y)
         for name, collection in sorted(variables.items()):
@@ -410,6 +409,11 @@ class _Result:
         arrays, axes, leaves = [], [], []
         for i, ((path, leaf), axis) in enumerate(zip(paths, said, strict=True)):
             if not isinstance(leaf, jax.Array | np.ndarray):
+                if next(arrays_in(leaf), None) is not None:
+                    raise ValueError(
+                        f"The result has a {type(leaf).__name__} with arrays in it, which JAX does "
+                        f"not know as a pytree, so that it cannot be of many rows. {MAP_ROWS}"
+                    )
                 leaves.append(leaf)
                 continue
             leaves.append(_ARRAY)
@@ -417,13 +421,15 @@ class _Result:
                 ones = [axis for axis, size in enumerate(leaf.shape) if size == 1]
                 is_plain = ones == [0] and leaf.ndim > 1 and path[0].idx == 0
                 axis = 0 if is_plain else grown()[i] if ones else None
-            axis = _axis_of_rows(path, leaf, axis)
+            axis = _axis_of_rows(path, leaf, axis, id_)
             arrays.append(jnp.asarray(leaf) if axis is None else jnp.squeeze(leaf, axis))
             axes.append(axis)
-        return arrays, cls(axes, leaves, jax.tree.structure(out))
+        return arrays, cls(axes, leaves, None)
 
     def joined(self, arrays: list[Any]) -> Any:
         """The result for all rows, from arrays with these in front."""
+        if None in self.axes and any(array.shape[0] == 0 for array in arrays):
+            raise ValueError("A batch without rows has nothing that is one for all of them.")
         joined = iter(
             array[0] if axis is None else jnp.moveaxis(array, 0, axis)
             for array, axis in zip(arrays, self.axes, strict=True)
@@ -432,13 +438,13 @@ class _Result:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def _axis_of_rows(path: tuple[Any, ...], array: Any, axis: int | None) -> int | None:
+def _axis_of_rows(path: tuple[Any, ...], array: Any, axis: int | None, id_: Any) -> int | None:
     """Which axis of an array in the result of one row is that of the batch."""
     of, *where = path
     is_variable = of.idx == 1
     name = _name((_FIRST, *where)) if is_variable else f"result{jax.tree_util.keystr(tuple(where))}"
     if axis is None or array.ndim == 0 or (is_variable and axis >= array.ndim):
-        _check_same(name, array)
+        _check_same(name, array, id_)
         return None
     if not -array.ndim <= axis < array.ndim or array.shape[axis] != 1:
         how = f"variable_axes={{{where[0].key!r}: ...}}" if is_variable else "out_axes=..."
@@ -449,18 +455,21 @@ def _axis_of_rows(path: tuple[Any, ...], array: Any, axis: int | None) -> int | 
     return int(axis % array.ndim)
 
 
-def _check_same(name: str, array: chex.Array) -> None:
+def _check_same(name: str, array: chex.Array, id_: Any) -> None:
     """Errors for what has no axis for rows, where it is another one for each."""
 
     @custom_vmap
-    def same(array: chex.Array) -> chex.Array:
+    def same(array: chex.Array, id_: Any) -> chex.Array:
         return array
 
     @same.def_vmap
-    def differs(*_: Any) -> Any:
-        raise ValueError(
-            f"The {name} {array.shape} has no axis for the batch, and is another one for each row. "
-            f"{MAP_ROWS}"
-        )
+    def look(_: int, mapped: list[bool], array: chex.Array, id_: Any) -> tuple[chex.Array, bool]:
+        # The first jax.vmap that gets here is that over the rows, as the id is mapped by it.
+        if mapped[0]:
+            raise ValueError(
+                f"The {name} {array.shape[1:]} has no axis for the batch, and is another one for "
+                f"each row. {MAP_ROWS}"
+            )
+        return array, False
 
-    same(jax.lax.stop_gradient(array))
+    same(jax.lax.stop_gradient(array), id_)

@@ -200,6 +200,24 @@ def test_called_again_without_a_new_trace(case):
     assert relative_error(s.adapted(s.frozen, s.trained, s.x), first) > 1e-2
 
 
+def test_a_use_of_which_nothing_comes_is_the_same_again():
+    """With a layer in the cache of nn.jit as without."""
+    layer = nn.jit(nn.Dense)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = layer(6, name="layer")(x)
+            self.sow("losses", "aux", layer(6, name="aux")(x))
+            return x
+
+    x = jnp.ones((2, 6))
+    frozen, adapters = dense_case(Model(), x)
+    for _ in range(2):
+        lora_jax.lora_apply(Model(), {"params": frozen}, adapters, x)
+        jax.jit(lambda x: lora_jax.lora_apply(Model(), {"params": frozen}, adapters, x))(x)
+
+
 def test_the_use_in_another_model_is_no_use():
     """Of an adapter of the same structure, by a layer that nn.jit has in its cache."""
 

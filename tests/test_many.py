@@ -170,7 +170,14 @@ def test_decoding_with_a_cache_is_that_of_each_row():
     def step(cache, x, ids):
         variables = {"params": params, "cache": cache}
         y, new = lora_jax.lora_apply(
-            Decoder(), variables, stacked, x, adapter_ids=ids, mutable=["cache"]
+            Decoder(),
+            variables,
+            stacked,
+            x,
+            adapter_ids=ids,
+            in_axes=0,
+            variable_axes={"cache": 0},
+            mutable=["cache"],
         )
         return y, new["cache"]
 

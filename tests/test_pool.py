@@ -501,7 +501,9 @@ def test_a_thousand_adapters_of_a_real_model_in_32_slots_from_8_threads():
     @chex.assert_max_traces(n=1)
     def mixed(params, stacked, ids, tokens):
         variables = {"params": params}
-        y = lora_jax.lora_apply(encoder, variables, stacked, tokens, mask, adapter_ids=ids)
+        y = lora_jax.lora_apply(
+            encoder, variables, stacked, tokens, mask, adapter_ids=ids, in_axes=0
+        )
         return minilm.mean_pool(y, mask)
 
     @jax.jit
