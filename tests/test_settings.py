@@ -21,6 +21,14 @@ SETTINGS = {
     "jax_threefry_partitionable": False,  # the default is True
     "jax_default_prng_impl": "rbg",
 }
+# Those that the zoo is traced under at once, as they cannot hide what another one shows.
+TOGETHER = [
+    ("jax_numpy_rank_promotion", "jax_threefry_partitionable", "jax_default_prng_impl"),
+    ("jax_numpy_dtype_promotion",),
+    ("jax_check_tracer_leaks",),
+    ("jax_debug_nans",),
+    ("jax_enable_x64",),
+]
 # What each of them is telling for; `make test-slow` has the whole zoo under each.
 TELLING = {
     ("jax_numpy_rank_promotion", "Conv, groups"),
@@ -35,13 +43,15 @@ IDS = (1, 0, -1)
 
 
 @contextlib.contextmanager
-def using(setting):
-    before = getattr(jax.config, setting)
-    jax.config.update(setting, SETTINGS[setting])
+def using(*settings):
+    before = {setting: getattr(jax.config, setting) for setting in settings}
+    for setting in settings:
+        jax.config.update(setting, SETTINGS[setting])
     try:
         yield
     finally:
-        jax.config.update(setting, before)
+        for setting in settings:
+            jax.config.update(setting, before[setting])
 
 
 def plain(case, variables):
@@ -106,24 +116,25 @@ def eager(function):
 
 
 @pytest.mark.parametrize(
-    ("setting", "name"),
+    ("settings", "name"),
     [
-        pytest.param(s, name, marks=[] if (s, name) in TELLING else [pytest.mark.slow])
-        for s in SETTINGS
+        pytest.param(s, name, marks=[] if (s[0], name) in TELLING else [pytest.mark.slow])
+        for s in TOGETHER
         for name in zoo.CASES
     ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_zoo_under_a_setting(setting, name):
+def test_zoo_under_a_setting(settings, name):
     case = zoo.CASES[name]
-    with using(setting):
+    with using(*settings):
         try:
             variables, x = case.init()
             jax.eval_shape(with_gradient(plain(case, variables)), variables["params"], x)
         except Exception as error:
-            pytest.skip(f"Flax's own model fails under {setting}: {str(error).splitlines()[0]}")
+            pytest.skip(f"Flax's own model fails under {settings}: {str(error).splitlines()[0]}")
         # What a setting refuses it refuses where it is traced, but NaN, for which JAX looks in all
         # that is computed outside of jax.jit.
-        assert list(everything(case, eager if setting == "jax_debug_nans" else traced))
+        assert list(everything(case, eager if settings == ("jax_debug_nans",) else traced))
 
 
 @pytest.mark.parametrize(
