@@ -208,7 +208,7 @@ def test_a_use_of_which_nothing_comes_is_the_same_again():
         @nn.compact
         def __call__(self, x):
             x = layer(6, name="layer")(x)
-            self.sow("losses", "aux", layer(6, name="aux")(x))
+            self.sow("losses", "loss", layer(6, name="aux")(x))
             return x
 
     x = jnp.ones((2, 6))
