@@ -150,8 +150,11 @@ def lora_apply(
     if dropout and not _has_dropout_rng(kwargs):
         raise ValueError("adapter_dropout=True needs a key: pass rngs={'dropout': key}.")
     if adapter_ids is None:
-        if in_axes is not Ellipsis or out_axes is not Ellipsis or variable_axes:
-            raise ValueError("in_axes, out_axes and variable_axes are of the rows of adapter_ids.")
+        if any(axes is not Ellipsis for axes in (in_axes, out_axes)) or variable_axes:
+            raise ValueError(
+                "in_axes, out_axes and variable_axes say where the rows of adapter_ids are: pass "
+                "adapter_ids too, or leave them out."
+            )
         return one(variables, adapters, args, kwargs)
     count = _count(adapters)
     ids = checked_ids(adapter_ids, count)
@@ -261,12 +264,12 @@ def _placed(path: str, W: Any, adapter: Adapter, which: _Which | None, dropout: 
             f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
             f"active: train them apart, or call without the 'dropout' rng."
         )
-    alone = which is not None and not which.mapped
-    if which is not None and alone:
-        adapter = jax.tree.map(lambda array: taken(array, which.ids, 0.0), adapter)
+    one_id = None if which is None or which.mapped else which.ids
+    if one_id is not None:
+        adapter = jax.tree.map(lambda array: taken(array, one_id, 0.0), adapter)
     adapter = normalized(W, adapter)
-    if which is not None and alone and adapter.m is not None:
-        adapter = adapter.replace(m=jnp.where(which.ids == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
+    if one_id is not None and adapter.m is not None:
+        adapter = adapter.replace(m=jnp.where(one_id == BASE, 1.0, adapter.m))  # type: ignore[attr-defined]
     arrays = {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}
     ids = None
     if which is not None and which.mapped:

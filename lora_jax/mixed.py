@@ -290,13 +290,7 @@ def mixed_einsum(
             on_cpu=on_cpu(),
         )
 
-    def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
-        ids = after(ids, x)
-        a = None if a is None else taken(a, ids, 1.0)
-        (U, V, mask), shared = laid_out(way, U, V, ids)
-        in_axes = (in_y, rows, shared, shared, rows, rows)
-        return over_rows(product, n, in_axes, in_y)(y, x, U, V, a, mask)
-
+    add = _adding(product, way, in_y)
     return left_to_compiler(add, y, dropped_x, U, V, a, ids, like=y)
 
 
@@ -336,15 +330,29 @@ def mixed_linear(
         )
         return y[(0,) * n]
 
+    add = _adding(product, way, rows)
+    x = x if dropped_x is None else dropped_x
+    return left_to_compiler(add, y, x, U, V, factors.a, ids, like=y)
+
+
+def _adding(product: Callable[..., Any], way: str, in_y: tuple[int, ...]) -> Callable[..., Any]:
+    """A function of ``y, x``, all factors and the ids, from one of a row's own factors.
+
+    Args:
+      product: of ``y, x, U, V, a, mask`` of one row.
+      way: how the factors are laid out.
+      in_y: the axes of the rows in ``y``; in ``x`` they are the first.
+    """
+    rows = tuple(range(len(in_y)))
+
     def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
         ids = after(ids, x)
         a = None if a is None else taken(a, ids, 1.0)
         (U, V, mask), shared = laid_out(way, U, V, ids)
-        in_axes = (rows, rows, shared, shared, rows, rows)
-        return over_rows(product, n, in_axes, rows)(y, x, U, V, a, mask)
+        in_axes = (in_y, rows, shared, shared, rows, rows)
+        return over_rows(product, len(in_y), in_axes, in_y)(y, x, U, V, a, mask)
 
-    x = x if dropped_x is None else dropped_x
-    return left_to_compiler(add, y, x, U, V, factors.a, ids, like=y)
+    return add
 
 
 def after(ids: chex.Array, x: chex.Array) -> chex.Array:

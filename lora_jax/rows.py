@@ -255,41 +255,36 @@ class _Inputs:
     def _shapes(
         self, call: Call, id_: Any, keys: Any, given: dict[int, jax.ShapeDtypeStruct]
     ) -> list[tuple[int, ...]]:
-        """The shapes of the result of a call with one id, and other arrays in some places."""
+        """The shapes of the result of a call with one id, and with these in place of the arrays."""
 
-        def result(id_: Any, keys: Any, whole: list[Any], given: dict[int, Any]) -> list[Any]:
+        def result(id_: Any, keys: Any, given: dict[int, Any]) -> list[Any]:
             leaves = [given.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-            for i, leaf in zip(others, whole, strict=True):
-                leaves[i] = leaf
             rest, args, kwargs = jax.tree.unflatten(self.treedef, leaves)
             out = jax.tree.leaves(call(id_, rest, args, {**kwargs, **keys}))
             return [leaf if isinstance(leaf, jax.Array | np.ndarray) else 0 for leaf in out]
 
-        others = [i for i in self.at if i not in given]
-        whole = [jax.ShapeDtypeStruct(self.leaves[i].shape, self.leaves[i].dtype) for i in others]
-        return [leaf.shape for leaf in jax.eval_shape(result, id_, keys, whole, given)]
+        return [leaf.shape for leaf in jax.eval_shape(result, id_, keys, given)]
 
 
 def _said_of(given: Any, in_axes: Any, variable_axes: Mapping[str, Any]) -> list[Any]:
     """What the caller says of each leaf: an axis, ``None``, or ``...`` where nothing."""
     rest, args, kwargs = given
     of_args: Any = in_axes
-    of_kwargs: dict[str, Any] = dict.fromkeys(kwargs, Ellipsis)
-    if isinstance(in_axes, list | tuple):
-        of_args = tuple(in_axes)
-        if len(in_axes) == len(args) + 1 and isinstance(in_axes[-1], Mapping):
-            *of_args, in_axes = in_axes
-            of_args = tuple(of_args)
-    elif in_axes is not Ellipsis and not isinstance(in_axes, Mapping):
-        of_kwargs = dict.fromkeys(kwargs, in_axes)
+    of_kwargs: Any = {}
     if isinstance(in_axes, Mapping):
-        of_args = Ellipsis if of_args is in_axes else of_args
-        of_kwargs |= in_axes
-        if unknown := in_axes.keys() - kwargs.keys():
-            raise ValueError(
-                f"in_axes names {min(unknown)!r}, but the keyword arguments of the model are "
-                f"{', '.join(kwargs) or 'none'}."
-            )
+        of_args, of_kwargs = Ellipsis, in_axes
+    elif isinstance(in_axes, list | tuple):
+        of_args = tuple(in_axes)
+        if len(of_args) == len(args) + 1 and isinstance(of_args[-1], Mapping):
+            of_args, of_kwargs = of_args[:-1], of_args[-1]
+    else:
+        of_kwargs = dict.fromkeys(kwargs, in_axes)
+    if unknown := of_kwargs.keys() - kwargs.keys():
+        raise ValueError(
+            f"in_axes names {min(unknown)!r}, but the keyword arguments of the model are "
+            f"{', '.join(kwargs) or 'none'}."
+        )
+    of_kwargs = {name: of_kwargs.get(name, Ellipsis) for name in kwargs}
     of_rest = {name: variable_axes.get(name, _COLLECTIONS.get(name, Ellipsis)) for name in rest}
     try:
         return [
