@@ -234,7 +234,9 @@ def test_memory_is_estimated_with_room(compiled):
     contender, attention, batch = compiled
     case = dataclasses.replace(LLAMA_1B, attention=attention, batch=batch)
     needed = bytes_needed(contender, case) / 2**30
-    assert 1.1 * COMPILED[compiled] < needed < 1.4 * COMPILED[compiled] + 1
+    # What XLA tries out when it compiles stays in pieces, of the logits' size.
+    tried = 4 * case.tokens * case.vocab / 2**30
+    assert 1.1 * COMPILED[compiled] + tried < needed < 1.4 * COMPILED[compiled] + 1 + tried
 
 
 @pytest.mark.parametrize("contender", FAMILIES)
