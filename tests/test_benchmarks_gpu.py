@@ -207,7 +207,7 @@ def test_groups_fit_into_the_memory_beside_the_reference():
     for group in groups:
         sizes = [bytes_needed(name, flash) for name in ("floor", *group)]
         assert sum(sizes) < 0.93 * H100["memory_bytes"]
-    assert len(groups) == 2
+    assert len(groups) == 3
     # Where nothing else fits, each has the reference only.
     alone = contest(entries, {"memory_bytes": 2**30}).groups()
     assert alone == [[label] for group in groups for label in group]
@@ -235,7 +235,7 @@ def test_memory_is_estimated_with_room(compiled):
     case = dataclasses.replace(LLAMA_1B, attention=attention, batch=batch)
     needed = bytes_needed(contender, case) / 2**30
     # What XLA tries out when it compiles stays in pieces, of the logits' size.
-    tried = 4 * case.tokens * case.vocab / 2**30
+    tried = 2 * 4 * case.tokens * case.vocab / 2**30
     assert 1.1 * COMPILED[compiled] + tried < needed < 1.4 * COMPILED[compiled] + 1 + tried
 
 

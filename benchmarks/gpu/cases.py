@@ -175,7 +175,7 @@ def bytes_needed(contender: str, case: Case) -> float:
     What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and a fifth
     and one GiB more; of PyTorch by a count of what its operations keep. XLA tries out products when
     it compiles, and what the allocator took for them it does not join to what is free: on an H100
-    8.4 GiB did not fit into 11.5 for the floor. So there is room for the largest of them.
+    8.4 GiB did not fit into 11.5 for the floor. So there is room for the largest of them, twice.
     """
     size = 2 if case.dtype == "bfloat16" else 4
     base = size * sum(math.prod(shape) for shape in shapes(case).values())
@@ -195,4 +195,4 @@ def bytes_needed(contender: str, case: Case) -> float:
         activations += 3 * size * case.tokens * case.length * case.heads
     state = 4 * base if family == "full" else base + 4 * adapters
     held = state + case.layers * activations + (3 if in_torch else 2) * logits
-    return room + 1.2 * held + (0 if in_torch else logits)
+    return room + 1.2 * held + (0 if in_torch else 2 * logits)
