@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,15 @@ IDS = (1, 0, -1)
 @contextlib.contextmanager
 def using(*settings):
     before = {setting: getattr(jax.config, setting) for setting in settings}
+    # Whoever looks for leaks collects garbage again and again: what was there before is left out.
+    gc.collect()
+    gc.freeze()
     for setting in settings:
         jax.config.update(setting, SETTINGS[setting])
     try:
         yield
     finally:
+        gc.unfreeze()
         for setting in settings:
             jax.config.update(setting, before[setting])
 
