@@ -49,7 +49,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
-        found, self.beside, shards = [self.path], (), {}
+        self.beside: tuple[Path, ...] = ()
+        found, shards = [self.path], {}
         if self.path.is_dir():
             there = sorted(self.path.glob("*.safetensors"))
             if not there:

@@ -19,12 +19,15 @@ from rich.table import Table
 from lora_jax import peft, peft_files, store
 from lora_jax.approximation import nearest
 from lora_jax.checkpoint import Checkpoint, rewrite
-from lora_jax.cli import merging, trees
+from lora_jax.cli import merging, prefixes, trees
+from lora_jax.cli.completed import completed
 from lora_jax.cli.experts import order_of
-from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter
+from lora_jax.cli.heads import Model
+from lora_jax.cli.start import Start
+from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter, opened
 from lora_jax.names import as_names
 from lora_jax.rounding import RoundingReport
-from lora_jax.tensors import read_json
+from lora_jax.tensors import floats, read_json
 
 Folder = Annotated[Path, tyro.conf.Positional]
 console = Console(highlight=False, soft_wrap=True)
@@ -111,6 +114,8 @@ def merge(
     seed: int | None = None,
     experts: tuple[str, ...] = (),
     layout: Literal["in-out", "out-in"] | None = None,
+    adapter_prefix: str | None = None,
+    base_prefix: str | None = None,
 ) -> int:
     """Merges an adapter into the safetensors of a base, one matrix at a time.
 
@@ -125,42 +130,57 @@ def merge(
             their names in their module, in the order in which its class makes them.
         layout: whether these are stored (experts, in, out) or (experts, out, in), where their
             shapes do not say it.
+        adapter_prefix: how the adapter's names begin where the base's do not, as "bert."; found by
+            itself where there is one way only.
+        base_prefix: how the base's names begin where the adapter's do not.
     """
     _new(out)
     _check_experts(adapter, experts, layout)
     checkpoint = Checkpoint(base)
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        if is_peft(adapter):
-            order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
-            updates = merging.of_peft(adapter, checkpoint, order)
-        elif set(store.read(adapter).adapters) <= set(checkpoint):
+        named = {name: name for name in checkpoint}
+        if not is_peft(adapter) and set(store.read(adapter).adapters) <= set(checkpoint):
             updates = merging.of_own(adapter, checkpoint)
         else:
-            table = as_names(_names(names))
-            frozen, tree = trees.from_own(adapter, table)
-            peft.save(scratch, frozen, tree, names=table)
-            updates = merging.of_peft(scratch, checkpoint, order_of(table))
+            if is_peft(adapter):
+                files = peft_files.read(adapter)
+                order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
+            else:
+                table = as_names(_names(names))
+                files, order = trees.as_peft(adapter, table, scratch), order_of(table)
+            named, notes = prefixes.aligned(files, checkpoint, adapter_prefix, base_prefix)
+            view = checkpoint.renamed(named)
+            model = Model.of(view, adapter)
+            tie = model.tie(files, view)
+            updates = merging.of_peft(files, Start(view, files, tie), order)
+            updates = completed(updates, view, model, tie, notes)
+            if not set(updates.info) <= set(view):  # then all are named as in the adapter's model
+                checkpoint, named = view, {name: name for name in updates.info}
         with _bar("merging") as bar:
-            task = bar.add_task("merging", total=len(checkpoint))
+            task = bar.add_task("merging", total=len(named))
 
             def read(name: str) -> np.ndarray:
                 bar.advance(task)
-                return updates(name, checkpoint[name], key)
+                return updates(named[name], key)
 
-            rewrite(checkpoint, out, checkpoint.info, read)
+            info = {name: updates.info[to] for name, to in named.items()}
+            rewrite(checkpoint, out, info, read, updates.config)
+    for note in updates.notes:
+        console.print(note, markup=False)
     _report(updates.report())
     return 0
 
 
-def diff(first: Folder, second: Folder) -> int:
+def diff(first: Folder, second: Folder, names: str = "transformers") -> int:
     """Compares two adapters of any format. Exits with 1 where they differ.
 
     Args:
         first: an adapter's folder.
         second: another one's.
+        names: as for convert; used where one is of lora_jax and the other of PEFT.
     """
-    a, b = open_adapter(first), open_adapter(second)
+    a, b = _both(first, second, names)
     table = _table("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference")
     differs = False
     for name in dict.fromkeys((*a.factors, *b.factors)):
@@ -221,18 +241,25 @@ def extract(
         raise ValueError(f"--energy must be in (0, 1], got {energy}.")
     _new(out)
     new, old = Checkpoint(tuned), Checkpoint(base)
-    if missing := sorted(set(new) ^ set(old)):
-        raise ValueError(f"Only one of the two has {', '.join(map(repr, missing[:4]))}.")
-    pattern, rest = re.compile(match), []
+    pattern = re.compile(match)
+    rest = sorted(set(new) ^ set(old))
+    if missing := [name for name in rest if pattern.fullmatch(name)]:
+        raise ValueError(
+            f"Only one of the two has {', '.join(map(repr, missing[:4]))}: leave it out by --match."
+        )
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     table = _table("matrix", "rank", "||error|| / ||difference||")
-    for name in _progress(old, "singular values"):
+    for name in _progress([name for name in old if name in new], "singular values"):
+        matches = pattern.fullmatch(name) and floats(old.info[name].dtype)
+        if new.info[name] != old.info[name] and not matches:
+            rest.append(name)
+            continue
         if new.info[name].shape != old.info[name].shape:
             raise ValueError(f"{name!r} is {old.info[name].shape} and {new.info[name].shape}.")
         delta = new[name].astype(np.float32) - old[name].astype(np.float32)
         if not delta.any():
             continue
-        if delta.ndim != 2 or not pattern.fullmatch(name):
+        if delta.ndim != 2 or not matches:
             rest.append(name)
             continue
         delta = delta.T if name.endswith(".weight") else delta
@@ -309,6 +336,25 @@ def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) ->
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:
             raise ValueError(f"--experts names {name!r}, of which {adapter} is no adapter of PEFT.")
+
+
+def _both(first: Path, second: Path, names: str) -> tuple[Opened, Opened]:
+    """Two adapters by the same names: those of PEFT where one of them is of PEFT."""
+    if is_peft(first) == is_peft(second):
+        return open_adapter(first), open_adapter(second)
+    table = as_names(_names(names))
+    with tempfile.TemporaryDirectory() as scratch:
+        a, b = (
+            open_adapter(one) if is_peft(one) else opened(trees.as_peft(one, table, scratch))
+            for one in (first, second)
+        )
+    if not {*a.factors, *a.whole} & {*b.factors, *b.whole}:
+        raise ValueError(
+            f"By --names {names}, {first} has {next(iter(a.factors))!r} and so on, and {second} "
+            f"{next(iter(b.factors))!r} and so on, and nothing in common: say by --names how they "
+            f"are called."
+        )
+    return a, b
 
 
 def _new(path: Path) -> None:

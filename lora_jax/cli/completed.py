@@ -1,0 +1,80 @@
+"""What follows from merged arrays for the rest of a model: its head, its tokens and its config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.checkpoint import Checkpoint
+from lora_jax.cli.heads import TIED, Model, Tie, is_vocabulary
+from lora_jax.cli.merging import Updates
+from lora_jax.cli.start import head_biases
+from lora_jax.tensors import Info
+
+# How the names of matrices end that have a row for every label.
+_LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+
+
+def completed(
+    updates: Updates, base: Checkpoint, model: Model, tie: Tie | None, said: Sequence[str] = ()
+) -> Updates:
+    """Merged arrays with all that follows from them.
+
+    Args:
+      updates: what is merged.
+      base: the base, by the adapter's names.
+      model: what is known of it.
+      tie: what it ties.
+      said: notes on what was done before.
+
+    Raises:
+      ValueError: tokens that some of the arrays have and others lack.
+    """
+    info, config, notes = dict(updates.info), dict[str, Any](), list(said)
+    for name, array in updates.whole.items():
+        dtype = info[name].dtype if name in info else array.dtype
+        info[name] = Info(dtype, array.shape)
+    if tie is not None and {tie.embedding, tie.head} & (set(updates.exact) | set(updates.whole)):
+        config[TIED] = False
+        notes.append(
+            f"{tie.embedding} and {tie.head} are two arrays now, as PEFT computes with them: "
+            f"{TIED} is false."
+        )
+    elif tie is not None and tie.head not in base:
+        del info[tie.head]
+    if added := sorted(set(updates.whole) - set(updates.base)):
+        labels = [info[n].shape[0] for n in added if n.endswith(_LABELS)]
+        config |= model.with_head(labels[-1] if labels else None)
+        notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
+    if rows := _more_tokens(info, base):
+        config |= model.with_tokens(*rows)
+        notes.append(
+            f"There are {rows[1]} tokens, and {rows[0]} in {base.path}, whose tokenizer is copied: "
+            f"put the adapter's in its place."
+        )
+    whole = None
+    if config and base.path.is_dir() and model.config is not None:
+        whole = {**model.config, **config}
+    elif config:
+        changes = ", ".join(f"{key} = {value}" for key, value in config.items())
+        notes.append(f"{base.path} has no config that could be changed, which must have {changes}.")
+    return dataclasses.replace(updates, info=info, config=whole, notes=notes)
+
+
+def _more_tokens(info: dict[str, Info], base: Checkpoint) -> tuple[int, int] | None:
+    """The number of tokens in the base, and the larger one of the merged model."""
+    old = {name: one.shape[0] for name, one in base.info.items() if is_vocabulary(name)}
+    more = {name: rows for name, rows in old.items() if info[name].shape[0] > rows}
+    if not more:
+        return None
+    name = min(more)
+    before, after = more[name], info[name].shape[0]
+    for other in [*(n for n in info if is_vocabulary(n)), *head_biases(base)]:
+        if info[other].shape[0] != after:
+            raise ValueError(
+                f"The adapter has {after} tokens in {name!r}, and {base.path} has "
+                f"{info[other].shape[0]} in {other!r}, for which the adapter has no more: save it "
+                f"with PEFT's save_pretrained(..., save_embedding_layers=True)."
+            )
+    return before, after

@@ -1,0 +1,244 @@
+"""The embedding of a language model and its head, which may be one array, and where they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint
+from lora_jax.peft_config import CONFIG
+from lora_jax.peft_files import PeftFiles
+from lora_jax.tensors import read_json
+
+TIED = "tie_word_embeddings"
+
+# How the modules of transformers are called that give the logits of tokens, and that look them up.
+_HEADS = (
+    "lm_head",
+    "lm_head.decoder",
+    "predictions.decoder",
+    "vocab_projector",
+    "generator_lm_head",
+    "embed_out",
+)
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+
+# A layer that stands before a tied head, which no file has, and that head.
+_BEFORE_HEAD = {
+    "cls.predictions.transform.dense": "cls.predictions.decoder",
+    "lm_head.dense": "lm_head.decoder",
+    "predictions.dense": "predictions.decoder",
+    "vocab_transform": "vocab_projector",
+    "generator_predictions.dense": "generator_lm_head",
+}
+_CAUSAL = re.compile(r"CausalLM|LMHead|DoubleHeads")
+_WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
+_CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "Model",
+}
+
+
+def is_head(module: str) -> bool:
+    """Whether a module gives the logits of tokens, by its name."""
+    return f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module looks up tokens, by its name."""
+    return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter has a row for every token, by its name."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and (is_head(module) or is_embedding(module))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """An embedding that is the model's head too.
+
+    Attributes:
+      embedding: its name.
+      head: the name that the head has as an array of its own; the base may lack it.
+    """
+
+    embedding: str
+    head: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is known of the model that a base is of.
+
+    Attributes:
+      path: of its ``config.json``.
+      trained: the class that the adapter was trained in, or how it ends; ``None`` where the adapter
+        does not say it.
+    """
+
+    path: Path
+    trained: str | None
+
+    @classmethod
+    def of(cls, base: Checkpoint, adapter: Path) -> Model:
+        """The model of a base, for an adapter of PEFT."""
+        path = (base.path if base.path.is_dir() else base.path.parent) / MODEL_CONFIG
+        said = read_json(adapter / CONFIG) if (adapter / CONFIG).exists() else {}
+        auto = said.get("auto_mapping")
+        name = auto.get("base_model_class") if isinstance(auto, dict) else None
+        trained = name if isinstance(name, str) else _CLASSES.get(str(said.get("task_type")))
+        return cls(path, trained)
+
+    @functools.cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """What the config says; ``None`` where there is none."""
+        config = read_json(self.path) if self.path.exists() else None
+        if config is not None and not isinstance(config, dict):
+            raise ValueError(f"{self.path} is no JSON object.")
+        return config
+
+    @property
+    def cls(self) -> str | None:
+        """The class of the base."""
+        said = (self.config or {}).get("architectures")
+        return said[0] if isinstance(said, list) and said and isinstance(said[0], str) else None
+
+    def with_head(self, rows: int | None) -> dict[str, Any]:
+        """What the config says of a model with the head that the adapter was trained with.
+
+        Args:
+          rows: the number of labels, where the head is of labels.
+        """
+        new: dict[str, Any] = {}
+        name = self.trained
+        if name is not None and name in _CLASSES.values():  # only how it ends
+            stem = re.match(r"(.+?)(?:For[A-Z]\w*|(?:LMHead|DoubleHeads)?Model)$", self.cls or "")
+            name = stem[1] + name if stem else None
+        if name is not None and name != self.cls:
+            new["architectures"] = [name]
+        labels = (self.config or {}).get("id2label") or {"0": "", "1": ""}
+        if rows is not None and len(labels) != rows:
+            new["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
+            new["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
+        return new
+
+    def with_tokens(self, before: int, after: int) -> dict[str, Any]:
+        """What the config says of a model with more tokens.
+
+        Raises:
+          ValueError: the config does not say how many there were.
+        """
+        if self.config is not None and self.config.get("vocab_size") != before:
+            raise ValueError(
+                f"The adapter has {after} tokens, and {self.path} says vocab_size = "
+                f"{self.config.get('vocab_size')!r}, where the base has {before}: give the model "
+                f"its new tokens first, in transformers."
+            )
+        return {"vocab_size": after}
+
+    def tie(self, files: PeftFiles, base: Checkpoint) -> Tie | None:
+        """What the model ties of that which the adapter changes.
+
+        Args:
+          files: the adapter.
+          base: the base, by the adapter's names.
+
+        Raises:
+          ValueError: it cannot be known, or cannot be untied.
+        """
+        names = [*(f"{module}.weight" for module in files.modules), *files.whole]
+        touched = {n.replace(".base_layer.", ".") for n in names}
+        touched = {n for n in touched if is_vocabulary(n)}
+        heads = [n for n in base if is_vocabulary(n) and is_head(_module(n))]
+        trained_heads = sorted(n for n in touched if is_head(_module(n)))
+        if not touched:
+            return None
+        what = f"{files.tensors.path} changes {min(touched)!r}"
+        if self.config is None:
+            if heads or (self.trained is not None and not _WITH_HEAD.search(self.trained)):
+                return None
+            lacks = trained_heads[0] if trained_heads else "a head"
+            raise ValueError(
+                f"{what}, and {base.path} lacks {lacks}, which may be tied to the embedding: give "
+                f"the base's folder, with its {MODEL_CONFIG}, which says so."
+            )
+        name = self.trained or self.cls
+        if not trained_heads and name is not None and not _WITH_HEAD.search(name):
+            return None
+        flag = self.config.get(TIED)
+        shared = bool(self.config.get("is_encoder_decoder"))
+        if flag is False and set(trained_heads) <= set(heads) and not shared:
+            return None
+        embeddings = [n for n in base if is_vocabulary(n) and is_embedding(_module(n))]
+        if shared or any(_module(n).endswith("shared") for n in embeddings):
+            if flag is False and touched <= set(heads):
+                return None
+            raise ValueError(
+                f"{what}, of an encoder and a decoder that share their embedding: PEFT's adapter "
+                f"is of one of its uses, for which the merged model has no array of its own. Train "
+                f"it without {', '.join(sorted({_last(n) for n in touched}))}."
+            )
+        if flag is False:
+            raise ValueError(
+                f"{what}, and {base.path} lacks {trained_heads[0]!r}, though {self.path} says that "
+                f"{TIED} is false."
+            )
+        nested = [n for n, v in self.config.items() if isinstance(v, dict) and "vocab_size" in v]
+        if len(embeddings) != 1 or nested or len(heads) > 1:
+            raise ValueError(
+                f"{what}, which may be tied, and {base.path} has several parts, or no embedding "
+                f"that is known by its name: untie it first, in transformers, and set {TIED} to "
+                f"false in {self.path}."
+            )
+        (embedding,) = embeddings
+        if heads:
+            if _equal(base[heads[0]], base[embedding]):
+                return Tie(embedding, heads[0])
+            if flag is None:
+                return None
+            raise ValueError(
+                f"{what}, and {self.path} says that {TIED} is true, but {base.path} has another "
+                f"{heads[0]!r} than {embedding!r}: set {TIED} to what is right."
+            )
+        return Tie(embedding, trained_heads[0] if trained_heads else self._head(base, embedding))
+
+    def _head(self, base: Checkpoint, embedding: str) -> str:
+        """The name that a tied head has as an array of its own."""
+        for before, head in _BEFORE_HEAD.items():
+            if f"{before}.weight" in base:
+                return f"{head}.weight"
+        if any(_CAUSAL.search(name) for name in (self.trained, self.cls) if name):
+            return "embed_out.weight" if _last(embedding) == "embed_in" else "lm_head.weight"
+        raise ValueError(
+            f"The adapter changes {embedding!r}, which may be the head of the model too, and "
+            f"{self.path} does not say how that is called: name the class in its architectures."
+        )
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _last(name: str) -> str:
+    return _module(name).rpartition(".")[2]
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b)
+
+
+def grown(shapes: Iterable[tuple[int, ...]], old: tuple[int, ...]) -> bool:
+    """Whether arrays have more rows than one of old, and are else like it."""
+    return all(len(s) == len(old) and s[1:] == old[1:] and s[0] > old[0] for s in shapes)
