@@ -67,6 +67,30 @@ class PeftFiles:
         config = self.config
         return scale(config.rank_of(module), config.alpha_of(module), config.rslora)
 
+    def without(self, prefix: str) -> PeftFiles:
+        """The same, where all names begin with something that names no module.
+
+        Raises:
+          ValueError: the config's patterns say it too.
+        """
+        _check_patterns(self.config, prefix, str(self.tensors.path))
+        modules, whole, before = (
+            {name.removeprefix(prefix): one for name, one in names.items()}
+            for names in (self.modules, self.whole, self.before)
+        )
+        left_out = (*self.left_out, prefix)
+        return PeftFiles(self.config, self.tensors, modules, whole, before, left_out)
+
+
+def _check_patterns(config: PeftConfig, part: str, where: str) -> None:
+    """Errors where a pattern has a part of a name that is left out, and would match no more."""
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        if part.removesuffix(".") in pattern:
+            raise ValueError(
+                f"{where}: {part!r} in its keys names no module, but {CONFIG} has the pattern "
+                f"{pattern!r}: take it out of both."
+            )
+
 
 def read(path: StrPath) -> PeftFiles:
     """Reads the config and the names of a folder, and checks that they fit each other.
@@ -88,6 +112,9 @@ def read(path: StrPath) -> PeftFiles:
     else:
         tensors = Tensors(folder / WEIGHTS)
     names, left_out = _names(tensors)
+    for part in left_out:
+        if part.removesuffix(".") in _WRAPPERS:
+            _check_patterns(config, part, str(tensors.path))
     modules: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     before: dict[str, str] = {}

@@ -149,7 +149,7 @@ def merge(
             else:
                 table = as_names(_names(names))
                 files, order = trees.as_peft(adapter, table, scratch), order_of(table)
-            named, notes = prefixes.aligned(files, checkpoint, adapter_prefix, base_prefix)
+            files, named, notes = prefixes.aligned(files, checkpoint, adapter_prefix, base_prefix)
             view = checkpoint.renamed(named)
             model = Model.of(view, adapter)
             tie = model.tie(files, view)

@@ -13,7 +13,12 @@ from lora_jax.cli.start import head_biases
 from lora_jax.tensors import Info
 
 # How the names of matrices end that have a row for every label.
-_LABELS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+_LABELS = (
+    ".score.weight",
+    ".classifier.weight",
+    ".classifier.out_proj.weight",
+    ".qa_outputs.weight",
+)
 
 
 def completed(
@@ -44,7 +49,7 @@ def completed(
     elif tie is not None and tie.head not in base:
         del info[tie.head]
     if added := sorted(set(updates.whole) - set(updates.base)):
-        labels = [info[n].shape[0] for n in added if n.endswith(_LABELS)]
+        labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
         config |= model.with_head(labels[-1] if labels else None)
         notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
     if rows := _more_tokens(info, base):

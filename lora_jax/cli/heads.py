@@ -27,7 +27,16 @@ _HEADS = (
     "generator_lm_head",
     "embed_out",
 )
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "word_embedding",
+    "tok_embeddings",
+    "embeddings",
+    "embed_in",
+    "shared",
+)
 
 # A layer that stands before a tied head, which no file has, and that head.
 _BEFORE_HEAD = {
@@ -36,6 +45,7 @@ _BEFORE_HEAD = {
     "predictions.dense": "predictions.decoder",
     "vocab_transform": "vocab_projector",
     "generator_predictions.dense": "generator_lm_head",
+    "head.dense": "decoder",
 }
 _CAUSAL = re.compile(r"CausalLM|LMHead|DoubleHeads")
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
@@ -51,7 +61,7 @@ _CLASSES = {
 
 def is_head(module: str) -> bool:
     """Whether a module gives the logits of tokens, by its name."""
-    return f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
+    return module == "decoder" or f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
 
 
 def is_embedding(module: str) -> bool:
@@ -163,6 +173,7 @@ class Model:
         touched = {n for n in touched if is_vocabulary(n)}
         heads = [n for n in base if is_vocabulary(n) and is_head(_module(n))]
         trained_heads = sorted(n for n in touched if is_head(_module(n)))
+        touched = touched or self._by_size(files, base)
         if not touched:
             return None
         what = f"{files.tensors.path} changes {min(touched)!r}"
@@ -213,6 +224,14 @@ class Model:
                 f"{heads[0]!r} than {embedding!r}: set {TIED} to what is right."
             )
         return Tie(embedding, trained_heads[0] if trained_heads else self._head(base, embedding))
+
+    def _by_size(self, files: PeftFiles, base: Checkpoint) -> set[str]:
+        """What is adapted and has a row for every token, where no name says what looks them up."""
+        if self.config is None or any(is_vocabulary(name) for name in base):
+            return set()
+        found = {f"{m}.weight" for m, keys in files.modules.items() if "embedding" in keys["A"]}
+        found = {n for n in (*found, *files.whole) if n in base and len(base.info[n].shape) == 2}
+        return {n for n in found if base.info[n].shape[0] == self.config.get("vocab_size")}
 
     def _head(self, base: Checkpoint, embedding: str) -> str:
         """The name that a tied head has as an array of its own."""

@@ -13,11 +13,13 @@ from lora_jax.peft_files import PeftFiles
 
 ADAPTER, BASE = "--adapter-prefix", "--base-prefix"
 
+_WRAPPER = "module."  # of a model for several devices, as DistributedDataParallel
+
 
 def aligned(
     files: PeftFiles, base: Checkpoint, ours: str | None = None, theirs: str | None = None
-) -> tuple[dict[str, str], list[str]]:
-    """The adapter's name of every array of the base, and what is to be said of it.
+) -> tuple[PeftFiles, dict[str, str], list[str]]:
+    """The adapter, its name of every array of the base, and what is to be said of it.
 
     Args:
       files: the adapter.
@@ -28,10 +30,11 @@ def aligned(
     Raises:
       ValueError: names that do not fit, or in several ways.
     """
-    same = {name: name for name in base}
-    said = [
-        f"{files.tensors.path}: {part!r} in its keys names no module." for part in files.left_out
-    ]
+    path, same = files.tensors.path, {name: name for name in base}
+    ones = (*files.modules, *files.whole, *files.before)
+    if all(n.startswith(_WRAPPER) for n in ones) and not any(n.startswith(_WRAPPER) for n in base):
+        files = files.without(_WRAPPER)
+    said = [f"{path}: {part!r} in its keys names no module." for part in files.left_out]
     there = {name.rpartition(".")[0] for name in base}
     modules = [module.split(".base_layer")[0] for module in files.modules]
     # A head may be the base's embedding, which has its own name.
@@ -39,30 +42,28 @@ def aligned(
     if ours is not None or theirs is not None:
         found = [(ours or "", theirs or "")]
     elif not needed or any(module in there for module in needed):
-        return same, said
+        return files, same, said
     else:
         found = sorted(_ways(needed, there))
     if len(found) > 1:
         options = [f"{ADAPTER} {a}" if a else f"{BASE} {b}" for a, b in found]
         raise ValueError(
-            f"{files.tensors.path} has something for {needed[0]!r}, and {base.path} has "
+            f"{path} has something for {needed[0]!r}, and {base.path} has "
             f"{len(found)} modules that end so: say which is meant, {' or '.join(options)}."
         )
     if not found:
-        return same, said
+        return files, same, said
     ((ours, theirs),) = found
-    missing = [m for m in needed if theirs + m.removeprefix(ours) not in there]
-    if missing or not all(module.startswith(ours) for module in modules):
-        name = next((m for m in modules if not m.startswith(ours)), *missing[:1])
+    if missing := [m for m in needed if theirs + m.removeprefix(ours) not in there]:
         raise ValueError(
-            f"{files.tensors.path} has something for {name!r}, but with these prefixes "
-            f"{base.path} has no such module. Nearest: {', '.join(nearest(name, there)) or 'none'}."
+            f"{path} has something for {missing[0]!r}, but with these prefixes {base.path} has no "
+            f"such module. Nearest: {', '.join(nearest(missing[0], there)) or 'none'}."
         )
     names = {
         name: ours + name.removeprefix(theirs) if name.startswith(theirs) else name for name in base
     }
     where = f"without {ours!r}" if ours else f"behind {theirs!r}"
-    return names, [*said, f"{base.path} has the adapter's names {where}."]
+    return files, names, [*said, f"{base.path} has the adapter's names {where}."]
 
 
 def _ways(modules: list[str], there: set[str]) -> set[tuple[str, str]]:
