@@ -74,12 +74,13 @@ class PeftFiles:
           ValueError: the config's patterns say it too.
         """
         _check_patterns(self.config, prefix, str(self.tensors.path))
-        modules, whole, before = (
-            {name.removeprefix(prefix): one for name, one in names.items()}
-            for names in (self.modules, self.whole, self.before)
+        return dataclasses.replace(
+            self,
+            modules={name.removeprefix(prefix): keys for name, keys in self.modules.items()},
+            whole={name.removeprefix(prefix): key for name, key in self.whole.items()},
+            before={name.removeprefix(prefix): key for name, key in self.before.items()},
+            left_out=(*self.left_out, prefix),
         )
-        left_out = (*self.left_out, prefix)
-        return PeftFiles(self.config, self.tensors, modules, whole, before, left_out)
 
 
 def _check_patterns(config: PeftConfig, part: str, where: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.checkpoint import Checkpoint
+from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint
 from lora_jax.cli.heads import TIED, Model, Tie, is_vocabulary
 from lora_jax.cli.merging import Updates
 from lora_jax.cli.start import head_biases
@@ -41,6 +41,12 @@ def completed(
         dtype = info[name].dtype if name in info else array.dtype
         info[name] = Info(dtype, array.shape)
     if tie is not None and {tie.embedding, tie.head} & (set(updates.exact) | set(updates.whole)):
+        if not base.path.is_dir():
+            raise ValueError(
+                f"{tie.embedding!r} and {tie.head!r} are tied in the base, and two arrays with "
+                f"the adapter, which {MODEL_CONFIG} must say: give the base's folder, "
+                f"{base.path.parent}, in place of {base.path.name}."
+            )
         config[TIED] = False
         notes.append(
             f"{tie.embedding} and {tie.head} are two arrays now, as PEFT computes with them: "

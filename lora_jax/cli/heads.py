@@ -49,6 +49,9 @@ _BEFORE_HEAD = {
 }
 _CAUSAL = re.compile(r"CausalLM|LMHead|DoubleHeads")
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
+_HEADLESS = re.compile(
+    r"(Classification|QuestionAnswering|MultipleChoice|(?<!Head)(?<!Heads)Model)$"
+)
 _CLASSES = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_2_SEQ_LM": "ForConditionalGeneration",
@@ -125,6 +128,13 @@ class Model:
         said = (self.config or {}).get("architectures")
         return said[0] if isinstance(said, list) and said and isinstance(said[0], str) else None
 
+    @property
+    def headless(self) -> bool:
+        """Whether there are no logits of tokens, as far as the names of classes say."""
+        if _WITH_HEAD.search(self.trained or ""):
+            return False
+        return any(_HEADLESS.search(name or "") for name in (self.trained, self.cls))
+
     def with_head(self, rows: int | None) -> dict[str, Any]:
         """What the config says of a model with the head that the adapter was trained with.
 
@@ -178,15 +188,14 @@ class Model:
             return None
         what = f"{files.tensors.path} changes {min(touched)!r}"
         if self.config is None:
-            if heads or (self.trained is not None and not _WITH_HEAD.search(self.trained)):
+            if heads or self.headless:
                 return None
             lacks = trained_heads[0] if trained_heads else "a head"
             raise ValueError(
                 f"{what}, and {base.path} lacks {lacks}, which may be tied to the embedding: give "
                 f"the base's folder, with its {MODEL_CONFIG}, which says so."
             )
-        name = self.trained or self.cls
-        if not trained_heads and name is not None and not _WITH_HEAD.search(name):
+        if self.headless and not trained_heads:
             return None
         flag = self.config.get(TIED)
         shared = bool(self.config.get("is_encoder_decoder"))
