@@ -85,7 +85,7 @@ def _more_tokens(info: dict[str, Info], base: Checkpoint) -> tuple[int, int] | N
         if info[other].shape[0] != after:
             raise ValueError(
                 f"The adapter has {after} tokens in {name!r}, and {base.path} has "
-                f"{info[other].shape[0]} in {other!r}, for which the adapter has no more: save it "
-                f"with PEFT's save_pretrained(..., save_embedding_layers=True)."
+                f"{info[other].shape[0]} in {other!r}, for which the adapter has no more: give the "
+                f"base its new tokens first, as it was when the training began."
             )
     return before, after
