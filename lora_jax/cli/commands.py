@@ -280,8 +280,9 @@ def extract(
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     body: list[tuple[str, ...]] = []
     for name in _progress([name for name in old if name in new], "singular values"):
-        matches = pattern.fullmatch(name) and floats(old.info[name].dtype)
-        if new.info[name] != old.info[name] and not matches:
+        numbers = floats(old.info[name].dtype) and floats(new.info[name].dtype)
+        matches = numbers and pattern.fullmatch(name)
+        if new.info[name].shape != old.info[name].shape and not matches:
             rest.append(name)
             continue
         if new.info[name].shape != old.info[name].shape:
