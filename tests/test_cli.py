@@ -497,7 +497,8 @@ def test_inspect_keeps_its_digits(call, tmp_path):
     norms = sorted(float(np.linalg.norm(one)) for one in values)
     row = next(line for line in lines if "(12)" in line)
     assert row.startswith("...")
-    for text in ("1000 x 2000", "DoRA", f"{norms[0]:.3g} to {norms[-1]:.3g}"):
+    ends = " to ".join(f"{float(f'{norm:.3g}'):g}" for norm in (norms[0], norms[-1]))
+    for text in ("1000 x 2000", "DoRA", ends):
         assert text in row
 
 

@@ -62,9 +62,9 @@ def inspect(path: Adapter) -> int:
         (
             _name(pattern, [name for name, _, _ in group]),
             *alike,
-            _range([float(np.linalg.norm(values)) for _, _, values in group], "{:.3g}"),
-            _range([float(values[0]) for _, _, values in group], "{:.3g}"),
-            _range([one.effective_rank for _, one, _ in group], "{:.1f}"),
+            _range(_digits(float(np.linalg.norm(values))) for _, _, values in group),
+            _range(_digits(float(values[0])) for _, _, values in group),
+            _range(f"{one.effective_rank:.1f}" for _, one, _ in group),
         )
         for (pattern, *alike), group in rows.items()
     ]
@@ -419,10 +419,15 @@ def _name(pattern: str, names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{pattern} ({len(names)})"
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def _digits(value: float) -> str:
+    """A number with three digits."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _range(values: Iterable[str]) -> str:
     """The smallest and the largest of some numbers."""
-    ends = dict.fromkeys(form.format(value) for value in (min(values), max(values)))
-    return " to ".join(ends)
+    ordered = sorted(values, key=float)
+    return " to ".join(dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def _bar(what: str) -> rich.progress.Progress:
