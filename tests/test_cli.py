@@ -467,7 +467,9 @@ def test_a_folder_is_what_transformers_takes_of_it(folders, call, tmp_path):
         safetensors.numpy.save_file({"x": np.ones(2)}, base / file)
     for file in ("config.json", "adapter_config.json"):
         (base / file).write_text("{}")
-    assert call("merge", folders / "peft", base, tmp_path / "m")[0] == 0
+    code, out = call("merge", folders / "peft", base, tmp_path / "m")
+    assert code == 0
+    assert "no part of the model: adapter_model.safetensors, consolidated.safetensors" in out
     assert {file.name for file in (tmp_path / "m").iterdir()} == {
         "model.safetensors",
         "config.json",

@@ -190,6 +190,9 @@ def merge(
 
             info = {name: updates.info[to] for name, to in named.items()}
             rewrite(checkpoint, out, info, read, updates.config)
+    if checkpoint.beside:
+        beside = ", ".join(file.name for file in checkpoint.beside)
+        console.print(f"Not copied, as no part of the model: {beside}.", markup=False)
     for note in updates.notes:
         console.print(note, markup=False)
     _report(updates.report())

@@ -17,7 +17,7 @@ from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.experts import alone_in
 from lora_jax.cli.heads import grown, is_head, is_vocabulary
-from lora_jax.cli.start import Start
+from lora_jax.cli.start import Start, check_floats
 from lora_jax.config import nearest
 from lora_jax.names import EXPERTS
 from lora_jax.rounding import (
@@ -162,7 +162,7 @@ def of_peft(
         exact[name] = _merger(files, module, keys, kind, (d, k), r)
         if "bias" in keys:
             exact[f"{module}.bias"] = _shifted(files, module, keys["bias"], base)
-    whole = {}
+    whole: dict[str, np.ndarray] = {}
     for name, key in files.whole.items():
         plain = _place(name.replace(".base_layer.", "."), base)
         if key in base.taken:
@@ -177,7 +177,10 @@ def of_peft(
             continue
         else:
             _check_shape(plain, files.tensors.info[key], base, path)
-        whole[plain] = files.tensors[key]
+        array = files.tensors[key]
+        if plain in whole and not np.array_equal(array, whole[plain]):
+            raise ValueError(f"{path}: {key!r} is not the only array for {plain!r}.")
+        whole[plain] = array
     return Updates(base, exact, whole, base.info)
 
 
@@ -278,12 +281,7 @@ def _has(base: Checkpoint | Start, name: str, path: StrPath) -> None:
             f"{path} has something for {name!r}, but {base.path} has no such array. Nearest: "
             f"{', '.join(nearest(name, base)) or 'none'}."
         )
-    dtype = base.info[name].dtype
-    if not floats(dtype):
-        raise ValueError(
-            f"{base.path}: {name!r} is {dtype}, the codes of a quantized base, to which nothing "
-            f"can be added: merge into the base in floating point."
-        )
+    check_floats(base, name)
 
 
 def _check_new(name: str, base: Start, files: peft_files.PeftFiles) -> None:

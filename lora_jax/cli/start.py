@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.heads import Tie, grown, is_head, is_vocabulary
 from lora_jax.peft_files import PeftFiles
-from lora_jax.tensors import Info
+from lora_jax.tensors import Info, floats
 
 
 class Start(Mapping[str, np.ndarray]):
@@ -66,17 +66,9 @@ class Start(Mapping[str, np.ndarray]):
             )
         self.taken.add(key)
         if more or in_place:
+            check_floats(self._base, name)
             self.info[name] = Info(old.dtype, new)
             self._own[name] = (tensors, key)
-
-    @property
-    def more_tokens(self) -> dict[str, tuple[int, int]]:
-        """The rows of the base, and those of the start, of every array that has more."""
-        return {
-            name: (old.shape[0], self.info[name].shape[0])
-            for name, old in self._base.info.items()
-            if is_vocabulary(name) and old.shape[:1] != self.info[name].shape[:1]
-        }
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array, in the dtype of the base."""
@@ -94,6 +86,16 @@ class Start(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         """Number of arrays."""
         return len(self.info)
+
+
+def check_floats(base: Checkpoint | Start, name: str) -> None:
+    """Errors where an array is no weights, but what a quantizer made of them."""
+    dtype = base.info[name].dtype
+    if not floats(dtype):
+        raise ValueError(
+            f"{base.path}: {name!r} is {dtype}, the codes of a quantized base, to which nothing "
+            f"can be added: merge into the base in floating point."
+        )
 
 
 def head_biases(base: Mapping[str, object]) -> list[str]:
