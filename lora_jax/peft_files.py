@@ -93,15 +93,19 @@ def _check_patterns(config: PeftConfig, part: str, where: str) -> None:
             )
 
 
-def read(path: StrPath) -> PeftFiles:
+def read(path: StrPath, tying: bool = False) -> PeftFiles:
     """Reads the config and the names of a folder, and checks that they fit each other.
+
+    Args:
+      path: the folder.
+      tying: whether the caller sees to ``ensure_weight_tying``.
 
     Raises:
       FileNotFoundError: there is no such adapter.
       ValueError: files that are damaged, or hold what has no equal here.
     """
     folder = Path(path)
-    config = read_config(folder)
+    config = read_config(folder, tying)
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"{folder} has its weights as a pickle, adapter_model.bin, which can run any code: "

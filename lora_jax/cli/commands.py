@@ -166,7 +166,7 @@ def merge(
             updates = merging.of_own(adapter, checkpoint)
         else:
             if is_peft(adapter):
-                files = peft_files.read(adapter)
+                files = peft_files.read(adapter, tying=True)
                 order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
             else:
                 table = as_names(_names(names))
@@ -370,7 +370,9 @@ def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) ->
     """Errors where these options would have no effect."""
     if layout is not None and not experts:
         raise ValueError("--layout is said of the parameters that --experts names.")
-    targets = peft_files.read(adapter).config.target_parameters if is_peft(adapter) else ()
+    targets = (
+        peft_files.read(adapter, tying=True).config.target_parameters if is_peft(adapter) else ()
+    )
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:
             raise ValueError(f"--experts names {name!r}, of which {adapter} is no adapter of PEFT.")

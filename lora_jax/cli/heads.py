@@ -85,10 +85,12 @@ class Tie:
     Attributes:
       embedding: its name.
       head: the name that the head has as an array of its own; the base may lack it.
+      together: whether PEFT was asked to tie what it makes of the two (``ensure_weight_tying``).
     """
 
     embedding: str
     head: str
+    together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +101,12 @@ class Model:
       path: of its ``config.json``.
       trained: the class that the adapter was trained in, or how it ends; ``None`` where the adapter
         does not say it.
+      tying: whether PEFT was asked to tie what it makes of an embedding and of its head.
     """
 
     path: Path
     trained: str | None
+    tying: bool = False
 
     @classmethod
     def of(cls, base: Checkpoint, adapter: Path) -> Model:
@@ -112,7 +116,7 @@ class Model:
         auto = said.get("auto_mapping")
         name = auto.get("base_model_class") if isinstance(auto, dict) else None
         trained = name if isinstance(name, str) else _CLASSES.get(str(said.get("task_type")))
-        return cls(path, trained)
+        return cls(path, trained, said.get("ensure_weight_tying") is True)
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any] | None:
@@ -224,15 +228,21 @@ class Model:
             )
         (embedding,) = embeddings
         if heads:
-            if _equal(base[heads[0]], base[embedding]):
-                return Tie(embedding, heads[0])
-            if flag is None:
+            same = _equal(base[heads[0]], base[embedding])
+            if not same and flag is None:
                 return None
+            if not same:
+                raise ValueError(
+                    f"{what}, and {self.path} says that {TIED} is true, but {base.path} has "
+                    f"another {heads[0]!r} than {embedding!r}: set {TIED} to what is right."
+                )
+        if self.tying and not trained_heads and _last(embedding) == "embed_tokens":
             raise ValueError(
-                f"{what}, and {self.path} says that {TIED} is true, but {base.path} has another "
-                f"{heads[0]!r} than {embedding!r}: set {TIED} to what is right."
+                f"{what}, and by ensure_weight_tying its head too, but holds nothing for the head: "
+                f"save it with a PEFT that does."
             )
-        return Tie(embedding, trained_heads[0] if trained_heads else self._head(base, embedding))
+        known = [*trained_heads, *heads]
+        return Tie(embedding, known[0] if known else self._head(base, embedding), self.tying)
 
     def _by_size(self, files: PeftFiles, base: Checkpoint) -> set[str]:
         """What is adapted and has a row for every token, where no name says what looks them up."""

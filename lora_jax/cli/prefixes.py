@@ -6,6 +6,8 @@ the base alone has not.
 
 from __future__ import annotations
 
+import itertools
+
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.heads import is_head
 from lora_jax.config import nearest
@@ -46,7 +48,9 @@ def aligned(
     else:
         found = sorted(_ways(needed, there))
     if len(found) > 1:
-        options = [f"{ADAPTER} {a}" if a else f"{BASE} {b}" for a, b in found]
+        options = [
+            " ".join(f"{n} {x}" for n, x in ((ADAPTER, a), (BASE, b)) if x) for a, b in found
+        ]
         raise ValueError(
             f"{path} has something for {needed[0]!r}, and {base.path} has "
             f"{len(found)} modules that end so: say which is meant, {' or '.join(options)}."
@@ -62,17 +66,26 @@ def aligned(
     names = {
         name: ours + name.removeprefix(theirs) if name.startswith(theirs) else name for name in base
     }
-    where = f"without {ours!r}" if ours else f"behind {theirs!r}"
+    where = f"with {theirs!r} for {ours!r}" if ours and theirs else f"without {ours!r}"
+    where = where if ours else f"behind {theirs!r}"
     return files, names, [*said, f"{base.path} has the adapter's names {where}."]
 
 
 def _ways(modules: list[str], there: set[str]) -> set[tuple[str, str]]:
-    """How the adapter's names begin and how the base's: one of the two with nothing."""
+    """How the adapter's names begin and how the base's: one with nothing, or both with the same.
+
+    The same in another order are ``model.language_model.`` and ``language_model.model.``, as
+    transformers calls a part of a model and its file.
+    """
     first, *_ = modules
     parts = first.split(".")
-    ours = {".".join(parts[:i]) + "." for i in range(1, len(parts))}
-    theirs = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
-    ways = {(prefix, "") for prefix in ours} | {("", prefix) for prefix in theirs}
+    ways = {("", name.removesuffix(first)) for name in there if name.endswith(f".{first}")}
+    for i in range(1, len(parts)):
+        a = ".".join(parts[:i]) + "."
+        ways |= (
+            {(a, ".".join(b) + ".") for b in itertools.permutations(parts[:i])} if i < 4 else set()
+        )
+        ways.add((a, ""))
     return {
         (a, b)
         for a, b in ways

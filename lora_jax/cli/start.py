@@ -35,12 +35,19 @@ class Start(Mapping[str, np.ndarray]):
         self.taken: set[str] = set()
         self._base, self._files, self._tie = base, files, tie
         self._own: dict[str, tuple[Mapping[str, np.ndarray], str]] = {}
-        named = [(n.replace(".base_layer.", "."), n, key) for n, key in files.whole.items()]
-        named += [(n, "", key) for n, key in files.before.items()]
-        for plain, name, key in named:
-            trained = name == plain and files.config.saves(name)
-            if not trained and is_vocabulary(plain):
-                self._take(plain, key, in_place=name == plain)
+        both = () if tie is None else (tie.embedding, tie.head)
+        kept = {n: n.replace(".base_layer.", ".") for n in files.whole}
+        kept = {n: plain for n, plain in kept.items() if is_vocabulary(plain)}
+        trained = {n for n in kept if files.config.saves(n)}
+        if tie is not None and tie.together and tie.embedding in trained:
+            trained |= {tie.head} & set(kept)
+        for name, plain in kept.items():
+            if name != plain or name not in trained:
+                self._take(plain, files.whole[name], in_place=name == plain)
+        if not (both and set(both) <= trained):  # else nothing is left of what was before
+            for name, key in files.before.items():
+                if is_vocabulary(name):
+                    self._take(name, key, in_place=False)
         if tie is not None:
             self.info[tie.head] = self.info[tie.embedding]
             self._own[tie.head] = self._own.get(tie.embedding, (base, tie.embedding))

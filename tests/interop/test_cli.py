@@ -119,6 +119,20 @@ def test_a_tied_embedding(kind, tmp_path, capsys):
             commands.merge(tmp_path / "x0", tmp_path / "base" / "model.safetensors", tmp_path / "m")
 
 
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("tokens", [None, 43])
+def test_a_tie_that_peft_keeps(where, tokens, tmp_path):
+    """What PEFT's files have for the head too is merged as the two arrays that they are."""
+    make_base(tmp_path / "base", "llama", "ForCausalLM")
+    options = {"target_modules": ["q_proj"], "ensure_weight_tying": True}
+    options[where] = [*options.get(where, ()), "embed_tokens"]
+    cls, expected = train(
+        tmp_path / "base", tmp_path / "x", "llama", "ForCausalLM", tokens, **options
+    )
+    commands.merge(tmp_path / "x", tmp_path / "base", tmp_path / "out")
+    check(cls, tmp_path / "out", expected)
+
+
 HEADS = {
     "labels": ("bert", "Model", "ForSequenceClassification", "query", 3, {"task_type": "SEQ_CLS"}),
     "labels of tokens": (
