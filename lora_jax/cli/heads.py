@@ -201,7 +201,8 @@ class Model:
             )
         if self.headless and not trained_heads:
             return None
-        flag = self.config.get(TIED)
+        parts = [v for v in self.config.values() if isinstance(v, dict) and "vocab_size" in v]
+        flag = [self.config, *parts][-1].get(TIED, self.config.get(TIED))
         shared = bool(self.config.get("is_encoder_decoder"))
         if flag is False and set(trained_heads) <= set(heads) and not shared:
             return None
@@ -219,13 +220,13 @@ class Model:
                 f"{what}, and {base.path} lacks {trained_heads[0]!r}, though {self.path} says that "
                 f"{TIED} is false."
             )
-        nested = [n for n, v in self.config.items() if isinstance(v, dict) and "vocab_size" in v]
-        if len(embeddings) != 1 or nested or len(heads) > 1:
-            raise ValueError(
-                f"{what}, which may be tied, and {base.path} has several parts, or no embedding "
-                f"that is known by its name: untie it first, in transformers, and set {TIED} to "
-                f"false in {self.path}."
-            )
+        unknown = ValueError(
+            f"{what}, which may be tied, and {base.path} has several parts, or no embedding that "
+            f"is known by its name: untie it first, in transformers, and set {TIED} to false in "
+            f"{self.path}."
+        )
+        if len(embeddings) != 1 or len(heads) > 1:
+            raise unknown
         (embedding,) = embeddings
         if heads:
             same = _equal(base[heads[0]], base[embedding])
@@ -236,6 +237,8 @@ class Model:
                     f"{what}, and {self.path} says that {TIED} is true, but {base.path} has "
                     f"another {heads[0]!r} than {embedding!r}: set {TIED} to what is right."
                 )
+        if parts:
+            raise unknown
         if self.tying and not trained_heads and _last(embedding) == "embed_tokens":
             raise ValueError(
                 f"{what}, and by ensure_weight_tying its head too, but holds nothing for the head: "

@@ -71,7 +71,7 @@ def aligned(
     return files, names, [*said, f"{base.path} has the adapter's names {where}."]
 
 
-def _ways(modules: list[str], there: set[str]) -> set[tuple[str, str]]:
+def _ways(modules: list[str], there: set[str]) -> list[tuple[str, str]]:
     """How the adapter's names begin and how the base's: one with nothing, or both with the same.
 
     The same in another order are ``model.language_model.`` and ``language_model.model.``, as
@@ -86,8 +86,9 @@ def _ways(modules: list[str], there: set[str]) -> set[tuple[str, str]]:
             {(a, ".".join(b) + ".") for b in itertools.permutations(parts[:i])} if i < 4 else set()
         )
         ways.add((a, ""))
-    return {
-        (a, b)
-        for a, b in ways
-        if all(m.startswith(a) and b + m.removeprefix(a) in there for m in modules)
-    }
+    found: dict[tuple[str, ...], tuple[str, str]] = {}
+    for a, b in sorted(ways, key=lambda way: len("".join(way))):
+        names = tuple(b + m.removeprefix(a) for m in modules)
+        if all(m.startswith(a) for m in modules) and there.issuperset(names):
+            found.setdefault(names, (a, b))  # the shortest of those that come to the same
+    return list(found.values())
