@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint
-from lora_jax.cli.heads import TIED, Model, Tie, is_vocabulary
+from lora_jax.cli.heads import CLASSES, TIED, Model, Tie, is_vocabulary
 from lora_jax.cli.merging import Updates
 from lora_jax.cli.start import head_biases
 from lora_jax.tensors import Info
@@ -56,10 +57,10 @@ def completed(
         del info[tie.head]
     if added := sorted(set(updates.whole) - set(updates.base)):
         labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
-        config |= model.with_head(labels[-1] if labels else None)
+        config |= _with_head(model, labels[-1] if labels else None)
         notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
     if rows := _more_tokens(info, base):
-        config |= model.with_tokens(*rows)
+        config |= _with_tokens(model, *rows)
         notes.append(
             f"There are {rows[1]} tokens, and {rows[0]} in {base.path}, whose tokenizer is copied: "
             f"put the adapter's in its place."
@@ -73,6 +74,33 @@ def completed(
     return dataclasses.replace(updates, info=info, config=whole, notes=notes)
 
 
+def _with_head(model: Model, labels: int | None) -> dict[str, Any]:
+    """What the config says of a model with the head that the adapter was trained with."""
+    new: dict[str, Any] = {}
+    name, base = model.trained, model.architecture or ""
+    if name is not None and name in CLASSES.values():  # only how it ends
+        stem = re.match(r"(.+?)(?:For[A-Z]\w*|(?:LMHead|DoubleHeads)?Model)$", base)
+        name = stem[1] + name if stem else None
+    if name is not None and name != base:
+        new["architectures"] = [name]
+    had = (model.config or {}).get("id2label") or {"0": "", "1": ""}
+    if labels is not None and len(had) != labels:
+        new["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        new["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    return new
+
+
+def _with_tokens(model: Model, before: int, after: int) -> dict[str, Any]:
+    """What the config says of a model with more tokens."""
+    if model.config is not None and model.config.get("vocab_size") != before:
+        raise ValueError(
+            f"The adapter has {after} tokens, and {model.path} says vocab_size = "
+            f"{model.config.get('vocab_size')!r}, where the base has {before}: give the model its "
+            f"new tokens first, in transformers."
+        )
+    return {"vocab_size": after}
+
+
 def _more_tokens(info: dict[str, Info], base: Checkpoint) -> tuple[int, int] | None:
     """The number of tokens in the base, and the larger one of the merged model."""
     old = {name: one.shape[0] for name, one in base.info.items() if is_vocabulary(name)}
@@ -82,10 +110,10 @@ def _more_tokens(info: dict[str, Info], base: Checkpoint) -> tuple[int, int] | N
     name = min(more)
     before, after = more[name], info[name].shape[0]
     for other in [*(n for n in info if is_vocabulary(n)), *head_biases(base)]:
-        if info[other].shape[0] != after:
+        if info[other].shape[0] == before:
             raise ValueError(
                 f"The adapter has {after} tokens in {name!r}, and {base.path} has "
-                f"{info[other].shape[0]} in {other!r}, for which the adapter has no more: give the "
+                f"{before} in {other!r}, for which the adapter has no more: give the "
                 f"base its new tokens first, as it was when the training began."
             )
     return before, after

@@ -26,6 +26,7 @@ _HEADS = (
     "vocab_projector",
     "generator_lm_head",
     "embed_out",
+    "proj_out",
 )
 _EMBEDDINGS = (
     "embed_tokens",
@@ -47,12 +48,22 @@ _BEFORE_HEAD = {
     "generator_predictions.dense": "generator_lm_head",
     "head.dense": "decoder",
 }
+# Heads of causal models, by what looks up their tokens.
+_CAUSAL_HEADS = {
+    "embed_tokens": "lm_head",
+    "wte": "lm_head",
+    "word_embeddings": "lm_head",
+    "embeddings": "lm_head",
+    "embed_in": "embed_out",
+}
 _CAUSAL = re.compile(r"CausalLM|LMHead|DoubleHeads")
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
 _HEADLESS = re.compile(
     r"(Classification|QuestionAnswering|MultipleChoice|(?<!Head)(?<!Heads)Model)$"
 )
-_CLASSES = {
+
+# How the classes end that PEFT's types of tasks are of.
+CLASSES = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_2_SEQ_LM": "ForConditionalGeneration",
     "SEQ_CLS": "ForSequenceClassification",
@@ -115,7 +126,7 @@ class Model:
         said = read_json(adapter / CONFIG) if (adapter / CONFIG).exists() else {}
         auto = said.get("auto_mapping")
         name = auto.get("base_model_class") if isinstance(auto, dict) else None
-        trained = name if isinstance(name, str) else _CLASSES.get(str(said.get("task_type")))
+        trained = name if isinstance(name, str) else CLASSES.get(str(said.get("task_type")))
         return cls(path, trained, said.get("ensure_weight_tying") is True)
 
     @functools.cached_property
@@ -127,7 +138,7 @@ class Model:
         return config
 
     @property
-    def cls(self) -> str | None:
+    def architecture(self) -> str | None:
         """The class of the base."""
         said = (self.config or {}).get("architectures")
         return said[0] if isinstance(said, list) and said and isinstance(said[0], str) else None
@@ -137,40 +148,7 @@ class Model:
         """Whether there are no logits of tokens, as far as the names of classes say."""
         if _WITH_HEAD.search(self.trained or ""):
             return False
-        return any(_HEADLESS.search(name or "") for name in (self.trained, self.cls))
-
-    def with_head(self, rows: int | None) -> dict[str, Any]:
-        """What the config says of a model with the head that the adapter was trained with.
-
-        Args:
-          rows: the number of labels, where the head is of labels.
-        """
-        new: dict[str, Any] = {}
-        name = self.trained
-        if name is not None and name in _CLASSES.values():  # only how it ends
-            stem = re.match(r"(.+?)(?:For[A-Z]\w*|(?:LMHead|DoubleHeads)?Model)$", self.cls or "")
-            name = stem[1] + name if stem else None
-        if name is not None and name != self.cls:
-            new["architectures"] = [name]
-        labels = (self.config or {}).get("id2label") or {"0": "", "1": ""}
-        if rows is not None and len(labels) != rows:
-            new["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
-            new["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
-        return new
-
-    def with_tokens(self, before: int, after: int) -> dict[str, Any]:
-        """What the config says of a model with more tokens.
-
-        Raises:
-          ValueError: the config does not say how many there were.
-        """
-        if self.config is not None and self.config.get("vocab_size") != before:
-            raise ValueError(
-                f"The adapter has {after} tokens, and {self.path} says vocab_size = "
-                f"{self.config.get('vocab_size')!r}, where the base has {before}: give the model "
-                f"its new tokens first, in transformers."
-            )
-        return {"vocab_size": after}
+        return any(_HEADLESS.search(name or "") for name in (self.trained, self.architecture))
 
     def tie(self, files: PeftFiles, base: Checkpoint) -> Tie | None:
         """What the model ties of that which the adapter changes.
@@ -182,11 +160,14 @@ class Model:
         Raises:
           ValueError: it cannot be known, or cannot be untied.
         """
-        names = [*(f"{module}.weight" for module in files.modules), *files.whole]
-        touched = {n.replace(".base_layer.", ".") for n in names}
-        touched = {n for n in touched if is_vocabulary(n)}
+        embeddings = [n for n in base if is_vocabulary(n) and is_embedding(_module(n))]
         heads = [n for n in base if is_vocabulary(n) and is_head(_module(n))]
-        trained_heads = sorted(n for n in touched if is_head(_module(n)))
+        # What the base lacks and is as large as its embedding is a head, however it is called.
+        sizes = {base.info[name].shape for name in embeddings}
+        shapes = {n.replace(".base_layer.", "."): shape for n, shape in _shapes(files).items()}
+        lost = {n for n, shape in shapes.items() if n not in base and shape in sizes}
+        touched = {n for n in shapes if is_vocabulary(n)} | lost
+        trained_heads = sorted(n for n in touched if not is_embedding(_module(n)))
         touched = touched or self._by_size(files, base)
         if not touched:
             return None
@@ -206,7 +187,6 @@ class Model:
         shared = bool(self.config.get("is_encoder_decoder"))
         if flag is False and set(trained_heads) <= set(heads) and not shared:
             return None
-        embeddings = [n for n in base if is_vocabulary(n) and is_embedding(_module(n))]
         if shared or any(_module(n).endswith("shared") for n in embeddings):
             if flag is False and touched <= set(heads):
                 return None
@@ -260,12 +240,26 @@ class Model:
         for before, head in _BEFORE_HEAD.items():
             if f"{before}.weight" in base:
                 return f"{head}.weight"
-        if any(_CAUSAL.search(name) for name in (self.trained, self.cls) if name):
-            return "embed_out.weight" if _last(embedding) == "embed_in" else "lm_head.weight"
+        rows = base.info[embedding].shape[:1]
+        biases = [n for n, one in base.info.items() if n.endswith(".bias") and one.shape == rows]
+        lone = [_module(n) for n in biases if f"{_module(n)}.weight" not in base]
+        if lone:
+            return f"{lone[0]}.weight"
+        causal = any(_CAUSAL.search(name or "") for name in (self.trained, self.architecture))
+        if causal and (name := _CAUSAL_HEADS.get(_last(embedding))):
+            return f"{name}.weight"
         raise ValueError(
             f"The adapter changes {embedding!r}, which may be the head of the model too, and "
             f"{self.path} does not say how that is called: name the class in its architectures."
         )
+
+
+def _shapes(files: PeftFiles) -> dict[str, tuple[int, ...]]:
+    """The shape of everything that is adapted or saved, by its name, as a linear layer has it."""
+    info, shapes = files.tensors.info, {}
+    for module, keys in files.modules.items():
+        shapes[f"{module}.weight"] = (info[keys["B"]].shape[0], info[keys["A"]].shape[1])
+    return shapes | {name: info[key].shape for name, key in files.whole.items()}
 
 
 def _module(name: str) -> str:

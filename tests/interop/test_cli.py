@@ -39,6 +39,10 @@ KINDS = {
         "DistilBert",
         {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24},
     ),
+    "xlnet": (
+        "XLNet",
+        {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24},
+    ),
     "t5": ("T5", T5),
 }
 IDS = torch.arange(14).reshape(2, 7) + 3
@@ -89,6 +93,7 @@ TIED = {
     "gpt2": ("LMHeadModel", "c_attn", "wte", "lm_head"),
     "bert": ("ForMaskedLM", "query", "word_embeddings", "decoder"),
     "roberta": ("ForMaskedLM", "query", "word_embeddings", "decoder"),
+    "xlnet": ("LMHeadModel", "layer_1", "word_embedding", "lm_loss"),
     "t5": ("ForConditionalGeneration", "q", "shared", "lm_head"),
 }
 # What is adapted, and what is saved whole: "E" and "H" are the embedding and the head.
