@@ -11,7 +11,7 @@ import itertools
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.heads import is_head
 from lora_jax.config import nearest
-from lora_jax.peft_files import PeftFiles
+from lora_jax.peft_files import PREFIX, PeftFiles
 
 ADAPTER, BASE = "--adapter-prefix", "--base-prefix"
 
@@ -37,6 +37,8 @@ def aligned(
     if all(n.startswith(_WRAPPER) for n in ones) and not any(n.startswith(_WRAPPER) for n in base):
         files = files.without(_WRAPPER)
     said = [f"{path}: {part!r} in its keys names no module." for part in files.left_out]
+    if not any("base_model." in key for key in files.tensors):
+        said.append(f"{path}: its keys lack {PREFIX!r}, and are the names in the model.")
     there = {name.rpartition(".")[0] for name in base}
     modules = [module.split(".base_layer")[0] for module in files.modules]
     # A head may be the base's embedding, which has its own name.
