@@ -92,7 +92,7 @@ def open_adapter(path: StrPath) -> Opened:
       FileNotFoundError: there is none.
       ValueError: files that are damaged or of another kind.
     """
-    return opened(peft_files.read(path)) if is_peft(path) else _open_own(path)
+    return opened(peft_files.read(path, tying=True)) if is_peft(path) else _open_own(path)
 
 
 def _open_own(path: StrPath) -> Opened:

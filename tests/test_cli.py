@@ -415,7 +415,7 @@ def test_prefixes_that_fit_in_several_ways(folders, call, tmp_path):
     code, out = call("merge", folders / "peft", base, tmp_path / "m")
     assert code == 1
     assert "--base-prefix text. or --base-prefix vision." in out
-    options = ("--base-prefix", "text.")
+    options = ("--base-prefix", "text")
     assert call("merge", folders / "peft", base, tmp_path / "m", *options)[0] == 0
     call("merge", folders / "peft", folders / "torch.safetensors", tmp_path / "right")
     merged = Tensors(tmp_path / "m")
@@ -548,7 +548,13 @@ def test_a_folder_is_what_transformers_takes_of_it(folders, call, tmp_path):
     }
 
 
-def test_a_message_names_what_the_user_named(folders, call, tmp_path):
+def test_a_message_names_what_the_user_named(split, folders, call, tmp_path):
+    rule = lora_jax.Rule("embed/embedding", rank=2)
+    lora_jax.save(tmp_path / "x", lora_jax.lora_init(KEY, split[0], lora_jax.LoraConfig([rule]))[1])
+    code, out = call("merge", tmp_path / "x", folders / "torch.safetensors", tmp_path / "m")
+    assert code == 1
+    assert f"lora-jax: {tmp_path / 'x'}: whether PEFT computes with 'embed.weight'" in out
+    assert "lora_jax.export merges it" in out
     arrays = dict(Tensors(folders / "torch.safetensors"))
     arrays["a.weight"] = arrays["a.weight"][:, :-1]
     safetensors.numpy.save_file(arrays, tmp_path / "base")

@@ -44,7 +44,7 @@ def aligned(
     # A head may be the base's embedding, which has its own name.
     needed = [module for module in modules if not is_head(module)] or modules
     if ours is not None or theirs is not None:
-        found = [(ours or "", theirs or "")]
+        found = [tuple(f"{one.rstrip('.')}." if one else "" for one in (ours, theirs))]
     elif not needed or any(module in there for module in needed):
         return files, same, said
     else:

@@ -65,9 +65,17 @@ def as_peft(path: StrPath, names: Sequence[Name], scratch: StrPath) -> peft_file
       path: the adapter's folder.
       names: those of its parameters.
       scratch: an empty folder, in which it is written; no message names it.
+
+    Raises:
+      ValueError: it has no equal in PEFT, as far as can be known without its model.
     """
     frozen, tree = from_own(path, names)
-    peft.save(scratch, frozen, tree, names=names)
+    try:
+        peft.save(scratch, frozen, tree, names=names)
+    except ValueError as error:
+        said = str(error).replace(str(scratch), str(path))
+        asks = " Only Python has the model: there lora_jax.export merges it."
+        raise ValueError(said + (asks if "axes=" in said else "")) from None
     files = peft_files.read(scratch)
     files.tensors.path = Path(path)
     return files
