@@ -10,6 +10,7 @@ from typing import Any
 from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint
 from lora_jax.cli.heads import CLASSES, TIED, Model, Tie, is_vocabulary
 from lora_jax.cli.merging import Updates
+from lora_jax.cli.prefixes import ADAPTER
 from lora_jax.cli.start import head_biases
 from lora_jax.tensors import Info
 
@@ -47,6 +48,11 @@ def completed(
                 f"{tie.embedding!r} and {tie.head!r} are tied in the base, and two arrays with "
                 f"the adapter, which {MODEL_CONFIG} must say: give the base's folder, "
                 f"{base.path.parent}, in place of {base.path.name}."
+            )
+        if tie.head not in base and tie.embedding.count(".") == tie.head.count(".") == 1:
+            raise ValueError(
+                f"{base.path} has {tie.embedding!r} without the prefix that it has beside "
+                f"{tie.head!r}: say it, {ADAPTER} transformer. for GPT-2, model. for Llama."
             )
         config[TIED] = False
         notes.append(

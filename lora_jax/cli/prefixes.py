@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 from lora_jax.checkpoint import Checkpoint
-from lora_jax.cli.heads import is_head
+from lora_jax.cli.heads import is_embedding, is_head
 from lora_jax.config import nearest
 from lora_jax.peft_files import PREFIX, PeftFiles
 
@@ -42,7 +42,8 @@ def aligned(
     there = {name.rpartition(".")[0] for name in base}
     modules = [module.split(".base_layer")[0] for module in files.modules]
     # A head may be the base's embedding, which has its own name.
-    needed = [module for module in modules if not is_head(module)] or modules
+    needed = [module for module in modules if not is_head(module)]
+    needed = needed or [m for m in map(_module, files.whole) if is_embedding(m)]
     if ours is not None or theirs is not None:
         found = [tuple(f"{one.rstrip('.')}." if one else "" for one in (ours, theirs))]
     elif not needed or any(module in there for module in needed):
@@ -71,6 +72,10 @@ def aligned(
     where = f"with {theirs!r} for {ours!r}" if ours and theirs else f"without {ours!r}"
     where = where if ours else f"behind {theirs!r}"
     return files, names, [*said, f"{base.path} has the adapter's names {where}."]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0].replace(".base_layer", "")
 
 
 def _ways(modules: list[str], there: set[str]) -> list[tuple[str, str]]:

@@ -201,6 +201,18 @@ def test_a_head_that_the_base_lacks(case, tmp_path, capsys):
     assert ("without" in said) == (base == "Model")
 
 
+def test_a_head_alone_does_not_say_the_prefix(tmp_path):
+    make_base(tmp_path / "base", "gpt2", "Model")
+    options = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
+    _, expected = train(tmp_path / "base", tmp_path / "x", "gpt2", "LMHeadModel", **options)
+    arguments = (tmp_path / "x", tmp_path / "base", tmp_path / "out")
+    with pytest.raises(ValueError, match="--adapter-prefix transformer"):
+        commands.merge(*arguments)
+    commands.merge(*arguments, adapter_prefix="transformer")
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert np.abs(logits(merged) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_an_adapter_of_the_base_alone(tmp_path, capsys):
     make_base(tmp_path / "base", "bert", "ForMaskedLM")
     model = transformers.BertModel.from_pretrained(tmp_path / "base")
