@@ -36,7 +36,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # The adapter's name, where PyTorch's own state dict has it.
 _NAMED = re.compile(
-    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save)"
+    r"\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"\.(?!(?:weight|bias)$)([^.]+)(?=\.|$)"
 )
 
@@ -171,8 +171,14 @@ def read(path: StrPath, tying: bool = False) -> PeftFiles:
 
 def _names(tensors: Tensors | Checkpoint) -> tuple[dict[str, str], tuple[str, ...]]:
     """The keys by what they name in the model, and the parts of keys that name no module of it."""
+    adapters = sorted({found[1] for key in tensors if (found := _NAMED.search(key))})
+    if len(adapters) > 1:
+        raise ValueError(
+            f"{tensors.path} has several adapters in one, {', '.join(adapters)}: save each with "
+            f"PEFT's save_pretrained."
+        )
     names: dict[str, str] = {}
-    left_out: dict[str, None] = {}
+    left_out: dict[str, None] = {f"{adapter}.": None for adapter in adapters}
     bare = not any(PREFIX in key for key in tensors)
     for key in tensors:
         parts = key.split(".")
@@ -184,15 +190,10 @@ def _names(tensors: Tensors | Checkpoint) -> tuple[dict[str, str], tuple[str, ..
             raise ValueError(f"{tensors.path}: {key!r} does not begin with {PREFIX!r}.")
         name = name.removeprefix(PREFIX)
         if found := _NAMED.search(name):
-            name = name[: found.start(2) - 1] + name[found.end(2) :]
-            left_out[f"{found[2]}."] = None
+            name = name[: found.start(1) - 1] + name[found.end(1) :]
+        for adapter in adapters:
+            name = name.replace(f".modules_to_save.{adapter}.", ".modules_to_save.")
         if name in names:
             raise ValueError(f"{tensors.path}: {key!r} and {names[name]!r} are two of one kind.")
         names[name] = key
-    adapters = {found[2] for key in tensors if (found := _NAMED.search(key))}
-    if len(adapters) > 1:
-        raise ValueError(
-            f"{tensors.path} has several adapters in one, {', '.join(sorted(adapters))}: save each "
-            f"with PEFT's save_pretrained."
-        )
     return names, tuple(left_out)

@@ -388,6 +388,27 @@ def test_merge_of_other_keys(folders, call, tmp_path, kind):
     assert call("inspect", other)[0] == 0
 
 
+def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
+    """PEFT writes them beside with bias="all"; in a state dict the copy has the adapter's name."""
+    base, whole = tmp_path / "base", {}
+    for layer in ("dense", "out"):
+        whole |= {f"head.{layer}.weight": np.ones((3, 3), np.float32)}
+    arrays = dict(Tensors(folders / "torch.safetensors"))
+    safetensors.numpy.save_file(arrays | {n: 0 * x for n, x in whole.items()}, base)
+    saved = {PREFIX + name: x for name, x in whole.items()}
+    copies = {n.replace("head.", "head.modules_to_save."): x for n, x in saved.items()}
+    named = {n.replace("head.", "head.modules_to_save.some."): x for n, x in saved.items()}
+    cases = {"plain": (saved | copies, str), "named": (named, KEYS["the adapter's name"])}
+    for case, (more, rename) in cases.items():
+        config = {"modules_to_save": ["head"]}
+        folder = rewritten(folders / "peft", tmp_path / case, rename, **config)
+        safetensors.numpy.save_file(dict(Tensors(folder / FILE)) | more, folder / FILE)
+        code, out = call("merge", folder, base, tmp_path / f"{case} merged")
+        assert code == 0, out
+        merged = Tensors(tmp_path / f"{case} merged")
+        assert all(np.array_equal(merged[name], x) for name, x in whole.items())
+
+
 def test_merge_of_an_adapter_in_shards(folders, call, tmp_path):
     tensors, folder = dict(Tensors(folders / "peft" / FILE)), tmp_path / "x"
     folder.mkdir()
