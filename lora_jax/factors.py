@@ -92,7 +92,7 @@ def open_adapter(path: StrPath) -> Opened:
       FileNotFoundError: there is none.
       ValueError: files that are damaged or of another kind.
     """
-    return _open_peft(path) if is_peft(path) else _open_own(path)
+    return opened(peft_files.read(path, tying=True)) if is_peft(path) else _open_own(path)
 
 
 def _open_own(path: StrPath) -> Opened:
@@ -118,8 +118,8 @@ def _open_own(path: StrPath) -> Opened:
     return Opened("lora_jax", factors, whole, facts)
 
 
-def _open_peft(path: StrPath) -> Opened:
-    files = peft_files.read(path)
+def opened(files: peft_files.PeftFiles) -> Opened:
+    """The factors of an adapter of PEFT."""
     factors, whole = {}, {}
     for module, keys in files.modules.items():
         arrays = {role: files.tensors[key] for role, key in keys.items() if role != "bias"}

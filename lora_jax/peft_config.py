@@ -154,8 +154,12 @@ class PeftConfig:
         return any(name == t or name.endswith(f".{t}") for t in self.target_parameters)
 
 
-def read_config(folder: Path) -> PeftConfig:
+def read_config(folder: Path, tying: bool = False) -> PeftConfig:
     """The config of a folder.
+
+    Args:
+      folder: where it is.
+      tying: whether the caller sees to ``ensure_weight_tying``.
 
     Raises:
       FileNotFoundError: there is none.
@@ -178,6 +182,8 @@ def read_config(folder: Path) -> PeftConfig:
     if said.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {said.get('peft_type')!r}, and only LORA is read.")
     get = _Reader(file, said)
+    if tying:
+        get.boolean("ensure_weight_tying")
     config = PeftConfig(
         r=get.integer("r", 8),
         alpha=get.number("lora_alpha", 8),

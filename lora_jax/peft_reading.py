@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Adapter, Shift
+from lora_jax.checkpoint import Checkpoint
 from lora_jax.config import nearest
 from lora_jax.names import EXPERTS, Torch
 from lora_jax.peft_config import CONFIG
@@ -183,7 +184,7 @@ def to_shift(path: str, found: Stack, files: PeftFiles, model: TorchParams) -> S
     return Shift(value, scales.pop())
 
 
-def _lookup(name: str, tensors: Tensors, model: TorchParams) -> Torch:
+def _lookup(name: str, tensors: Tensors | Checkpoint, model: TorchParams) -> Torch:
     if name not in model.by_name:
         near = ", ".join(nearest(name, model.by_name)) or "none"
         raise ValueError(

@@ -121,7 +121,12 @@ def check_finite(array: np.ndarray, where: str) -> None:
 
 def is_floating(array: np.ndarray) -> bool:
     """Whether an array holds floating-point numbers, bfloat16 among them."""
-    return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
+    return floats(array.dtype)
+
+
+def floats(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is of floating-point numbers, as bfloat16 is."""
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -65,8 +66,11 @@ def run(capsys, monkeypatch, *arguments):
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+    def call(*arguments, columns=200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return run(capsys, monkeypatch, *arguments)
+
+    return call
 
 
 @pytest.mark.parametrize("form", ["own", "peft"])
@@ -347,6 +351,267 @@ def test_experts_that_are_missing(experts, call):
     assert "has 1 adapters of 'model.moe', but by target_parameters" in out
 
 
+def rewritten(folder, out, rename, **config):
+    """An adapter of PEFT with other keys, and something else in its config."""
+    out.mkdir()
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(said | config))
+    tensors = {rename(name): x for name, x in Tensors(folder / FILE).items()}
+    safetensors.numpy.save_file(tensors, out / FILE)
+    return out
+
+
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEYS = {
+    "compiled": lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "compiled after": lambda name: f"_orig_mod.{name}",
+    "on several devices": lambda name: f"module.{name}",
+    "on several devices before": lambda name: name.replace(PREFIX, f"{PREFIX}module."),
+    "no prefix": lambda name: name.removeprefix(PREFIX),
+    "the adapter's name": lambda name: re.sub(r"(lora_[AB]|vector)", r"\1.some", name),
+    "another prefix": lambda name: name.replace(PREFIX, f"{PREFIX}model.body."),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_merge_of_other_keys(folders, call, tmp_path, kind):
+    """The same numbers come out, and what was done is said."""
+    base = folders / "torch.safetensors"
+    other = rewritten(folders / "peft", tmp_path / "x", KEYS[kind])
+    assert call("merge", folders / "peft", base, tmp_path / "right")[0] == 0
+    code, out = call("merge", other, base, tmp_path / "m")
+    assert code == 0
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "right").read_bytes()
+    said = {"no prefix": "lack 'base_model.model.'", "another prefix": "without 'model.body.'"}
+    assert said.get(kind, "names no module") in out
+    assert call("inspect", other)[0] == 0
+
+
+def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
+    """PEFT writes them beside with bias="all"; in a state dict the copy has the adapter's name."""
+    base, whole = tmp_path / "base", {}
+    for layer in ("dense", "out"):
+        whole |= {f"head.{layer}.weight": np.ones((3, 3), np.float32)}
+    arrays = dict(Tensors(folders / "torch.safetensors"))
+    safetensors.numpy.save_file(arrays | {n: 0 * x for n, x in whole.items()}, base)
+    saved = {PREFIX + name: x for name, x in whole.items()}
+    copies = {n.replace("head.", "head.modules_to_save."): x for n, x in saved.items()}
+    named = {n.replace("head.", "head.modules_to_save.some."): x for n, x in saved.items()}
+    cases = {"plain": (saved | copies, str), "named": (named, KEYS["the adapter's name"])}
+    for case, (more, rename) in cases.items():
+        config = {"modules_to_save": ["head"]}
+        folder = rewritten(folders / "peft", tmp_path / case, rename, **config)
+        safetensors.numpy.save_file(dict(Tensors(folder / FILE)) | more, folder / FILE)
+        code, out = call("merge", folder, base, tmp_path / f"{case} merged")
+        assert code == 0, out
+        merged = Tensors(tmp_path / f"{case} merged")
+        assert all(np.array_equal(merged[name], x) for name, x in whole.items())
+
+
+def test_merge_of_an_adapter_in_shards(folders, call, tmp_path):
+    tensors, folder = dict(Tensors(folders / "peft" / FILE)), tmp_path / "x"
+    folder.mkdir()
+    shutil.copy(folders / "peft" / "adapter_config.json", folder)
+    shards = {name: f"adapter_model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(shards.values()):
+        part = {name: x for name, x in tensors.items() if shards[name] == file}
+        safetensors.numpy.save_file(part, folder / file)
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": shards}))
+    base = folders / "torch.safetensors"
+    for adapter, out in ((folders / "peft", "right"), (folder, "m")):
+        assert call("merge", adapter, base, tmp_path / out)[0] == 0
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "right").read_bytes()
+    assert call("diff", folder, folders / "peft")[0] == 0
+    (folder / "adapter_model-1.safetensors").unlink()
+    code, out = call("verify", folder)
+    assert code == 1
+    assert "should be in 'adapter_model-1.safetensors'" in out
+
+
+def test_prefixes_that_fit_in_several_ways(folders, call, tmp_path):
+    arrays, base = dict(Tensors(folders / "torch.safetensors")), tmp_path / "two.safetensors"
+    both = {f"{tower}.{name}": x for tower in ("text", "vision") for name, x in arrays.items()}
+    safetensors.numpy.save_file(both, base)
+    code, out = call("merge", folders / "peft", base, tmp_path / "m")
+    assert code == 1
+    assert "--base-prefix text. or --base-prefix vision." in out
+    options = ("--base-prefix", "text")
+    assert call("merge", folders / "peft", base, tmp_path / "m", *options)[0] == 0
+    call("merge", folders / "peft", folders / "torch.safetensors", tmp_path / "right")
+    merged = Tensors(tmp_path / "m")
+    for name, array in Tensors(tmp_path / "right").items():
+        assert np.array_equal(merged[f"text.{name}"], array)
+        assert np.array_equal(merged[f"vision.{name}"], arrays[name])
+    for options in (("--base-prefix", "texts."), ("--adapter-prefix", "model.")):
+        code, out = call("merge", folders / "peft", base, tmp_path / "n", *options)
+        assert code == 1
+        assert "with these prefixes" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda n: n.replace(".a.", ".c."), {}, "something for 'c.weight', but"),
+        (lambda n: re.sub(r"(_[AB])", r"\1.x", n) if ".a." in n else n + ".y", {}, "several"),
+        (KEYS["compiled"], {"alpha_pattern": {"_orig_mod.a": 7}}, "take it out of both"),
+        (KEYS["on several devices before"], {"alpha_pattern": {"^module.a": 7}}, "out of both"),
+    ],
+)
+def test_keys_that_do_not_fit(folders, call, tmp_path, change, config, message):
+    other = rewritten(folders / "peft", tmp_path / "x", change, **config)
+    code, out = call("merge", other, folders / "torch.safetensors", tmp_path / "m")
+    assert code == 1
+    assert message in out
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """An adapter of an embedding, and makes the base, with a config and other arrays."""
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens"]}
+    names = ("lora_embedding_A", "lora_embedding_B")
+    factors = [np.ones(shape, np.float32) for shape in ((2, 9), (4, 2))]
+    keys = [f"{PREFIX}model.embed_tokens.{name}" for name in names]
+    (tmp_path / "x").mkdir()
+    safetensors.numpy.save_file(dict(zip(keys, factors, strict=True)), tmp_path / "x" / FILE)
+
+    def make(said, arrays, **of_adapter):
+        (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config | of_adapter))
+        base = tmp_path / "base"
+        base.mkdir()
+        arrays = {"model.embed_tokens.weight": np.eye(9, 4, dtype=np.float32)} | arrays
+        safetensors.numpy.save_file(arrays, base / "model.safetensors")
+        if said is not None:
+            (base / "config.json").write_text(json.dumps(said))
+        return tmp_path / "x", base
+
+    return make
+
+
+CAUSAL = {"architectures": ["LlamaForCausalLM"]}
+HEAD = {"lm_head.weight": np.eye(9, 4, dtype=np.float32)}
+OTHER = {"lm_head.weight": np.ones((9, 4), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("config", "arrays", "adapter", "expected"),
+    [
+        (CAUSAL, {}, {}, "two arrays"),
+        (CAUSAL, HEAD, {}, "two arrays"),
+        (CAUSAL | {"tie_word_embeddings": True}, HEAD, {}, "two arrays"),
+        (CAUSAL | {"tie_word_embeddings": False}, HEAD, {}, ""),
+        (CAUSAL, OTHER, {}, ""),
+        (CAUSAL | {"tie_word_embeddings": True}, OTHER, {}, "error: set tie_word_embeddings to"),
+        (CAUSAL, {}, {"task_type": "SEQ_CLS"}, ""),
+        ({"architectures": ["LlamaModel"]}, {}, {}, ""),
+        ({"architectures": ["LlamaModel"]}, {}, {"task_type": "CAUSAL_LM"}, "two arrays"),
+        ({}, {}, {}, "error: name the class in its architectures"),
+        (CAUSAL | {"is_encoder_decoder": True}, {}, {}, "error: that share their embedding"),
+        (CAUSAL | {"text_config": {"vocab_size": 9}}, {}, {}, "error: has several parts"),
+        (None, {}, {}, "error: give the base's folder, with its config.json"),
+        (None, HEAD, {}, ""),
+        (None, {}, {"task_type": "FEATURE_EXTRACTION"}, ""),
+        (CAUSAL, {}, {"ensure_weight_tying": True}, "error: holds nothing for the head"),
+    ],
+)
+def test_what_an_embedding_is_tied_to(
+    language_model, call, tmp_path, config, arrays, adapter, expected
+):
+    code, out = call("merge", *language_model(config, arrays, **adapter), tmp_path / "m")
+    if expected.startswith("error: "):
+        assert code == 1
+        assert expected.removeprefix("error: ") in out
+        assert not (tmp_path / "m").exists()
+        return
+    assert code == 0, out
+    merged = Tensors(tmp_path / "m" / "model.safetensors")
+    E = np.eye(9, 4, dtype=np.float32)
+    assert np.array_equal(merged["model.embed_tokens.weight"], E + 8)
+    if expected:
+        assert expected in out
+        assert np.array_equal(merged["lm_head.weight"], E)
+        said = json.loads((tmp_path / "m" / "config.json").read_text())
+        assert said == config | {"tie_word_embeddings": False}
+    else:
+        assert set(merged) == {"model.embed_tokens.weight", *arrays}
+
+
+@pytest.mark.parametrize("form", ["own", "peft"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_codes_of_a_quantized_base_are_no_weights(folders, call, tmp_path, form, dtype):
+    base = folders / ("flax.safetensors" if form == "own" else "torch.safetensors")
+    kernel = "a/kernel" if form == "own" else "a.weight"
+    arrays = dict(Tensors(base))
+    arrays[kernel] = arrays[kernel].astype(dtype)
+    safetensors.numpy.save_file(arrays, tmp_path / "codes")
+    code, out = call("merge", folders / form, tmp_path / "codes", tmp_path / "m")
+    assert code == 1
+    assert f"{kernel!r} is {dtype}" in out
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_is_what_transformers_takes_of_it(folders, call, tmp_path):
+    """An adapter beside a base, or its weights in another form, is neither read nor copied."""
+    base, arrays = tmp_path / "base", dict(Tensors(folders / "torch.safetensors"))
+    base.mkdir()
+    safetensors.numpy.save_file(arrays, base / "model.safetensors", {"format": "pt"})
+    for file in ("consolidated.safetensors", FILE):
+        safetensors.numpy.save_file({"x": np.ones(2)}, base / file)
+    for file in ("config.json", "adapter_config.json"):
+        (base / file).write_text("{}")
+    code, out = call("merge", folders / "peft", base, tmp_path / "m")
+    assert code == 0
+    assert "no part of the model: adapter_model.safetensors, consolidated.safetensors" in out
+    assert {file.name for file in (tmp_path / "m").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+    }
+
+
+def test_a_message_names_what_the_user_named(split, folders, call, tmp_path):
+    rule = lora_jax.Rule("embed/embedding", rank=2)
+    lora_jax.save(tmp_path / "x", lora_jax.lora_init(KEY, split[0], lora_jax.LoraConfig([rule]))[1])
+    code, out = call("merge", tmp_path / "x", folders / "torch.safetensors", tmp_path / "m")
+    assert code == 1
+    assert f"lora-jax: {tmp_path / 'x'}: whether PEFT computes with 'embed.weight'" in out
+    assert "lora_jax.export merges it" in out
+    arrays = dict(Tensors(folders / "torch.safetensors"))
+    arrays["a.weight"] = arrays["a.weight"][:, :-1]
+    safetensors.numpy.save_file(arrays, tmp_path / "base")
+    code, out = call("merge", folders / "own", tmp_path / "base", tmp_path / "m")
+    assert code == 1
+    assert f"{folders / 'own'}: 'a' has A (2, 6)" in out
+
+
+def test_inspect_keeps_its_digits(call, tmp_path):
+    layer = {"some_quite_long_name_of_a_projection": {"kernel": jnp.ones((1000, 2000))}}
+    params = {"transformer": {f"layer_{i}": layer for i in range(12)}}
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*", rank=2, variant="dora")])
+    adapters = lora_jax.lora_init(KEY, params, config)[1]
+    lora_jax.save(tmp_path / "x", random_like(adapters, scale=1.0))
+    code, out = call("inspect", tmp_path / "x", columns=100)
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines[:4])) <= 100
+    values = [one.singular_values for one in open_adapter(tmp_path / "x").factors.values()]
+    norms = sorted(float(np.linalg.norm(one)) for one in values)
+    row = next(line for line in lines if "(12)" in line)
+    assert row.startswith("...")
+    ends = " to ".join(f"{float(f'{norm:.3g}'):g}" for norm in (norms[0], norms[-1]))
+    for text in ("1000 x 2000", "DoRA", ends):
+        assert text in row
+
+
+def test_version_and_what_is_missing(call, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lora-jax", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"lora-jax {lora_jax.__version__}\n"
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(SystemExit, match="tyro, which is not installed: pip install rich tyro"):
+        cli.main()
+
+
 MIB = 2**20
 
 
@@ -414,6 +679,25 @@ def test_diff(split, folders, call, tmp_path):
     assert "only in" in out
 
 
+def test_diff_of_two_formats(split, folders, call, tmp_path):
+    assert call("diff", folders / "own", folders / "peft")[0] == 0
+    assert call("diff", folders / "peft", folders / "own")[0] == 0
+    frozen, adapters = with_biases_of_B(split)
+    lora_jax.save(tmp_path / "o", adapters)
+    lora_jax.peft.save(tmp_path / "p", frozen, adapters)
+    assert call("diff", tmp_path / "o", tmp_path / "p")[0] == 0
+    adapters["b"]["bias"] = adapters["b"]["bias"].replace(value=jnp.ones(3))
+    lora_jax.save(tmp_path / "other", adapters)
+    code, out = call("diff", tmp_path / "other", tmp_path / "p")
+    assert code == 1
+    assert "b.bias (added)" in out
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([["{layer}/kernel", "model.{layer}.weight"]]))
+    code, out = call("diff", folders / "own", folders / "peft", "--names", names)
+    assert code == 1
+    assert "nothing in common" in out
+
+
 @pytest.mark.parametrize("base", ["flax", "torch"])
 def test_extract_finds_the_adapter_again(split, folders, call, tmp_path, base):
     plain = jax.tree.map(lambda x: x, split[1])
@@ -455,6 +739,30 @@ def test_extract_leaves_nothing_out_in_silence(split, folders, call, tmp_path):
         assert message in out
 
 
+def test_extract_looks_at_what_matches(split, folders, call, tmp_path):
+    """What one of the two lacks, or has in another shape, is left out only where that is said."""
+    arrays = dict(Tensors(folders / "flax.safetensors"))
+    arrays["a/kernel"] = arrays["a/kernel"] + 1
+    arrays["embed/embedding"] = np.ones((12, 6), np.float32)
+    safetensors.numpy.save_file(arrays | {"new": np.ones(2)}, tmp_path / "tuned")
+    one = (tmp_path / "tuned", folders / "flax.safetensors", tmp_path / "x", "--rank", "1")
+    code, out = call("extract", *one)
+    assert code == 1
+    assert "Only one of the two has 'new'" in out
+    code, out = call("extract", *one, "--match", ".*kernel")
+    assert code == 1
+    assert "2 arrays differ that would not be in the adapter: 'new', 'embed/embedding'" in out
+    code, out = call("extract", *one, "--match", ".*kernel", "--allow-rest")
+    assert code == 0
+    assert "Left out, though they differ: new, embed/embedding." in out
+    arrays["embed/embedding"] = Tensors(folders / "flax.safetensors")["embed/embedding"]
+    arrays["a/kernel"] = arrays["a/kernel"].astype(np.int8)
+    safetensors.numpy.save_file(arrays, tmp_path / "codes")
+    code, out = call("extract", tmp_path / "codes", one[1], tmp_path / "y", "--rank", "1")
+    assert code == 1
+    assert "1 arrays differ that would not be in the adapter: 'a/kernel'" in out
+
+
 def test_verify(split, folders, call, tmp_path):
     code, out = call("verify", folders / "own", "--base", folders / "flax.safetensors")
     assert code == 0
@@ -476,7 +784,8 @@ def test_verify(split, folders, call, tmp_path):
 def test_help(call, command):
     code, out = call(command, "--help")
     assert code == 0
-    assert "adapter" in out
+    assert f"Example: lora-jax {command} " in out
+    assert not re.search(r"\bPATH\b|\bSTR\b|\{None\}", out)
 
 
 def test_what_is_not_there(call, tmp_path):

@@ -7,6 +7,8 @@ import sys
 
 import jax
 
+from lora_jax import __version__
+
 
 def main() -> None:
     """Runs a command. Exits with 0, with 1 where something differs or is wrong, or with 2."""
@@ -17,7 +19,10 @@ def main() -> None:
 
         from lora_jax.cli import commands
     except ImportError as error:
-        sys.exit(f"lora-jax needs {error.name}: pip install 'lora_jax[cli]'")
+        sys.exit(f"lora-jax needs {error.name}, which is not installed: pip install rich tyro")
+    if sys.argv[1:] == ["--version"]:
+        print(f"lora-jax {__version__}")
+        return
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             {
@@ -29,7 +34,8 @@ def main() -> None:
                 "verify": commands.verify,
             },
             prog="lora-jax",
-            description="Looks at adapters, converts, merges, compares, extracts, verifies them.",
+            description="Looks at adapters, converts, merges, compares, extracts, verifies them. "
+            "Each command has a --help with an example; --version says which lora_jax this is.",
         )
     except (ValueError, TypeError, OSError, re.error) as error:
         print(f"lora-jax: {error}", file=sys.stderr)

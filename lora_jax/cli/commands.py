@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,67 +15,86 @@ import numpy as np
 import rich.progress
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from lora_jax import peft, peft_files, store
 from lora_jax.approximation import nearest
 from lora_jax.checkpoint import Checkpoint, rewrite
-from lora_jax.cli import merging, trees
+from lora_jax.cli import merging, prefixes, trees
+from lora_jax.cli.completed import completed
 from lora_jax.cli.experts import order_of
-from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter
+from lora_jax.cli.heads import Model
+from lora_jax.cli.start import Start
+from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter, opened
 from lora_jax.names import as_names
 from lora_jax.rounding import RoundingReport
-from lora_jax.tensors import read_json
+from lora_jax.table import text_table
+from lora_jax.tensors import floats, read_json
 
-Folder = Annotated[Path, tyro.conf.Positional]
+Adapter = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+Other = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")]
+Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+Tuned = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TUNED")]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+Names = Annotated[str, tyro.conf.arg(metavar="FAMILY|FILE.json")]
+Experts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+Number = Annotated[int | None, tyro.conf.arg(metavar="NUMBER")]
 console = Console(highlight=False, soft_wrap=True)
 
 
-def inspect(path: Folder) -> int:
+def inspect(path: Adapter) -> int:
     """Shows what is in an adapter of any format.
+
+    Example: lora-jax inspect my-adapter
 
     Args:
         path: the adapter's folder.
     """
-    opened = open_adapter(path)
-    table = _table(
-        "matrix", "d x k", "variant", "rank", "scale", "||s U V||", "largest", "eff. rank"
-    )
-    for name, one in _progress(opened.factors.items(), "singular values"):
-        values = one.singular_values
-        table.add_row(
-            name,
-            f"{one.U.shape[0]} x {one.V.shape[1]}",
-            "LoRA" if one.m is None else "DoRA",
-            str(one.rank),
-            f"{one.scale:g}",
-            f"{np.linalg.norm(values):.3g}",
-            f"{values[0]:.3g}",
-            f"{one.effective_rank:.1f}",
+    adapter = open_adapter(path)
+    rows: dict[tuple[str, ...], list[tuple[str, Factors, np.ndarray]]] = {}
+    for name, one in _progress(adapter.factors.items(), "singular values"):
+        size = f"{one.U.shape[0]} x {one.V.shape[1]}"
+        kind = "LoRA" if one.m is None else "DoRA"
+        alike = (_pattern(name), size, kind, str(one.rank), f"{one.scale:g}")
+        rows.setdefault(alike, []).append((name, one, one.singular_values))
+    head = ("matrix", "d x k", "variant", "rank", "scale", "||s U V||", "largest", "eff. rank")
+    body = [
+        (
+            _name(pattern, [name for name, _, _ in group]),
+            *alike,
+            _range(_digits(float(np.linalg.norm(values))) for _, _, values in group),
+            _range(_digits(float(values[0])) for _, _, values in group),
+            _range(f"{one.effective_rank:.1f}" for _, one, _ in group),
         )
-    console.print(table)
-    if opened.whole:
-        table = _table("trained whole", "shape", "dtype")
-        for name, array in opened.whole.items():
-            table.add_row(name, " x ".join(map(str, array.shape)), array.dtype.name)
-        console.print(table)
-    facts = {"format": opened.format, **opened.facts}
-    trained = sum(_size(one) for one in opened.factors.values())
-    trained += sum(array.size for array in opened.whole.values())
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    facts |= {"numbers": f"{trained:,}", "bytes": f"{size:,}"}
+        for (pattern, *alike), group in rows.items()
+    ]
+    _show(head, body)
+    if adapter.whole:
+        arrays: dict[tuple[str, ...], list[str]] = {}
+        for name, array in adapter.whole.items():
+            shape = " x ".join(map(str, array.shape))
+            arrays.setdefault((_pattern(name), shape, array.dtype.name), []).append(name)
+        whole = [(_name(pattern, names), *facts) for (pattern, *facts), names in arrays.items()]
+        _show(("trained whole", "shape", "dtype"), whole)
+    facts = {"format": adapter.format, **adapter.facts}
+    trained = sum(_size(one) for one in adapter.factors.values())
+    trained += sum(array.size for array in adapter.whole.values())
+    nbytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    facts |= {"numbers": f"{trained:,}", "bytes": f"{nbytes:,}"}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), markup=False)
     return 0
 
 
 def convert(
-    source: Folder,
-    target: Folder,
-    names: str = "transformers",
-    base_model: str | None = None,
-    task_type: str | None = None,
+    source: Adapter,
+    target: Out,
+    names: Names = "transformers",
+    base_model: Text = None,
+    task_type: Text = None,
 ) -> int:
     """Converts an adapter of lora_jax into one of PEFT, or one of PEFT into one of lora_jax.
+
+    Example: lora-jax convert my-adapter for-peft --names names.json
 
     Args:
         source: the adapter's folder.
@@ -104,110 +124,143 @@ def convert(
 
 
 def merge(
-    adapter: Folder,
-    base: Folder,
-    out: Folder,
-    names: str = "transformers",
-    seed: int | None = None,
-    experts: tuple[str, ...] = (),
+    adapter: Adapter,
+    base: Base,
+    out: Out,
+    names: Names = "transformers",
+    seed: Number = None,
+    experts: Experts = (),
     layout: Literal["in-out", "out-in"] | None = None,
+    adapter_prefix: Text = None,
+    base_prefix: Text = None,
 ) -> int:
     """Merges an adapter into the safetensors of a base, one matrix at a time.
+
+    Example: lora-jax merge my-adapter base-folder merged-folder
 
     Args:
         adapter: the adapter's folder.
         base: a safetensors file, or a folder of them; with PyTorch's names or, for an adapter of
             lora_jax, with Flax's paths.
         out: the new file or folder; it must not exist.
-        names: as for convert; used where the adapter is lora_jax's and the base PyTorch's.
+        names: a family of names (transformers, gemma), or a JSON file, as for convert; used where
+            the adapter is lora_jax's and the base PyTorch's.
         seed: round by chance with this seed; by default to the nearest.
         experts: where PEFT's adapter is for parameters (target_parameters) whose shapes are alike:
             their names in their module, in the order in which its class makes them.
         layout: whether these are stored (experts, in, out) or (experts, out, in), where their
             shapes do not say it.
+        adapter_prefix: how the adapter's names begin where the base's do not, as "bert."; found by
+            itself where there is one way only.
+        base_prefix: how the base's names begin where the adapter's do not.
     """
     _new(out)
     _check_experts(adapter, experts, layout)
     checkpoint = Checkpoint(base)
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        if is_peft(adapter):
-            order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
-            updates = merging.of_peft(adapter, checkpoint, order)
-        elif set(store.read(adapter).adapters) <= set(checkpoint):
+        named = {name: name for name in checkpoint}
+        if not is_peft(adapter) and set(store.read(adapter).adapters) <= set(checkpoint):
+            if adapter_prefix is not None or base_prefix is not None:
+                raise ValueError(f"{base} has the names of {adapter}: there is no prefix to give.")
             updates = merging.of_own(adapter, checkpoint)
         else:
-            table = as_names(_names(names))
-            frozen, tree = trees.from_own(adapter, table)
-            peft.save(scratch, frozen, tree, names=table)
-            updates = merging.of_peft(scratch, checkpoint, order_of(table))
+            if is_peft(adapter):
+                files = peft_files.read(adapter, tying=True)
+                order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
+            else:
+                table = as_names(_names(names))
+                files, order = trees.as_peft(adapter, table, scratch), order_of(table)
+            files, named, notes = prefixes.aligned(files, checkpoint, adapter_prefix, base_prefix)
+            view = checkpoint.renamed(named)
+            model = Model.of(view, adapter)
+            tie = model.tie(files, view)
+            updates = merging.of_peft(files, Start(view, files, tie), order)
+            updates = completed(updates, view, model, tie, notes)
+            if not set(updates.info) <= set(view):  # then all are named as in the adapter's model
+                if checkpoint.info.keys() != view.info.keys():
+                    updates.notes = (*updates.notes, "All names are as in the adapter's model.")
+                checkpoint, named = view, {name: name for name in updates.info}
         with _bar("merging") as bar:
-            task = bar.add_task("merging", total=len(checkpoint))
+            task = bar.add_task("merging", total=len(named))
 
             def read(name: str) -> np.ndarray:
                 bar.advance(task)
-                return updates(name, checkpoint[name], key)
+                return updates(named[name], key)
 
-            rewrite(checkpoint, out, checkpoint.info, read)
+            info = {name: updates.info[to] for name, to in named.items()}
+            rewrite(checkpoint, out, info, read, updates.config)
+    if checkpoint.beside:
+        beside = ", ".join(file.name for file in checkpoint.beside)
+        console.print(f"Not copied, as no part of the model: {beside}.", markup=False)
+    for note in updates.notes:
+        console.print(note, markup=False)
     _report(updates.report())
     return 0
 
 
-def diff(first: Folder, second: Folder) -> int:
+def diff(first: Adapter, second: Other, names: Names = "transformers") -> int:
     """Compares two adapters of any format. Exits with 1 where they differ.
+
+    Example: lora-jax diff my-adapter another
 
     Args:
         first: an adapter's folder.
         second: another one's.
+        names: a family of names (transformers, gemma), or a JSON file, as for convert; used where
+            one is of lora_jax and the other of PEFT.
     """
-    a, b = open_adapter(first), open_adapter(second)
-    table = _table("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference")
+    a, b = _both(first, second, names)
+    head = ("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference")
+    body: list[tuple[str, ...]] = []
     differs = False
     for name in dict.fromkeys((*a.factors, *b.factors)):
         if name not in a.factors or name not in b.factors:
-            table.add_row(name, f"only in {first if name in a.factors else second}", "", "", "")
+            body.append((name, f"only in {first if name in a.factors else second}", "", "", ""))
             differs = True
             continue
         one, other = a.factors[name], b.factors[name]
         if one.U.shape[0] != other.U.shape[0] or one.V.shape[1] != other.V.shape[1]:
-            table.add_row(name, "of different shapes", "", "", "")
+            body.append((name, "of different shapes", "", "", ""))
             differs = True
             continue
         relative, cosine = difference(one, other)
         magnitude = _magnitudes(one, other)
-        table.add_row(
-            name, f"{one.rank}, {other.rank}", f"{relative:.3g}", f"{cosine:.4f}", magnitude
+        body.append(
+            (name, f"{one.rank}, {other.rank}", f"{relative:.3g}", f"{cosine:.4f}", magnitude)
         )
         differs |= relative > 1e-6 or magnitude not in ("", "0")
     for name in dict.fromkeys((*a.whole, *b.whole)):
         if name not in a.whole or name not in b.whole:
-            table.add_row(name, f"only in {first if name in a.whole else second}", "", "", "")
+            body.append((name, f"only in {first if name in a.whole else second}", "", "", ""))
             differs = True
         elif not _same(a.whole[name], b.whole[name]):
-            table.add_row(name, "trained whole, differs", "", "", "")
+            body.append((name, "trained whole, differs", "", "", ""))
             differs = True
-    console.print(table)
+    _show(head, body)
     console.print("They differ." if differs else "They are the same.")
     return int(differs)
 
 
 def extract(
-    tuned: Folder,
-    base: Folder,
-    out: Folder,
-    rank: int | None = None,
-    energy: float | None = None,
-    match: str = ".*",
+    tuned: Tuned,
+    base: Base,
+    out: Out,
+    rank: Number = None,
+    energy: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None,
+    match: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = ".*",
     allow_rest: bool = False,
 ) -> int:
     """Makes an adapter from a fine-tuned model and its base, by singular values.
+
+    Example: lora-jax extract tuned.safetensors base.safetensors new-adapter --rank 16
 
     Args:
         tuned: safetensors of the tuned model, a file or a folder.
         base: those of its base, with the same names.
         out: the new folder; it must not exist. Names that end in ".weight" give an adapter of
             PEFT, Flax's paths one of lora_jax.
-        rank: of every matrix; or
+        rank: the rank of every matrix; either this or energy.
         energy: keep this share of the squared norm of every difference.
         match: only matrices whose whole name matches this regular expression; in PyTorch's names
             it must leave out embeddings, which look like linear layers in a file.
@@ -221,24 +274,32 @@ def extract(
         raise ValueError(f"--energy must be in (0, 1], got {energy}.")
     _new(out)
     new, old = Checkpoint(tuned), Checkpoint(base)
-    if missing := sorted(set(new) ^ set(old)):
-        raise ValueError(f"Only one of the two has {', '.join(map(repr, missing[:4]))}.")
-    pattern, rest = re.compile(match), []
+    pattern = re.compile(match)
+    rest = sorted(set(new) ^ set(old))
+    if missing := [name for name in rest if pattern.fullmatch(name)]:
+        raise ValueError(
+            f"Only one of the two has {', '.join(map(repr, missing[:4]))}: leave it out by --match."
+        )
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    table = _table("matrix", "rank", "||error|| / ||difference||")
-    for name in _progress(old, "singular values"):
+    body: list[tuple[str, ...]] = []
+    for name in _progress([name for name in old if name in new], "singular values"):
+        numbers = floats(old.info[name].dtype) and floats(new.info[name].dtype)
+        matches = numbers and pattern.fullmatch(name)
+        if new.info[name].shape != old.info[name].shape and not matches:
+            rest.append(name)
+            continue
         if new.info[name].shape != old.info[name].shape:
             raise ValueError(f"{name!r} is {old.info[name].shape} and {new.info[name].shape}.")
         delta = new[name].astype(np.float32) - old[name].astype(np.float32)
         if not delta.any():
             continue
-        if delta.ndim != 2 or not pattern.fullmatch(name):
+        if delta.ndim != 2 or not matches:
             rest.append(name)
             continue
         delta = delta.T if name.endswith(".weight") else delta
         low = nearest(delta, rank, energy)
         found[name] = (low.U, low.V)
-        table.add_row(name, str(low.U.shape[1]), f"{low.error:.3g}")
+        body.append((name, str(low.U.shape[1]), f"{low.error:.3g}"))
     if rest and not allow_rest:
         raise ValueError(
             f"{len(rest)} arrays differ that would not be in the adapter: "
@@ -256,14 +317,18 @@ def extract(
         peft.save(out, frozen, adapters, names=names)
     else:
         store.save(out, trees.nested(adapters))
-    console.print(table)
+    _show(("matrix", "rank", "||error|| / ||difference||"), body)
     if rest:
         console.print(f"Left out, though they differ: {', '.join(rest)}.", markup=False)
     return 0
 
 
-def verify(path: Folder, base: Path | None = None) -> int:
+def verify(
+    path: Adapter, base: Annotated[Path | None, tyro.conf.arg(metavar="BASE")] = None
+) -> int:
     """Reads all of an adapter, and says whether it is whole and, if asked, fits its base.
+
+    Example: lora-jax verify my-adapter --base base.safetensors
 
     Args:
         path: the adapter's folder.
@@ -305,10 +370,31 @@ def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) ->
     """Errors where these options would have no effect."""
     if layout is not None and not experts:
         raise ValueError("--layout is said of the parameters that --experts names.")
-    targets = peft_files.read(adapter).config.target_parameters if is_peft(adapter) else ()
+    targets = (
+        peft_files.read(adapter, tying=True).config.target_parameters if is_peft(adapter) else ()
+    )
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:
             raise ValueError(f"--experts names {name!r}, of which {adapter} is no adapter of PEFT.")
+
+
+def _both(first: Path, second: Path, names: str) -> tuple[Opened, Opened]:
+    """Two adapters by the same names: those of PEFT where one of them is of PEFT."""
+    if is_peft(first) == is_peft(second):
+        return open_adapter(first), open_adapter(second)
+    table = as_names(_names(names))
+    with tempfile.TemporaryDirectory() as scratch:
+        a, b = (
+            open_adapter(one) if is_peft(one) else opened(trees.as_peft(one, table, scratch))
+            for one in (first, second)
+        )
+    if not {*a.factors, *a.whole} & {*b.factors, *b.whole}:
+        raise ValueError(
+            f"By --names {names}, {first} has {next(iter(a.factors))!r} and so on, and {second} "
+            f"{next(iter(b.factors))!r} and so on, and nothing in common: say by --names how they "
+            f"are called."
+        )
+    return a, b
 
 
 def _new(path: Path) -> None:
@@ -316,11 +402,37 @@ def _new(path: Path) -> None:
         raise FileExistsError(f"{path} exists: name another one.")
 
 
-def _table(*columns: str) -> Table:
-    table = Table()
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    return table
+def _show(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """A table; where it is wider than the terminal, names lose their beginnings, digits nothing."""
+    lines = text_table(head, body, left=1)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        over = max(map(len, lines)) - console.width
+        room = max(max(len(row[0]) for row in (head, *body)) - max(over, 0), 16)
+        short = [n if len(n) <= room else f"...{n[3 - room :]}" for n, *_ in body]
+        lines = text_table(
+            head, [(n, *row[1:]) for n, row in zip(short, body, strict=True)], left=1
+        )
+    console.print("\n".join(lines), markup=False)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _name(pattern: str, names: Sequence[str]) -> str:
+    """One name, or what several are that differ in numbers only."""
+    return names[0] if len(names) == 1 else f"{pattern} ({len(names)})"
+
+
+def _digits(value: float) -> str:
+    """A number with three digits."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _range(values: Iterable[str]) -> str:
+    """The smallest and the largest of some numbers."""
+    ordered = sorted(values, key=float)
+    return " to ".join(dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def _bar(what: str) -> rich.progress.Progress:

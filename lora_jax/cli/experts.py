@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from lora_jax.checkpoint import Checkpoint
+from lora_jax.cli.start import Start
 from lora_jax.names import EXPERTS, Name
 from lora_jax.peft_files import PeftFiles
 from lora_jax.torch_layout import factor_shapes
@@ -19,7 +19,7 @@ _BELOW = ".base_layer"
 
 
 def alone_in(
-    files: PeftFiles, base: Checkpoint, order: Mapping[str, bool | None]
+    files: PeftFiles, base: Start, order: Mapping[str, bool | None]
 ) -> dict[str, tuple[str, str]]:
     """For each wrap of a module, as the files call it, the parameter and how PyTorch stores it.
 
@@ -72,7 +72,7 @@ class _Module:
     """A module of which some parameters are adapted by themselves."""
 
     files: PeftFiles
-    base: Checkpoint
+    base: Start
     module: str
     wraps: Sequence[str]
     names: Sequence[str]

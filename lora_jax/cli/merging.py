@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -15,6 +16,8 @@ from lora_jax import peft_files, store
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.experts import alone_in
+from lora_jax.cli.heads import grown, is_head, is_vocabulary
+from lora_jax.cli.start import Start, check_floats
 from lora_jax.config import nearest
 from lora_jax.names import EXPERTS
 from lora_jax.rounding import (
@@ -25,7 +28,7 @@ from lora_jax.rounding import (
     measure_parts,
     round_to,
 )
-from lora_jax.tensors import StrPath
+from lora_jax.tensors import Info, StrPath, floats, is_floating
 from lora_jax.torch_layout import factor_shapes, from_kernel, to_factors, to_kernel
 from lora_jax.tree import check_fits, check_merges
 from lora_jax.variants import VARIANTS
@@ -40,25 +43,35 @@ class Updates:
     """Merged arrays by their names in the base, and what rounding did to them.
 
     Attributes:
+      base: the arrays that are merged into.
       exact: gives ``W'`` in float32, part by part, for a base's array, by its name.
-      whole: arrays that take the place of the base's.
+      whole: arrays that take the place of the base's, or that it lacks.
+      info: dtype and shape of every array of the merged model.
+      config: that of the merged model, where it is another than the base's.
+      notes: what was done that the adapter does not say by itself.
     """
 
+    base: Mapping[str, np.ndarray]
     exact: Mapping[str, Callable[[np.ndarray], _Parts]]
     whole: Mapping[str, np.ndarray]
+    info: Mapping[str, Info]
+    config: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
     _rows: dict[str, Rounding] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, name: str, base: np.ndarray, key: chex.PRNGKey | None) -> np.ndarray:
-        """The array that stands in place of the base's, in its dtype."""
+    def __call__(self, name: str, key: chex.PRNGKey | None) -> np.ndarray:
+        """The array of the merged model, in the dtype of the base's."""
         chance = None if key is None else key_for(key, name)
         if name in self.exact:
-            return self._merged(name, base, chance)
-        if name in self.whole:
-            exact = jnp.asarray(self.whole[name]).astype(jnp.float32)
-            out = round_to(exact, base.dtype, chance)
-            self._rows[name] = measure(exact, out, None)
-            return np.asarray(out)
-        return base
+            return self._merged(name, self.base[name], chance)
+        if name not in self.whole:
+            return self.base[name]
+        if not is_floating(self.whole[name]):
+            return self.whole[name]
+        exact = jnp.asarray(self.whole[name]).astype(jnp.float32)
+        out = round_to(exact, self.info[name].dtype, chance)
+        self._rows[name] = measure(exact, out, None)
+        return np.asarray(out)
 
     def _merged(self, name: str, base: np.ndarray, chance: chex.PRNGKey | None) -> np.ndarray:
         out = base
@@ -97,9 +110,9 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
             exact[name] = functools.partial(_effective, node)
         else:
             array = np.asarray(node.value if isinstance(node, Whole) else node)
-            _check_shape(name, array, base, path)
+            _check_shape(name, Info(array.dtype, array.shape), base, path)
             whole[name] = array
-    return Updates(exact, whole)
+    return Updates(base, exact, whole, base.info)
 
 
 def _effective(node: Adapter | Shift, W: np.ndarray) -> _Parts:
@@ -107,13 +120,13 @@ def _effective(node: Adapter | Shift, W: np.ndarray) -> _Parts:
 
 
 def of_peft(
-    path: StrPath, base: Checkpoint, experts: Mapping[str, bool | None] | None = None
+    files: peft_files.PeftFiles, base: Start, experts: Mapping[str, bool | None] | None = None
 ) -> Updates:
     """Of an adapter of PEFT, for a base with PyTorch's names.
 
     Args:
-      path: the adapter's folder.
-      base: the base.
+      files: the adapter.
+      base: the base, by the adapter's names.
       experts: what shapes may not say of parameters that are adapted by themselves: their names in
         their module, in its order, and whether it stores them ``(experts, in, out)``.
 
@@ -121,12 +134,13 @@ def of_peft(
       ValueError: an adapter that does not fit the base, or of which the files do not say for which
         parameter it is.
     """
-    files = peft_files.read(path)
+    path = files.tensors.path
     exact: dict[str, Callable[[np.ndarray], _Parts]] = {}
     alone = alone_in(files, base, experts or {})
     for module, keys in files.modules.items():
         if module in alone:
             name, kind = alone[module]
+            _has(base, name, path)
             shape, r = base.info[name].shape, files.config.rank_of(name)
             d, k = _matrix_of(shape, kind)
             size = shape[0] if kind in EXPERTS else 1
@@ -148,19 +162,34 @@ def of_peft(
         exact[name] = _merger(files, module, keys, kind, (d, k), r)
         if "bias" in keys:
             exact[f"{module}.bias"] = _shifted(files, module, keys["bias"], base)
-    whole = {}
+    whole: dict[str, np.ndarray] = {}
     for name, key in files.whole.items():
-        plain = name.replace(".base_layer.", ".")
-        _has(base, plain, path)
-        if plain in exact:
+        plain = _place(name.replace(".base_layer.", "."), base)
+        if key in base.taken:
+            continue
+        if plain not in base:
+            _check_new(plain, base, files)
+        elif plain in exact:
             if not np.array_equal(files.tensors[key].astype(base[plain].dtype), base[plain]):
                 raise ValueError(
                     f"{path} was trained on another {plain!r} than {base.path} has: its {key!r}."
                 )
             continue
-        whole[plain] = files.tensors[key]
-        _check_shape(plain, whole[plain], base, path)
-    return Updates(exact, whole)
+        else:
+            _check_shape(plain, files.tensors.info[key], base, path)
+        array = files.tensors[key]
+        if plain in whole and not np.array_equal(array, whole[plain]):
+            raise ValueError(f"{path}: {key!r} is not the only array for {plain!r}.")
+        whole[plain] = array
+    return Updates(base, exact, whole, base.info)
+
+
+def _place(name: str, base: Start) -> str:
+    """The parameter that a tied bias of a head is stored as, or the name itself."""
+    head, _, leaf = name.rpartition(".")
+    beside = f"{head.rpartition('.')[0]}.bias"
+    tied = leaf == "bias" and is_head(head) and head.endswith(".decoder")
+    return beside if tied and name not in base and beside in base else name
 
 
 def _matrix_of(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
@@ -205,7 +234,7 @@ def _merger(
 
 
 def _shifted(
-    files: peft_files.PeftFiles, module: str, key: str, base: Checkpoint
+    files: peft_files.PeftFiles, module: str, key: str, base: Start
 ) -> Callable[[np.ndarray], _Parts]:
     """The bias of a layer with that of ``B`` added."""
     name, path = f"{module}.bias", files.tensors.path
@@ -214,6 +243,7 @@ def _shifted(
             f"{path} has {key!r}, but {base.path} has no {name!r} that it could be added to: the "
             f"merged layer needs a bias, so give the model and its base one of zeros first."
         )
+    _has(base, name, path)
     if files.tensors.info[key].shape != base.info[name].shape:
         raise ValueError(
             f"{path}: {key!r} is {files.tensors.info[key].shape}, but {base.path} has "
@@ -244,16 +274,26 @@ def _kind(
     return "conv1d" if shape == (A[1], B[0]) else "linear"
 
 
-def _has(base: Checkpoint, name: str, path: StrPath) -> None:
+def _has(base: Checkpoint | Start, name: str, path: StrPath) -> None:
+    """Errors where the base lacks an array, or has codes in its place."""
     if name not in base:
         raise ValueError(
             f"{path} has something for {name!r}, but {base.path} has no such array. Nearest: "
             f"{', '.join(nearest(name, base)) or 'none'}."
         )
+    check_floats(base, name)
 
 
-def _check_shape(name: str, array: np.ndarray, base: Checkpoint, path: StrPath) -> None:
-    if array.shape != base.info[name].shape:
-        raise ValueError(
-            f"{path}: {name!r} is {array.shape}, but {base.path} has {base.info[name].shape}."
-        )
+def _check_new(name: str, base: Start, files: peft_files.PeftFiles) -> None:
+    """Errors for a parameter that the base lacks, but for those of a head that is new."""
+    module = name.rpartition(".")[0]
+    if not files.config.saves(name) or any(other.startswith(f"{module}.") for other in base):
+        _has(base, name, files.tensors.path)
+
+
+def _check_shape(name: str, one: Info, base: Checkpoint | Start, path: StrPath) -> None:
+    if one.dtype != base.info[name].dtype or floats(one.dtype):
+        _has(base, name, path)
+    shape = base.info[name].shape
+    if one.shape != shape and not (is_vocabulary(name) and grown([one.shape], shape)):
+        raise ValueError(f"{path}: {name!r} is {one.shape}, but {base.path} has {shape}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,6 +56,29 @@ def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
         elif isinstance(node, Shift):
             base[name] = jax.ShapeDtypeStruct(node.value.shape, jnp.float32)
     return nested(base), nested(found)
+
+
+def as_peft(path: StrPath, names: Sequence[Name], scratch: StrPath) -> peft_files.PeftFiles:
+    """An adapter of ours in PEFT's format.
+
+    Args:
+      path: the adapter's folder.
+      names: those of its parameters.
+      scratch: an empty folder, in which it is written; no message names it.
+
+    Raises:
+      ValueError: it has no equal in PEFT, as far as can be known without its model.
+    """
+    frozen, tree = from_own(path, names)
+    try:
+        peft.save(scratch, frozen, tree, names=names)
+    except ValueError as error:
+        said = str(error).replace(str(scratch), str(path))
+        asks = " Only Python has the model: there lora_jax.export merges it."
+        raise ValueError(said + (asks if "axes=" in said else "")) from None
+    files = peft_files.read(scratch)
+    files.tensors.path = Path(path)
+    return files
 
 
 def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
