@@ -144,8 +144,8 @@ def _regex(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-# How transformers' FlaxConv1D stores its kernel, and what the layers of that class, and of Conv1D in
-# PyTorch, are called; GPT-Neo and others call linear layers so.
+# How transformers' FlaxConv1D stores its kernel, and what layers of that class, and of PyTorch's
+# Conv1D, are called. GPT-Neo and others call linear layers so.
 CONV1D = KernelAxes(inputs=(1,), outputs=(0,))
 CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")
 

@@ -190,8 +190,7 @@ def _lookup(name: str, tensors: Tensors, model: TorchParams) -> Torch:
             f"{tensors.path} has something for {name!r}, but names gives no parameter of this "
             f"model that name. Nearest: {near}."
         )
-    path = model.by_name[name].path
-    return next(torch for torch in model.torch(path) if torch.name == name)
+    return model.by_name[name]
 
 
 def _check_same(torch: Torch, array: np.ndarray, model: TorchParams, where: str) -> None:

@@ -145,25 +145,10 @@ class TorchParams:
         """PyTorch's parameters for a leaf.
 
         Raises:
-          ValueError: no name is for it, the adapter has its axes the other way round, or nothing
-            says how it is stored.
+          ValueError: no name is for it.
         """
         if path not in self._torch:
             found = self._found(path)
-            own, said = self._own.get(path), self._said(path)
-            if own and said and own.stacks == said.stacks and own.inputs == said.outputs:
-                raise ValueError(
-                    f"{path!r} has an adapter with inputs {own.inputs} and outputs {own.outputs}, "
-                    f"but its layer has inputs {said.inputs}: make the adapter with "
-                    f"lora_init(..., axes=lora_jax.kernel_axes(...))."
-                )
-            if any(torch.kind == "weight" for torch in found):
-                raise ValueError(
-                    f"{path!r} of shape {self.shape(path)} may be of a FlaxConv1D, which stores "
-                    f"(out, in), or of a linear layer, as GPT-Neo's, which stores (in, out); its "
-                    f"name does not say it. Pass axes=lora_jax.kernel_axes(...) or, for a class of "
-                    f"your own, names= with a Name for it that says its kind and axes."
-                )
             if not found:
                 raise ValueError(
                     f"names has no name in PyTorch for {path!r}: add a lora_jax.peft.Name for it."
@@ -172,7 +157,30 @@ class TorchParams:
         return self._torch[path]
 
     def _found(self, path: str) -> list[Torch]:
-        return list(torch_names(path, self._kind(path), self.stack(path), self._names))
+        # Whole, FlaxConv1D and linear layers alike are PyTorch's transposed.
+        kind = self._kind(path).replace("weight", "linear")
+        return list(torch_names(path, kind, self.stack(path), self._names))
+
+    def check_orientation(self, path: str) -> None:
+        """Errors where it is not known which axis of an adapted kernel are its inputs.
+
+        Raises:
+          ValueError: nothing says it, or the adapter has them the other way round.
+        """
+        own, said = self._own.get(path), self._said(path)
+        if own and said and own.stacks == said.stacks and own.inputs == said.outputs:
+            raise ValueError(
+                f"{path!r} has an adapter with inputs {own.inputs} and outputs {own.outputs}, but "
+                f"its layer has inputs {said.inputs} and outputs {said.outputs}: make the adapter "
+                f"with lora_init(..., axes=lora_jax.kernel_axes(...))."
+            )
+        if self._kind(path) == "weight":
+            raise ValueError(
+                f"{path!r} of shape {self.shape(path)} may be of a FlaxConv1D, as GPT-2's, which "
+                f"stores (out, in), or of a linear layer, as GPT-Neo's, that stores (in, out). Its "
+                f"name does not say it. Pass axes=lora_jax.kernel_axes(...) or, for a class of "
+                f"your own, names= with a lora_jax.peft.Name that says its kind and axes."
+            )
 
     def complete(self, path: str) -> list[Torch]:
         """PyTorch's parameters for a leaf, which together are all of it.

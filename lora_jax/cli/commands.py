@@ -17,16 +17,23 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax import peft, peft_files, store
+from lora_jax.adapter import Adapter
 from lora_jax.approximation import nearest
+from lora_jax.axes import KernelAxes
 from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, trees
 from lora_jax.cli.experts import order_of
+from lora_jax.cli.layouts import Layouts, model_types
 from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter
-from lora_jax.names import as_names
+from lora_jax.names import CONV1D, as_names
 from lora_jax.rounding import RoundingReport
 from lora_jax.tensors import read_json
 
 Folder = Annotated[Path, tyro.conf.Positional]
+# How modules of embeddings are called: their weights look like those of linear layers in a file.
+_EMBEDDING = re.compile(
+    r"(^|[._])(wte|wpe|shared|embeds?|embeddings?|embed_(tokens|positions|in))\.weight$"
+)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -90,12 +97,13 @@ def convert(
         frozen, adapters = trees.from_peft(source, table)
         store.save(target, adapters)
     else:
-        frozen, adapters = trees.from_own(source, table)
+        frozen, adapters, axes = trees.from_own(source, table)
         peft.save(
             target,
             frozen,
             adapters,
             names=table,
+            axes=axes,
             base_model_name_or_path=base_model,
             task_type=task_type,
         )
@@ -124,23 +132,32 @@ def merge(
         experts: where PEFT's adapter is for parameters (target_parameters) whose shapes are alike:
             their names in their module, in the order in which its class makes them.
         layout: whether these are stored (experts, in, out) or (experts, out, in), where their
-            shapes do not say it.
+            shapes do not say it; and whether square weights of layers are stored (in, out), as
+            GPT-2's Conv1D does, or (out, in), where neither other shapes nor the base's config.json
+            say it.
     """
     _new(out)
-    _check_experts(adapter, experts, layout)
+    _check_experts(adapter, experts)
     checkpoint = Checkpoint(base)
+    layouts = Layouts(checkpoint, layout)
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
         if is_peft(adapter):
             order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
-            updates = merging.of_peft(adapter, checkpoint, order)
+            updates = merging.of_peft(adapter, checkpoint, order, layouts)
         elif set(store.read(adapter).adapters) <= set(checkpoint):
             updates = merging.of_own(adapter, checkpoint)
         else:
             table = as_names(_names(names))
-            frozen, tree = trees.from_own(adapter, table)
-            peft.save(scratch, frozen, tree, names=table)
-            updates = merging.of_peft(scratch, checkpoint, order_of(table))
+            frozen, tree, axes = trees.from_own(adapter, table)
+            peft.save(scratch, frozen, tree, names=table, axes=axes)
+            own = trees.kinds(frozen, table, axes)
+            updates = merging.of_peft(scratch, checkpoint, order_of(table), layouts, own)
+        if layout is not None and not (experts or layouts.asked):
+            raise ValueError(
+                "--layout is said of the parameters that --experts names, or of square weights of "
+                "which nothing else says it, and there is none."
+            )
         with _bar("merging") as bar:
             task = bar.add_task("merging", total=len(checkpoint))
 
@@ -199,6 +216,7 @@ def extract(
     energy: float | None = None,
     match: str = ".*",
     allow_rest: bool = False,
+    layout: Literal["in-out", "out-in"] | None = None,
 ) -> int:
     """Makes an adapter from a fine-tuned model and its base, by singular values.
 
@@ -210,8 +228,10 @@ def extract(
         rank: of every matrix; or
         energy: keep this share of the squared norm of every difference.
         match: only matrices whose whole name matches this regular expression; in PyTorch's names
-            it must leave out embeddings, which look like linear layers in a file.
+            it must leave out embeddings.
         allow_rest: leave out what differs and is no matrix that matches; else it is an error.
+        layout: as for merge: whether PyTorch stores square weights of layers (in, out), as GPT-2's
+            Conv1D does, or (out, in), where neither other shapes nor the base's config.json say it.
     """
     if (rank is None) == (energy is None):
         raise ValueError("extract needs either --rank or --energy.")
@@ -224,7 +244,9 @@ def extract(
     if missing := sorted(set(new) ^ set(old)):
         raise ValueError(f"Only one of the two has {', '.join(map(repr, missing[:4]))}.")
     pattern, rest = re.compile(match), []
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    layouts = Layouts(old, layout, model_types(new))
+    kinds: dict[str, str] = {}
+    found: dict[str, Adapter] = {}
     table = _table("matrix", "rank", "||error|| / ||difference||")
     for name in _progress(old, "singular values"):
         if new.info[name].shape != old.info[name].shape:
@@ -235,9 +257,16 @@ def extract(
         if delta.ndim != 2 or not pattern.fullmatch(name):
             rest.append(name)
             continue
-        delta = delta.T if name.endswith(".weight") else delta
-        low = nearest(delta, rank, energy)
-        found[name] = (low.U, low.V)
+        in_torch = name.endswith(".weight")
+        if in_torch and _EMBEDDING.search(name):
+            raise ValueError(
+                f"{name!r} is of an embedding, by its name, and differs: leave it out, with "
+                f"--match and --allow-rest."
+            )
+        kind = layouts.kind(name) if in_torch or name.endswith("/kernel") else "linear"
+        axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
+        low = nearest(delta.T if axes == CONV1D else delta, rank, energy)
+        kinds[name], found[name] = kind, trees.adapter(low.U, low.V, axes)
         table.add_row(name, str(low.U.shape[1]), f"{low.error:.3g}")
     if rest and not allow_rest:
         raise ValueError(
@@ -249,13 +278,14 @@ def extract(
     torch = [name.endswith(".weight") for name in found]
     if any(torch) and not all(torch):
         raise ValueError("The names are neither all PyTorch's nor all Flax's: narrow --match.")
-    adapters = {name: trees.adapter(U, V) for name, (U, V) in found.items()}
+    if layout is not None and not layouts.asked:
+        raise ValueError("--layout is said of square weights of which nothing else says it.")
     if all(torch):
-        names = [(name, name) for name in found]
-        frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape[::-1], jnp.float32) for n in found}
-        peft.save(out, frozen, adapters, names=names)
+        names = [(name, name, kinds[name]) for name in found]
+        frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape, jnp.float32) for n in found}
+        peft.save(out, frozen, found, names=names)
     else:
-        store.save(out, trees.nested(adapters))
+        store.save(out, trees.nested(found))
     console.print(table)
     if rest:
         console.print(f"Left out, though they differ: {', '.join(rest)}.", markup=False)
@@ -301,10 +331,8 @@ def _names(names: str) -> Any:
     return names
 
 
-def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) -> None:
-    """Errors where these options would have no effect."""
-    if layout is not None and not experts:
-        raise ValueError("--layout is said of the parameters that --experts names.")
+def _check_experts(adapter: Path, experts: Sequence[str]) -> None:
+    """Errors where the option would have no effect."""
     targets = peft_files.read(adapter).config.target_parameters if is_peft(adapter) else ()
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:

@@ -13,8 +13,11 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft, peft_files, store
 from lora_jax.adapter import Adapter, Shift
+from lora_jax.axes import KernelAxes
 from lora_jax.names import EXPERTS, Name, find
 from lora_jax.tensors import StrPath
+from lora_jax.torch_params import TorchParams
+from lora_jax.tree import flatten, path_of
 
 
 def nested(flat: Mapping[str, Any]) -> Any:
@@ -22,10 +25,10 @@ def nested(flat: Mapping[str, Any]) -> Any:
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})
 
 
-def adapter(U: np.ndarray, V: np.ndarray) -> Adapter:
-    """A LoRA adapter of a plain matrix, with ``s = 1``."""
+def adapter(U: np.ndarray, V: np.ndarray, axes: KernelAxes) -> Adapter:
+    """A LoRA adapter of a matrix, with ``s = 1``."""
     rank = U.shape[1]
-    return Adapter(jnp.asarray(U), jnp.asarray(V), rank=rank, alpha=float(rank))
+    return Adapter(jnp.asarray(U), jnp.asarray(V), rank=rank, alpha=float(rank), axes=axes)
 
 
 def kernel_shape(node: Adapter) -> tuple[int, ...]:
@@ -39,8 +42,8 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
-    """``(frozen, adapters)`` of an adapter of ours; the base is only shapes."""
+def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any, dict[str, KernelAxes]]:
+    """``(frozen, adapters)`` of an adapter of ours, and its axes; the base is only shapes."""
     found = store.read(path).adapters
     base = {}
     for name, node in found.items():
@@ -54,7 +57,15 @@ def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
             base[name] = jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32)
         elif isinstance(node, Shift):
             base[name] = jax.ShapeDtypeStruct(node.value.shape, jnp.float32)
-    return nested(base), nested(found)
+    axes = {name: node.axes for name, node in found.items() if isinstance(node, Adapter)}
+    return nested(base), nested(found), axes
+
+
+def kinds(frozen: Any, names: Sequence[Name], axes: Mapping[str, KernelAxes]) -> dict[str, str]:
+    """How PyTorch stores what an adapter of ours is for, by PyTorch's names."""
+    leaves = {path_of(key): leaf for key, leaf in flatten(frozen, "frozen").items()}
+    model = TorchParams(leaves, names, axes, axes)
+    return {torch.name: torch.kind for path in axes for torch in model.torch(path)}
 
 
 def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:

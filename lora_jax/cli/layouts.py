@@ -1,0 +1,143 @@
+"""How the layers of a base on disk store their weights, where there is no model to ask.
+
+In PyTorch a matrix is that of an ``nn.Linear``, ``(out, in)``, or of transformers' ``Conv1D``, as
+in GPT-2, ``(in, out)``; in Flax each is the transpose. PEFT's ``fan_in_fan_out`` says which it is
+only of the module that was wrapped last.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lora_jax.checkpoint import Checkpoint
+from lora_jax.names import CONV1D_LAYERS
+from lora_jax.tensors import read_json
+from lora_jax.torch_layout import output_axis
+
+# Types of transformers' models, or the packages that they are in, which call layers as
+# CONV1D_LAYERS has it: those where they are Conv1D, and those where they are linear.
+_CONV1D_TYPES = frozenset(
+    {
+        "clvp",
+        "clvp_decoder",
+        "decision_transformer",
+        "gpt2",
+        "imagegpt",
+        "openai",
+        "openai-gpt",
+    }
+)
+_LINEAR_TYPES = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})
+
+
+class Layouts:
+    """What a base says of how its layers store their weights, and what the user answers.
+
+    Args:
+      base: the base; ``config.json`` beside its files has the model's type.
+      answer: ``"in-out"`` or ``"out-in"``, of layers of which nothing else says it.
+      types: of the model, as others know them.
+
+    Attributes:
+      asked: whether there was such a layer.
+    """
+
+    def __init__(
+        self, base: Checkpoint, answer: str | None = None, types: Iterable[str] = ()
+    ) -> None:
+        self._base, self._answer, self._given = base, answer, frozenset(types)
+        self.asked = False
+
+    def kind(self, name: str, own: str = "", fan_in_fan_out: bool = False) -> str:
+        """``"linear"`` or ``"conv1d"``, for a matrix by its name, PyTorch's or Flax's.
+
+        Args:
+          name: as ``"h.0.attn.c_proj.weight"`` or ``"h/0/attn/c_proj/kernel"``.
+          own: what the adapter knows itself.
+          fan_in_fan_out: what PEFT's config says.
+
+        Raises:
+          ValueError: neither the bias, nor the layers of the same name, nor the model's type say
+            it, or they do not agree.
+        """
+        if found := self._by_bias(name):
+            return found
+        layer = _layer(name)
+        either = layer in CONV1D_LAYERS
+        says = self._by_type(either) | (self._seen.get(layer, set()) if either else set())
+        says |= {own} - {""}
+        if len(says) == 1:
+            return says.pop()
+        others = {kind for layer in self._seen.keys() - CONV1D_LAYERS for kind in self._seen[layer]}
+        if not (says or either or fan_in_fan_out or "conv1d" in others):
+            return "linear"
+        self.asked = True
+        shape, stored = self._base.info[name].shape, f"{self._base.path}: {name!r}"
+        if own:
+            raise ValueError(
+                f"{stored} {shape} is of another class of layers, by the base, than the adapter "
+                f"was made for: {own} (conv1d stores (in, out) in PyTorch, linear (out, in))."
+            )
+        if self._answer is None:
+            raise ValueError(
+                f"{stored} {shape} may be stored (in, out) or (out, in): GPT-2's Conv1D and linear "
+                f"layers of other models are called alike, and neither shapes nor a config.json "
+                f"beside it say which it is. Say it with --layout: in PyTorch in-out for Conv1D, "
+                f"out-in for a linear layer."
+            )
+        return "conv1d" if (self._answer == "in-out") == name.endswith(".weight") else "linear"
+
+    def _by_bias(self, name: str) -> str:
+        """Empty where that does not say it. Every ``Conv1D`` has a bias."""
+        bias = _bias(name)
+        if bias not in self._base:
+            return "linear"
+        torch = name.endswith(".weight")
+        outputs = output_axis(self._base.info[name].shape, self._base.info[bias].shape)
+        if outputs is None:
+            return ""
+        return "linear" if outputs == (0 if torch else 1) else "conv1d"
+
+    def _by_type(self, either: bool) -> set[str]:
+        says = {"conv1d" if either else "linear"} if self._types & _CONV1D_TYPES else set()
+        return says | ({"linear"} if self._types & _LINEAR_TYPES else set())
+
+    @functools.cached_property
+    def _seen(self) -> Mapping[str, set[str]]:
+        """What layers are by their biases, by the last part of their names."""
+        seen: dict[str, set[str]] = {}
+        for name, info in self._base.info.items():
+            matrix = name.endswith((".weight", "/kernel")) and len(info.shape) == 2
+            if matrix and _bias(name) in self._base and (kind := self._by_bias(name)):
+                seen.setdefault(_layer(name), set()).add(kind)
+        return seen
+
+    @functools.cached_property
+    def _types(self) -> frozenset[str]:
+        return self._given | model_types(self._base)
+
+
+def model_types(base: Checkpoint) -> frozenset[str]:
+    """The types of the model, and of those in it, by the ``config.json`` beside its files."""
+    folder = base.path if base.path.is_dir() else base.path.parent
+    file = folder / "config.json"
+    return frozenset(_types_in(read_json(file))) if file.is_file() else frozenset()
+
+
+def _types_in(said: Any) -> Iterator[str]:
+    if isinstance(said, dict):
+        if isinstance(said.get("model_type"), str):
+            yield said["model_type"]
+        for one in said.values():
+            yield from _types_in(one)
+
+
+def _bias(name: str) -> str:
+    return name[: -len("weight")] + "bias"  # "kernel" is as long
+
+
+def _layer(name: str) -> str:
+    return re.split(r"[./]", f".{name}")[-2]
