@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.names import CONV1D_LAYERS
+from lora_jax.peft_config import PeftConfig
 from lora_jax.tensors import read_json
 from lora_jax.torch_layout import output_axis
 
@@ -51,13 +52,13 @@ class Layouts:
         self._base, self._answer, self._given = base, answer, frozenset(types)
         self.asked = False
 
-    def kind(self, name: str, own: str = "", fan_in_fan_out: bool = False) -> str:
+    def kind(self, name: str, own: str = "", config: PeftConfig | None = None) -> str:
         """``"linear"`` or ``"conv1d"``, for a matrix by its name, PyTorch's or Flax's.
 
         Args:
           name: as ``"h.0.attn.c_proj.weight"`` or ``"h/0/attn/c_proj/kernel"``.
-          own: what the adapter knows itself.
-          fan_in_fan_out: what PEFT's config says.
+          own: what an adapter of ours knows itself.
+          config: that of an adapter of PEFT.
 
         Raises:
           ValueError: neither the bias, nor the layers of the same name, nor the model's type say
@@ -67,12 +68,14 @@ class Layouts:
             return found
         layer = _layer(name)
         either = layer in CONV1D_LAYERS
-        says = self._by_type(either) | (self._seen.get(layer, set()) if either else set())
+        types = self._types | ({config.package} if config else set())
+        says = kinds_of(types, layer) | (self._seen.get(layer, set()) if either else set())
         says |= {own} - {""}
         if len(says) == 1:
             return says.pop()
         others = {kind for layer in self._seen.keys() - CONV1D_LAYERS for kind in self._seen[layer]}
-        if not (says or either or fan_in_fan_out or "conv1d" in others):
+        last = config is not None and config.fan_in_fan_out
+        if not (says or either or last or "conv1d" in others):
             return "linear"
         self.asked = True
         shape, stored = self._base.info[name].shape, f"{self._base.path}: {name!r}"
@@ -101,10 +104,6 @@ class Layouts:
             return ""
         return "linear" if outputs == (0 if torch else 1) else "conv1d"
 
-    def _by_type(self, either: bool) -> set[str]:
-        says = {"conv1d" if either else "linear"} if self._types & _CONV1D_TYPES else set()
-        return says | ({"linear"} if self._types & _LINEAR_TYPES else set())
-
     @functools.cached_property
     def _seen(self) -> Mapping[str, set[str]]:
         """What layers are by their biases, by the last part of their names."""
@@ -118,6 +117,21 @@ class Layouts:
     @functools.cached_property
     def _types(self) -> frozenset[str]:
         return self._given | model_types(self._base)
+
+
+def kinds_of(types: Iterable[str], layer: str) -> set[str]:
+    """How a model stores the weights of a layer, by its type and the types of models in it.
+
+    Example:
+      >>> kinds_of({"gpt2"}, "c_proj"), kinds_of({"gpt2"}, "lm_head"), kinds_of({"opt"}, "fc1")
+      ({'conv1d'}, {'linear'}, set())
+    """
+    kinds = set()
+    if not _CONV1D_TYPES.isdisjoint(types):
+        kinds.add("conv1d" if layer in CONV1D_LAYERS else "linear")
+    if not _LINEAR_TYPES.isdisjoint(types):
+        kinds.add("linear")
+    return kinds
 
 
 def model_types(base: Checkpoint) -> frozenset[str]:

@@ -14,7 +14,8 @@ from flax.traverse_util import unflatten_dict
 from lora_jax import peft, peft_files, store
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.axes import KernelAxes
-from lora_jax.names import EXPERTS, Name, find
+from lora_jax.cli.layouts import kinds_of
+from lora_jax.names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, find
 from lora_jax.tensors import StrPath
 from lora_jax.torch_params import TorchParams
 from lora_jax.tree import flatten, path_of
@@ -72,6 +73,7 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of PEFT; the base is only shapes."""
     files = peft_files.read(path)
     base: dict[str, Any] = {}
+    axes: dict[str, KernelAxes] = {}
     for module, keys in files.modules.items():
         info = files.tensors.info
         A, B = info[keys["A"]].shape, info[keys["B"]].shape
@@ -86,8 +88,10 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
             )
         window, d, k = A[2:], A[1], B[0]
         shape = (*window, d, k)
-        if name.axes is not None:
-            shape = (k, d) if name.axes.inputs == (1,) else shape
+        if name.kind == "weight" and not window:
+            axes[flax] = _axes_in(files, module, flax)
+        if axes.get(flax, name.axes) == CONV1D:
+            shape = (k, d)
         base[flax] = jax.ShapeDtypeStruct(shape, jnp.float32)
     for name_, key in files.whole.items():
         flax, name = _flax_path(name_.replace(".base_layer", ""), names, str(path))
@@ -100,7 +104,26 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
         if len(one.shape) > 2:
             raise ValueError(f"{path}: {key!r} has {len(one.shape)} axes: load it in Python.")
         base[flax] = np.zeros(shape, np.float32)
-    return peft.load(path, nested(base), names=names)
+    return peft.load(path, nested(base), names=names, axes=axes)
+
+
+def _axes_in(files: peft_files.PeftFiles, module: str, flax: str) -> KernelAxes:
+    """The axes that Flax's kernel has, by what an adapter of PEFT says of its model."""
+    layer, config = module.rpartition(".")[2], files.config
+    if layer not in CONV1D_LAYERS:
+        return KernelAxes()
+    said = kinds_of({config.package}, layer)
+    if not said and config.fan_in_fan_out:
+        said = {"conv1d"}  # no model calls both classes so
+    if not said and all(m.rpartition(".")[2] in CONV1D_LAYERS for m in files.modules):
+        said = {"linear"}
+    if not said:
+        raise ValueError(
+            f"{files.tensors.path}: {module!r} may be a Conv1D, as in GPT-2, or a linear layer, as "
+            f"in GPT-Neo, and only the model says how Flax stores {flax!r}. Load it in Python, "
+            f"with lora_jax.peft.load and axes=, or give --names that say its kind."
+        )
+    return CONV1D if said == {"conv1d"} else KernelAxes()
 
 
 def _flax_path(torch: str, names: Sequence[Name], where: str) -> tuple[str, Name]:
