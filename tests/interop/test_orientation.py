@@ -144,6 +144,11 @@ def test_merge_is_pefts(bases, name, targets, config, tmp_path):
     assert relative_error(logits(base.load()), expected) > 1e-2
     commands.merge(tmp_path / "adapter", base.folder, tmp_path / "merged")
     assert relative_error(logits(base.load(tmp_path / "merged")), expected) < 1e-5
+    if "use_dora" in config:
+        base.load().save_pretrained(tmp_path / "shards", max_shard_size="4kB")
+        commands.merge(tmp_path / "adapter", tmp_path / "shards", tmp_path / "merged shards")
+        assert len(list((tmp_path / "merged shards").glob("*.safetensors"))) > 1
+        assert relative_error(logits(base.load(tmp_path / "merged shards")), expected) < 1e-5
 
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(
@@ -202,37 +207,60 @@ def test_extract_is_for_peft(bases, name, targets, tmp_path):
     assert relative_error(logits(base.load(tmp_path / "merged")), expected) < 1e-4
 
 
+FLAX = {
+    "GPT-2": ("c_attn|c_fc|attn/c_proj", [".*mlp/c_proj/.*"]),
+    "GPT-2, square": ("c_attn|c_fc|attn/c_proj|lm_head", [".*mlp/c_proj/.*"]),
+    "GPT-Neo": ("c_fc|c_proj|lm_head", [".*out_proj/.*"]),
+    "GPT-Neo, square": ("c_fc|q_proj", [".*c_proj/.*"]),
+    "GPT-J": ("q_proj|fc_in", []),
+    "OPT": ("q_proj|fc1", [".*/out_proj/.*"]),
+}
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("name", ["GPT-2, square", "GPT-Neo, square", "GPT-Neo", "GPT-J", "OPT"])
+@pytest.mark.parametrize("name", FLAX)
 def test_flax_is_peft(bases, name, dora, tmp_path):
     """What Flax computes, PEFT computes with what is saved, and transformers with the export."""
-    base = bases(name)
+    base, (targets, whole) = bases(name), FLAX[name]
     model = getattr(transformers, f"Flax{base.cls}").from_pretrained(base.folder, from_pt=True)
     params, variant = model.params, {"variant": "dora", "detach_norm": True} if dora else {}
     axes = lora_jax.kernel_axes(model, {"params": params}, IDS)
-    rule = lora_jax.Rule(".*/(c_fc|c_attn|c_proj|q_proj|fc_in|fc1)/kernel", rank=2, **variant)
-    whole = [".*attn.*/(c_proj|out_proj)/.*"] if name != "GPT-2, square" else []
+    rule = lora_jax.Rule(f"(.*/)?({targets})/kernel", rank=2, **variant)
     config = lora_jax.LoraConfig([rule], trainable=whole)
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
     adapters = random_like(adapters)
     expected = lora_jax.lora_apply(model, {"params": frozen}, adapters, IDS).logits
 
+    def in_peft(folder):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+            return logits(peft.PeftModel.from_pretrained(base.load(), folder).eval())
+
     lora_jax.peft.save(tmp_path / "adapter", frozen, adapters, axes=axes)
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert said["fan_in_fan_out"] == name.startswith("GPT-2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        back = peft.PeftModel.from_pretrained(base.load(), tmp_path / "adapter").eval()
-    assert relative_error(logits(back), expected) < 1e-5
+    assert relative_error(in_peft(tmp_path / "adapter"), expected) < 1e-5
     again = lora_jax.peft.load(tmp_path / "adapter", params, axes=axes)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, (frozen, adapters)))
-    lora_jax.export(tmp_path / "m" / "model.safetensors", frozen, adapters, names="transformers")
-    (tmp_path / "m" / "config.json").write_bytes((base.folder / "config.json").read_bytes())
-    assert relative_error(logits(base.load(tmp_path / "m")), expected) < 1e-5
-
+    for options in ({}, {"axes": axes}):
+        file = tmp_path / "m" / "model.safetensors"
+        lora_jax.export(file, frozen, adapters, names="transformers", **options)
+        (tmp_path / "m" / "config.json").write_bytes((base.folder / "config.json").read_bytes())
+        assert relative_error(logits(base.load(tmp_path / "m")), expected) < 1e-5
     if "square" in name:  # without axes nothing says it
         with pytest.raises(ValueError, match=r"name does not say it\. Pass axes="):
             lora_jax.peft.load(tmp_path / "adapter", params)
+
     lora_jax.save(tmp_path / "own", adapters)
     commands.merge(tmp_path / "own", base.folder, tmp_path / "merged")
     assert relative_error(logits(base.load(tmp_path / "merged")), expected) < 1e-5
+    commands.convert(tmp_path / "own", tmp_path / "converted")
+    assert relative_error(in_peft(tmp_path / "converted"), expected) < 1e-5
+    if name == "GPT-Neo, square":
+        with pytest.raises(ValueError, match="may be a Conv1D, as in GPT-2, or a linear layer"):
+            commands.convert(tmp_path / "converted", tmp_path / "back")
+    elif name != "GPT-Neo":
+        commands.convert(tmp_path / "converted", tmp_path / "back")
+        back = lora_jax.load(tmp_path / "back", params)
+        assert jax.tree.all(jax.tree.map(np.array_equal, back, (frozen, adapters)))
