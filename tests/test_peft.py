@@ -477,7 +477,7 @@ def test_patterns_are_written_in_the_order_that_counts(tmp_path):
 def conv1d_or_dense(k, bias, input_axes=None):
     """A layer that is called as GPT-2's are, adapted."""
     layer = {"kernel": jnp.ones((6, k))} | ({"bias": jnp.ones(bias)} if bias else {})
-    params = random_like({"c_proj": layer, "head": {"kernel": jnp.ones((k, 4))}})
+    params = random_like({"h": {"c_proj": layer}, "head": {"kernel": jnp.ones((k, 4))}})
     rule = lora_jax.Rule(".*/kernel", rank=2, input_axes=input_axes)
     return lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig([rule]))
 
@@ -485,7 +485,7 @@ def conv1d_or_dense(k, bias, input_axes=None):
 @pytest.mark.parametrize(
     ("k", "bias", "axes"),
     [
-        (6, 6, {"c_proj/kernel": lora_jax.KernelAxes()}),
+        (6, 6, {"h/c_proj/kernel": lora_jax.KernelAxes()}),
         (6, None, None),  # every Conv1D has a bias
         (5, 5, None),  # which is of its outputs
     ],
@@ -495,8 +495,8 @@ def test_a_linear_layer_that_is_called_as_gpt2s(k, bias, axes, tmp_path):
     lora_jax.peft.save(tmp_path, frozen, adapters, axes=axes)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert said["fan_in_fan_out"] is False
-    A = Tensors(tmp_path / FILE)["base_model.model.c_proj.lora_A.weight"]
-    assert np.array_equal(A, adapters["c_proj"]["kernel"].U.T)
+    A = Tensors(tmp_path / FILE)["base_model.model.h.c_proj.lora_A.weight"]
+    assert np.array_equal(A, adapters["h"]["c_proj"]["kernel"].U.T)
     chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path, frozen, axes=axes)[1], adapters)
 
 
@@ -509,10 +509,10 @@ def test_an_adapter_knows_its_own_axes(tmp_path):
 
 def test_a_layer_that_may_be_either_is_refused(tmp_path):
     frozen, adapters = conv1d_or_dense(6, 6)
-    message = r"'c_proj/kernel' of shape \(6, 6\) may be of a FlaxConv1D.*Pass axes="
+    message = r"'h/c_proj/kernel' of shape \(6, 6\) may be of a FlaxConv1D.*Pass axes="
     with pytest.raises(ValueError, match=message):
         lora_jax.peft.save(tmp_path / "x", frozen, adapters)
-    axes = {"c_proj/kernel": lora_jax.KernelAxes()}
+    axes = {"h/c_proj/kernel": lora_jax.KernelAxes()}
     lora_jax.peft.save(tmp_path / "x", frozen, adapters, axes=axes)
     with pytest.raises(ValueError, match=message):
         lora_jax.peft.load(tmp_path / "x", frozen)
@@ -521,15 +521,15 @@ def test_a_layer_that_may_be_either_is_refused(tmp_path):
     lora_jax.peft.save(tmp_path / "y", frozen, rest)
     chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path / "y", frozen)[1], rest)
     lora_jax.export(tmp_path / "z", frozen, {}, names="transformers")
-    kernel = frozen["c_proj"]["kernel"]
-    assert np.array_equal(Tensors(tmp_path / "z")["c_proj.weight"], kernel.T)
+    kernel = frozen["h"]["c_proj"]["kernel"]
+    assert np.array_equal(Tensors(tmp_path / "z")["h.c_proj.weight"], kernel.T)
 
 
 @pytest.mark.parametrize("input_axes", [(0,), (1,)])
 def test_an_adapter_the_other_way_round_is_refused(input_axes, tmp_path):
     frozen, adapters = conv1d_or_dense(6, 6, input_axes)
-    axes = {"c_proj/kernel": lora_jax.KernelAxes((1 - input_axes[0],), input_axes)}
-    with pytest.raises(ValueError, match=r"'c_proj/kernel' has an adapter with inputs"):
+    axes = {"h/c_proj/kernel": lora_jax.KernelAxes((1 - input_axes[0],), input_axes)}
+    with pytest.raises(ValueError, match=r"'h/c_proj/kernel' has an adapter with inputs"):
         lora_jax.peft.save(tmp_path, frozen, adapters, axes=axes)
 
 

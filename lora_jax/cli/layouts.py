@@ -15,6 +15,7 @@ from typing import Any
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.names import CONV1D_LAYERS
 from lora_jax.peft_config import PeftConfig
+from lora_jax.peft_files import PeftFiles
 from lora_jax.tensors import read_json
 from lora_jax.torch_layout import output_axis
 
@@ -52,30 +53,32 @@ class Layouts:
         self._base, self._answer, self._given = base, answer, frozenset(types)
         self.asked = False
 
-    def kind(self, name: str, own: str = "", config: PeftConfig | None = None) -> str:
+    def kind(self, name: str, own: str = "", files: PeftFiles | None = None) -> str:
         """``"linear"`` or ``"conv1d"``, for a matrix by its name, PyTorch's or Flax's.
 
         Args:
           name: as ``"h.0.attn.c_proj.weight"`` or ``"h/0/attn/c_proj/kernel"``.
           own: what an adapter of ours knows itself.
-          config: that of an adapter of PEFT.
+          files: those of an adapter of PEFT.
 
         Raises:
-          ValueError: neither the bias, nor the layers of the same name, nor the model's type say
-            it, or they do not agree.
+          ValueError: neither the bias, nor layers of the same name, nor the model's type say it,
+            or they do not agree.
         """
         if found := self._by_bias(name):
             return found
         layer = _layer(name)
         either = layer in CONV1D_LAYERS
-        types = self._types | ({config.package} if config else set())
-        says = kinds_of(types, layer) | (self._seen.get(layer, set()) if either else set())
-        says |= {own} - {""}
+        config = PeftConfig(1, 1.0) if files is None else files.config
+        says = kinds_of(self._types | {config.package}, layer) | ({own} - {""})
+        if either:
+            says |= self._seen.get(layer, set())
+            if files and {_layer(f"{module}.weight") for module in files.modules} == {layer}:
+                says.add("conv1d" if config.fan_in_fan_out else "linear")
         if len(says) == 1:
             return says.pop()
         others = {kind for layer in self._seen.keys() - CONV1D_LAYERS for kind in self._seen[layer]}
-        last = config is not None and config.fan_in_fan_out
-        if not (says or either or last or "conv1d" in others):
+        if not (says or either or config.fan_in_fan_out or "conv1d" in others):
             return "linear"
         self.asked = True
         shape, stored = self._base.info[name].shape, f"{self._base.path}: {name!r}"
@@ -86,10 +89,9 @@ class Layouts:
             )
         if self._answer is None:
             raise ValueError(
-                f"{stored} {shape} may be stored (in, out) or (out, in): GPT-2's Conv1D and linear "
-                f"layers of other models are called alike, and neither shapes nor a config.json "
-                f"beside it say which it is. Say it with --layout: in PyTorch in-out for Conv1D, "
-                f"out-in for a linear layer."
+                f"{stored} {shape} may be stored (in, out) or (out, in): in PyTorch as GPT-2's "
+                f"Conv1D or as a linear layer, in Flax the other way round. Neither shapes nor a "
+                f"config.json beside it say which: say it with --layout in-out or --layout out-in."
             )
         return "conv1d" if (self._answer == "in-out") == name.endswith(".weight") else "linear"
 

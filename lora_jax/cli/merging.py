@@ -146,7 +146,7 @@ def of_peft(
         A, B = (files.tensors.info[keys[role]].shape for role in ("A", "B"))
         kind = _kind(keys, A, B, shape)
         if not kind:
-            kind = layouts.kind(name, (own or {}).get(name, ""), files.config)
+            kind = layouts.kind(name, (own or {}).get(name, ""), files)
         window = shape[2:] if kind == "conv" else ()
         d, k = A[1] * int(np.prod(window, dtype=int)), B[0]
         expected = factor_shapes(kind, (d, k), r, window, 1)

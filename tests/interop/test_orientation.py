@@ -126,12 +126,8 @@ ADAPTERS = [
     ("OPT", ["q_proj", "out_proj", "fc1", "fc2"], {"use_dora": True}),
     ("Llama", ["q_proj", "o_proj", "gate_proj", "down_proj"], {}),
 ]
-# Those of which the weights alone do not say it: none of a layer's name has another shape.
-ASKS = [
-    ("GPT-2, square", "c_attn"),
-    ("GPT-2, square", "c_fc"),
-    ("GPT-Neo, square", "c_fc"),
-]
+# Those of which the weights alone do not say it: no layer of the name has another shape.
+ASKS = [("GPT-2, square", "c_attn"), ("GPT-Neo, square", "c_fc")]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +156,8 @@ def test_merge_is_pefts(bases, name, targets, config, tmp_path):
     out = tmp_path / "m.safetensors"
     merged = Tensors(tmp_path / "merged" / "model.safetensors")
     layout = None
-    if (name, *targets[:1]) in ASKS:
-        with pytest.raises(ValueError, match="Say it with --layout"):
+    if (name, targets[0]) in ASKS and len(targets) > 1:
+        with pytest.raises(ValueError, match="say it with --layout"):
             commands.merge(tmp_path / "adapter", alone, out)
         layout = "in-out" if name.startswith("GPT-2") else "out-in"
     commands.merge(tmp_path / "adapter", alone, out, layout=layout)
