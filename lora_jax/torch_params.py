@@ -78,8 +78,7 @@ class TorchParams:
             return self._axes[path]
         if name is not None and name.axes is not None:
             return name.axes
-        weight = name is not None and name.kind == "weight"
-        return CONV1D if weight and self._kind(path) == "conv1d" else None
+        return CONV1D if self._may_be_conv1d(path) and self._layer(path) == "conv1d" else None
 
     def _plain(self, path: str) -> KernelAxes | None:
         """The axes of a plain matrix, or of a convolution, of which nothing is said."""
@@ -89,18 +88,29 @@ class TorchParams:
         plain = name is not None and name.kind in ("plain", "unused")
         return KernelAxes() if ndim == 2 and not plain else None
 
-    def _kind(self, path: str) -> str:
-        """How PyTorch stores a leaf; ``"weight"`` where nothing says it, empty without a name.
+    def _may_be_conv1d(self, path: str) -> bool:
+        """Whether PyTorch may have a ``Conv1D`` for it, as far as its name says."""
+        name = find(path, self._names)
+        return name is not None and name.kind in ("weight", "conv1d")
 
-        The class of the layer decides. Where that is not known, the bias does, which every
-        ``Conv1D`` of PyTorch has; a name alone never.
-        """
-        name, shape = find(path, self._names), self.shape(path)
+    def _kind(self, path: str) -> str:
+        """How PyTorch stores a leaf; empty without a name."""
+        name = find(path, self._names)
         if name is None or name.kind != "weight":
             return "" if name is None else name.kind
+        # Whole, FlaxConv1D and linear layers alike are PyTorch's transposed.
+        return self._layer(path) or "linear"
+
+    def _layer(self, path: str) -> str:
+        """The kind that follows from the layer of a kernel; empty where nothing says it.
+
+        Its class decides. Where that is not known, the bias does, which every ``Conv1D`` of PyTorch
+        has; a name alone never.
+        """
+        name, shape = find(path, self._names), self.shape(path)
         model, above = self.model_axes, path.rpartition("/")[0]
         layer = "" if model is None else model.layers.get(path, "")
-        said = (self._axes or {}).get(path)
+        said = (self._axes or {}).get(path) or (name.axes if name else None)
         axes = said or self._own.get(path)
         stacks = axes.stacks if axes else () if model is None else model.stacks.get(path, ())
         if len(shape) - len(stacks) > 2:
@@ -109,13 +119,13 @@ class TorchParams:
             return "conv1d"
         either = above.rpartition("/")[2] in CONV1D_LAYERS
         if axes is not None and axes.inputs > axes.outputs:
-            return "linear" if not either else "weight" if layer else "conv1d"
+            return "linear" if not either else "" if layer else "conv1d"
         bias = self.leaves.get(f"{above}/bias")
         if said is not None or layer.startswith("flax.") or bias is None or len(shape) != 2:
             return "linear"
         outputs = output_axis(shape, tuple(bias.shape))
         if outputs is None and either:
-            return "weight"
+            return ""
         return "conv1d" if outputs == 0 else "linear"
 
     def stack_axes(self, path: str) -> tuple[int, ...]:
@@ -157,9 +167,7 @@ class TorchParams:
         return self._torch[path]
 
     def _found(self, path: str) -> list[Torch]:
-        # Whole, FlaxConv1D and linear layers alike are PyTorch's transposed.
-        kind = self._kind(path).replace("weight", "linear")
-        return list(torch_names(path, kind, self.stack(path), self._names))
+        return list(torch_names(path, self._kind(path), self.stack(path), self._names))
 
     def check_orientation(self, path: str) -> None:
         """Errors where it is not known which axis of an adapted kernel are its inputs.
@@ -174,7 +182,9 @@ class TorchParams:
                 f"its layer has inputs {said.inputs} and outputs {said.outputs}: make the adapter "
                 f"with lora_init(..., axes=lora_jax.kernel_axes(...))."
             )
-        if self._kind(path) == "weight":
+        name = find(path, self._names)
+        decided = said and name and name.kind != "weight"
+        if self._may_be_conv1d(path) and not (decided or self._layer(path)):
             raise ValueError(
                 f"{path!r} of shape {self.shape(path)} may be of a FlaxConv1D, as GPT-2's, which "
                 f"stores (out, in), or of a linear layer, as GPT-Neo's, that stores (in, out). Its "
@@ -186,7 +196,8 @@ class TorchParams:
         """PyTorch's parameters for a leaf, which together are all of it.
 
         Raises:
-          ValueError: no name is for it, or for some of the kernels that are fused in it.
+          ValueError: no name is for it, or for some of the kernels that are fused in it; or it is
+            not known how Flax stores what is a ``Conv1D``.
         """
         axes = self.axes(path)
         if axes is not None and axes.fused > len(axes.parts):
@@ -194,6 +205,8 @@ class TorchParams:
                 f"{path!r} has {axes.fused} kernels side by side, of which names names "
                 f"{len(axes.parts)}: name all of them, as {{q|k|v}} does."
             )
+        if self._kind(path) == "conv1d":
+            self.check_orientation(path)
         return self.torch(path)
 
     def adapted(self, path: str, axes: KernelAxes) -> dict[Torch, tuple[int, ...]]:

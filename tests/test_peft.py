@@ -474,6 +474,9 @@ def test_patterns_are_written_in_the_order_that_counts(tmp_path):
 # --- who says whether PyTorch stores a weight (in, out): the layer's class, never its name ---
 
 
+C_PROJ_A = "base_model.model.h.c_proj.lora_A.weight"
+
+
 def conv1d_or_dense(k, bias, input_axes=None):
     """A layer that is called as GPT-2's are, adapted."""
     layer = {"kernel": jnp.ones((6, k))} | ({"bias": jnp.ones(bias)} if bias else {})
@@ -495,7 +498,7 @@ def test_a_linear_layer_that_is_called_as_gpt2s(k, bias, axes, tmp_path):
     lora_jax.peft.save(tmp_path, frozen, adapters, axes=axes)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert said["fan_in_fan_out"] is False
-    A = Tensors(tmp_path / FILE)["base_model.model.h.c_proj.lora_A.weight"]
+    A = Tensors(tmp_path / FILE)[C_PROJ_A]
     assert np.array_equal(A, adapters["h"]["c_proj"]["kernel"].U.T)
     chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path, frozen, axes=axes)[1], adapters)
 
@@ -523,6 +526,29 @@ def test_a_layer_that_may_be_either_is_refused(tmp_path):
     lora_jax.export(tmp_path / "z", frozen, {}, names="transformers")
     kernel = frozen["h"]["c_proj"]["kernel"]
     assert np.array_equal(Tensors(tmp_path / "z")["h.c_proj.weight"], kernel.T)
+
+
+def test_a_name_may_say_it(tmp_path):
+    """Its kind says how PyTorch stores it, and its axes how Flax does."""
+    frozen, adapters = conv1d_or_dense(6, 6)
+    rest = [("head/kernel", "head.weight"), ("h/c_proj/bias", "h.c_proj.bias", "plain")]
+    kernel, A = frozen["h"]["c_proj"]["kernel"], adapters["h"]["c_proj"]["kernel"].U.T
+    conv1d = ("h/c_proj/kernel", "h.c_proj.weight", "conv1d")
+    for name in (
+        ("h/c_proj/kernel", "h.c_proj.weight"),
+        (*conv1d, lora_jax.KernelAxes()),
+        ("h/c_proj/kernel", "h.c_proj.weight", "weight", lora_jax.KernelAxes()),
+    ):
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters, names=[name, *rest])
+        assert np.array_equal(Tensors(tmp_path / "x" / FILE)[C_PROJ_A], A)
+        lora_jax.export(tmp_path / "y", frozen, {}, names=[name, *rest])
+        expected = kernel if name[2:3] == ("conv1d",) else kernel.T
+        assert np.array_equal(Tensors(tmp_path / "y")["h.c_proj.weight"], expected)
+    message = "'h/c_proj/kernel' .* may be of a FlaxConv1D"
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters, names=[conv1d, *rest])
+    with pytest.raises(ValueError, match=message):
+        lora_jax.export(tmp_path / "y", frozen, {}, names=[conv1d, *rest])
 
 
 @pytest.mark.parametrize("input_axes", [(0,), (1,)])

@@ -203,6 +203,20 @@ def test_extract_is_for_peft(bases, name, targets, tmp_path):
     assert relative_error(logits(base.load(tmp_path / "merged")), expected) < 1e-4
 
 
+@pytest.mark.parametrize("target", ["attn.c_proj.weight", "mlp.c_fc.weight"])
+def test_a_parameter_of_conv1d_by_itself(bases, target, tmp_path):
+    """Of target_parameters PEFT does not know that they are (in, out)."""
+    base = bases("GPT-2")
+    expected = adapted(base, tmp_path / "x", [], target_parameters=[target])
+    commands.merge(tmp_path / "x", base.folder, tmp_path / "merged")
+    assert relative_error(logits(base.load(tmp_path / "merged")), expected) < 1e-5
+    model = transformers.FlaxGPT2LMHeadModel.from_pretrained(base.folder, from_pt=True)
+    axes = lora_jax.kernel_axes(model, {"params": model.params}, IDS)
+    frozen, adapters = lora_jax.peft.load(tmp_path / "x", model.params, axes=axes)
+    got = lora_jax.lora_apply(model, {"params": frozen}, adapters, IDS).logits
+    assert relative_error(got, expected) < 1e-5
+
+
 FLAX = {
     "GPT-2": ("c_attn|c_fc|attn/c_proj", [".*mlp/c_proj/.*"]),
     "GPT-2, square": ("c_attn|c_fc|attn/c_proj|lm_head", [".*mlp/c_proj/.*"]),
