@@ -436,6 +436,13 @@ SAID = {
         (),
         ASK,
     ),
+    "an answer for too many": (
+        {},
+        {"h.head.weight": np.ones((6, 6), np.float32), "h.head.bias": ONE, "b.x.weight": WIDE.T}
+        | {"b.x.bias": ONE},
+        ("--layout", "in-out"),
+        "--layout in-out would be of all layers called c_proj, head",
+    ),
     "an answer to nothing": (
         {"model_type": "gpt2"},
         {},
@@ -455,7 +462,7 @@ def test_which_way_round_a_square_weight_is(
     base = {f"{name}.weight": rng.standard_normal(n, np.float32) for name, n in names.items()}
     base = {n: x for n, x in (base | {"h.c_proj.bias": ONE} | more).items() if x is not None}
     A, B = (rng.standard_normal(n, np.float32) for n in ((2, 6), (6, 2)))
-    C = rng.standard_normal((4, 2), np.float32)
+    C = rng.standard_normal((len(base["h.head.weight"]), 2), np.float32)
     update = (B @ A).T if expected == "conv1d" else B @ A
     tuned = base | {
         "h.c_proj.weight": base["h.c_proj.weight"] + update,

@@ -258,16 +258,19 @@ def extract(
             rest.append(name)
             continue
         in_torch = name.endswith(".weight")
-        if in_torch and _EMBEDDING.search(name):
+        if in_torch and _EMBEDDING.search(name) and f"{name[:-6]}bias" not in old:
             raise ValueError(
                 f"{name!r} is of an embedding, by its name, and differs: leave it out, with "
                 f"--match and --allow-rest."
             )
         kind = layouts.kind(name) if in_torch or name.endswith("/kernel") else "linear"
+        if layouts.asked and layout is None:
+            continue
         axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
         low = nearest(delta.T if axes == CONV1D else delta, rank, energy)
         kinds[name], found[name] = kind, trees.adapter(low.U, low.V, axes)
         table.add_row(name, str(low.U.shape[1]), f"{low.error:.3g}")
+    layouts.check()
     if rest and not allow_rest:
         raise ValueError(
             f"{len(rest)} arrays differ that would not be in the adapter: "

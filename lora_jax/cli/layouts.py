@@ -44,17 +44,20 @@ class Layouts:
       types: of the model, as others know them.
 
     Attributes:
-      asked: whether there was such a layer.
+      asked: the weights of such layers.
     """
 
     def __init__(
         self, base: Checkpoint, answer: str | None = None, types: Iterable[str] = ()
     ) -> None:
         self._base, self._answer, self._given = base, answer, frozenset(types)
-        self.asked = False
+        self.asked: list[str] = []
 
     def kind(self, name: str, own: str = "", files: PeftFiles | None = None) -> str:
         """``"linear"`` or ``"conv1d"``, for a matrix by its name, PyTorch's or Flax's.
+
+        Empty where neither the bias, nor layers of the same name, nor the model's type say it, or
+        they do not agree, and there is no answer.
 
         Args:
           name: as ``"h.0.attn.c_proj.weight"`` or ``"h/0/attn/c_proj/kernel"``.
@@ -62,8 +65,7 @@ class Layouts:
           files: those of an adapter of PEFT.
 
         Raises:
-          ValueError: neither the bias, nor layers of the same name, nor the model's type say it,
-            or they do not agree.
+          ValueError: the base says something else than an adapter of ours.
         """
         if found := self._by_bias(name):
             return found
@@ -80,20 +82,39 @@ class Layouts:
         others = {kind for layer in self._seen.keys() - CONV1D_LAYERS for kind in self._seen[layer]}
         if not (says or either or config.fan_in_fan_out or "conv1d" in others):
             return "linear"
-        self.asked = True
-        shape, stored = self._base.info[name].shape, f"{self._base.path}: {name!r}"
         if own:
             raise ValueError(
-                f"{stored} {shape} is of another class of layers, by the base, than the adapter "
-                f"was made for: {own} (conv1d stores (in, out) in PyTorch, linear (out, in))."
+                f"{self._base.path}: {name!r} is of another class of layers, by the base, than the "
+                f"adapter was made for, which is {own}: make it with axes=."
             )
+        self.asked.append(name)
         if self._answer is None:
-            raise ValueError(
-                f"{stored} {shape} may be stored (in, out) or (out, in): in PyTorch as GPT-2's "
-                f"Conv1D or as a linear layer, in Flax the other way round. Neither shapes nor a "
-                f"config.json beside it say which: say it with --layout in-out or --layout out-in."
-            )
+            return ""
         return "conv1d" if (self._answer == "in-out") == name.endswith(".weight") else "linear"
+
+    def check(self) -> None:
+        """Errors where an answer is needed, when all that it would be for is known.
+
+        Raises:
+          ValueError: nothing says how a weight is stored, or the answer cannot be that of all.
+        """
+        layers = dict.fromkeys(map(_layer, self.asked))
+        known = [layer for layer in layers if layer in CONV1D_LAYERS]
+        if self._answer is None and self.asked:
+            name, shape = self.asked[0], self._base.info[self.asked[0]].shape
+            raise ValueError(
+                f"{self._base.path}: {name!r} {shape} may be stored (in, out) or (out, in): in "
+                f"PyTorch as GPT-2's Conv1D or as a linear layer, in Flax the other way round. "
+                f"Neither shapes nor a config.json beside it say which. Say it, of all layers "
+                f"called {', '.join(layers)}, with --layout in-out or --layout out-in, or put the "
+                f"model's config.json there."
+            )
+        if self._answer == "in-out" and known and len(known) < len(layers):
+            raise ValueError(
+                f"--layout in-out would be of all layers called {', '.join(layers)}, but in GPT-2 "
+                f"only {', '.join(known)} would be Conv1D: put the model's config.json beside "
+                f"{self._base.path}."
+            )
 
     def _by_bias(self, name: str) -> str:
         """Empty where that does not say it. Every ``Conv1D`` has a bias."""

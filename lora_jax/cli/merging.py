@@ -145,8 +145,8 @@ def of_peft(
         shape, r = base.info[name].shape, files.config.rank_of(module)
         A, B = (files.tensors.info[keys[role]].shape for role in ("A", "B"))
         kind = _kind(keys, A, B, shape)
-        if not kind:
-            kind = layouts.kind(name, (own or {}).get(name, ""), files)
+        if not kind:  # square, so that either fits until all are asked for
+            kind = layouts.kind(name, (own or {}).get(name, ""), files) or "linear"
         window = shape[2:] if kind == "conv" else ()
         d, k = A[1] * int(np.prod(window, dtype=int)), B[0]
         expected = factor_shapes(kind, (d, k), r, window, 1)
@@ -158,6 +158,7 @@ def of_peft(
         exact[name] = _merger(files, module, keys, kind, (d, k), r)
         if "bias" in keys:
             exact[f"{module}.bias"] = _shifted(files, module, keys["bias"], base)
+    layouts.check()
     whole = {}
     for name, key in files.whole.items():
         plain = name.replace(".base_layer.", ".")

@@ -157,7 +157,7 @@ def test_merge_is_pefts(bases, name, targets, config, tmp_path):
     merged = Tensors(tmp_path / "merged" / "model.safetensors")
     layout = None
     if (name, targets[0]) in ASKS and len(targets) > 1:
-        with pytest.raises(ValueError, match="say it with --layout"):
+        with pytest.raises(ValueError, match="Say it, of all layers called"):
             commands.merge(tmp_path / "adapter", alone, out)
         layout = "in-out" if name.startswith("GPT-2") else "out-in"
     commands.merge(tmp_path / "adapter", alone, out, layout=layout)
