@@ -197,7 +197,7 @@ class TorchParams:
 
         Raises:
           ValueError: no name is for it, or for some of the kernels that are fused in it; or it is
-            not known how Flax stores what is a ``Conv1D``.
+            not known whether it is a ``Conv1D``, where that matters.
         """
         axes = self.axes(path)
         if axes is not None and axes.fused > len(axes.parts):
@@ -205,7 +205,7 @@ class TorchParams:
                 f"{path!r} has {axes.fused} kernels side by side, of which names names "
                 f"{len(axes.parts)}: name all of them, as {{q|k|v}} does."
             )
-        if self._kind(path) == "conv1d":
+        if self._said(path) is not None or self._kind(path) == "conv1d":
             self.check_orientation(path)
         return self.torch(path)
 

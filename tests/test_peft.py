@@ -17,7 +17,7 @@ from helpers import random_like, random_variables
 
 import lora_jax
 from lora_jax.factors import open_adapter
-from lora_jax.names import Name
+from lora_jax.names import FAMILIES, Name
 from lora_jax.peft_config import by_pattern, first_match
 from lora_jax.tensors import Tensors, encode
 
@@ -549,6 +549,19 @@ def test_a_name_may_say_it(tmp_path):
         lora_jax.peft.save(tmp_path / "x", frozen, adapters, names=[conv1d, *rest])
     with pytest.raises(ValueError, match=message):
         lora_jax.export(tmp_path / "y", frozen, {}, names=[conv1d, *rest])
+
+
+def test_a_layer_of_a_class_that_is_not_known(tmp_path):
+    """It stores (out, in) as FlaxConv1D does: whether it is one, only its user knows."""
+    frozen, adapters = conv1d_or_dense(6, 6, input_axes=(1,))
+    path, own = "h/c_proj/kernel", lora_jax.KernelAxes((1,), (0,))
+    nothing = frozenset()
+    axes = lora_jax.ModelAxes({path: own}, {path: "my.Layer"}, {}, {}, nothing, nothing)
+    names = [(path, "h.c_proj.weight", "conv1d"), *FAMILIES["transformers"]]
+    for call in (lora_jax.peft.save, lora_jax.export):
+        with pytest.raises(ValueError, match=r"or, for a class of your own, names="):
+            call(tmp_path / "x", frozen, adapters, names="transformers", axes=axes)
+        call(tmp_path / call.__module__, frozen, adapters, names=names, axes=axes)
 
 
 @pytest.mark.parametrize("input_axes", [(0,), (1,)])
