@@ -29,11 +29,12 @@ class Name:
       flax: path in ``params``, as ``"layer_{i}/attention/query/kernel"``.
       torch: name in the state dict, as ``"encoder.layer.{i}.attention.self.query.weight"``.
       kind: how PyTorch stores it. ``"linear"``: ``(out, in)``; ``"conv1d"``: ``(in, out)``, the
-        ``Conv1D`` of GPT-2; ``"conv"``: ``(out, in, *window)``; ``"weight"``: linear where Flax has
-        a matrix, else conv; ``"embedding"``: ``(tokens, width)``; ``"experts"``: ``(experts, out,
-        in)``, where the last axis that Flax stacks holds the experts; ``"experts_transposed"``:
-        ``(experts, in, out)``; ``"plain"``: as Flax does; ``"unused"``: likewise, but PyTorch
-        computes with it under another name, so that PEFT's adapter of it does nothing.
+        ``Conv1D`` of GPT-2; ``"conv"``: ``(out, in, *window)``; ``"weight"``: as the class of the
+        layer has it: conv1d for ``FlaxConv1D``, linear for another matrix, else conv;
+        ``"embedding"``: ``(tokens, width)``; ``"experts"``: ``(experts, out, in)``, where the last
+        axis that Flax stacks holds the experts; ``"experts_transposed"``: ``(experts, in, out)``;
+        ``"plain"``: as Flax does; ``"unused"``: likewise, but PyTorch computes with it under
+        another name, so that PEFT's adapter of it does nothing.
       axes: how Flax stores it, where it is no matrix ``(in, out)`` and nothing else says so.
 
     Raises:
@@ -94,10 +95,16 @@ class Name:
         if not found:
             return None
         if len(stack) != len(self.counted):
+            more = len(stack) > len(self.counted)
             raise ValueError(
                 f"{path!r} stacks {len(stack)} axes {tuple(stack)}, but Name({self.flax!r}, "
-                f"{self.torch!r}) counts {len(self.counted)}: {self.counted}. What is stacked is "
-                f"known with axes=lora_jax.kernel_axes(...)."
+                f"{self.torch!r}) counts {len(self.counted)}: {self.counted}. "
+                + (
+                    "Give names= a Name for it, whose name in PyTorch counts them, as "
+                    "Name('layers/q/kernel', 'layers.{i}.q.weight') does."
+                    if more
+                    else "What is stacked is known with axes=lora_jax.kernel_axes(...)."
+                )
             )
         choices = []
         for name, size in zip(self.counted, stack, strict=True):
@@ -137,17 +144,17 @@ def _regex(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-_GPT2 = KernelAxes(inputs=(1,), outputs=(0,))
+# How transformers' FlaxConv1D stores its kernel, and what layers of that class, and of PyTorch's
+# Conv1D, are called. GPT-Neo and others call linear layers so.
+CONV1D = KernelAxes(inputs=(1,), outputs=(0,))
+CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")
+
 _GEMMA = "model.layers.{i}.self_attn."
 _GEMMA_MLP = "model.layers.{i}.mlp."
 
 FAMILIES: Mapping[str, tuple[Name, ...]] = {
     # Flax models of Hugging Face have the names of those for PyTorch, but for the last part.
     "transformers": (
-        *(
-            Name(f"{{path*}}/{layer}/kernel", f"{{path*}}.{layer}.weight", "conv1d", _GPT2)
-            for layer in ("c_attn", "q_attn", "c_fc", "c_proj")
-        ),
         Name("{path*}/kernel", "{path*}.weight", "weight"),
         # T5's and BART's encoder and decoder have it under their own names; PEFT's embeddings
         # look up tokens, which positions are not.
@@ -227,32 +234,12 @@ def as_names(names: str | Sequence[Name | tuple[Any, ...]]) -> tuple[Name, ...]:
     return tuple(name if isinstance(name, Name) else Name(*name) for name in names)
 
 
-def axes_of(
-    path: str, ndim: int, names: Sequence[Name], axes: Mapping[str, KernelAxes] | None
-) -> KernelAxes | None:
-    """The axes of a kernel: what the model says, what its name says, or those of a plain matrix."""
-    name = find(path, names)
-    if name is not None and name.axes is not None and name.axes.fused > 1:
-        return name.axes  # which the model does not know
-    if axes is not None and path in axes:
-        return axes[path]
-    if name is not None and name.axes is not None:
-        return name.axes
-    if ndim > 2 and name is not None and name.kind in ("conv", "weight"):
-        return KernelAxes(tuple(range(ndim - 1)), (ndim - 1,))
-    plain = name is not None and name.kind in ("plain", "unused")
-    return KernelAxes() if ndim == 2 and not plain else None
-
-
 def torch_names(
-    path: str, ndim: int, stack: Sequence[int], names: Sequence[Name]
+    path: str, kind: str, stack: Sequence[int], names: Sequence[Name]
 ) -> Iterator[Torch]:
     """PyTorch's parameters for a Flax one; none if no name is for it."""
     name = find(path, names)
     if name is not None:
-        kind = name.kind
-        if kind == "weight":
-            kind = "conv" if ndim - len(stack) > 2 else "linear"
         if kind in EXPERTS:
             if not stack:
                 raise ValueError(

@@ -62,7 +62,8 @@ def load(
         of which the first that fits a path counts. Of kernels that lie side by side in one
         (``{q|k|v}``) those are adapted that the files have.
       axes: from :func:`lora_jax.kernel_axes`; needed for kernels that are no matrices, for what is
-        stacked, for embeddings that are saved whole, and to merge adapters of embeddings.
+        stacked, for square kernels that may be those of GPT-2's ``FlaxConv1D``, for embeddings that
+        are saved whole, and to merge adapters of embeddings.
 
     Returns:
       ``(frozen, adapters)``; modules that PEFT saved whole, and trained biases, are only in

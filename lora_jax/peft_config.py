@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from lora_jax.store import INDEX
 from lora_jax.tensors import read_json
 
 CONFIG = "adapter_config.json"
@@ -111,7 +112,9 @@ class PeftConfig:
       target_modules: modules that are adapted: ends of names, or one regular expression.
       target_parameters: parameters that are adapted by themselves: ends of names.
       restricted: whether ``target_modules`` is not all that decides.
-      fan_in_fan_out: whether weights are stored ``(in, out)``, as those of GPT-2.
+      fan_in_fan_out: whether the weight of the module that PEFT wrapped last is stored
+        ``(in, out)``, as those of GPT-2.
+      package: of transformers, where the base's class is: ``"gpt2"``; empty where it is not said.
     """
 
     r: int
@@ -128,6 +131,7 @@ class PeftConfig:
     target_parameters: tuple[str, ...] = ()
     restricted: bool = False
     fan_in_fan_out: bool = False
+    package: str = ""
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, or of a parameter that is adapted by itself."""
@@ -169,12 +173,14 @@ def read_config(folder: Path, tying: bool = False) -> PeftConfig:
     try:
         said = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
+        ours = (folder / INDEX).exists()
         try:
             inside = sorted(one.parent.name for one in folder.glob(f"*/{CONFIG}"))
         except OSError:
             inside = []
         raise FileNotFoundError(
             f"There is no adapter of PEFT in {folder}: {CONFIG} is missing."
+            + (" It holds adapters of lora_jax, which lora_jax.load reads." if ours else "")
             + (f" Folders in it that have one: {', '.join(inside[:8])}." if inside else "")
         ) from None
     if not isinstance(said, dict):
@@ -199,6 +205,7 @@ def read_config(folder: Path, tying: bool = False) -> PeftConfig:
         target_parameters=get.strings("target_parameters"),
         fan_in_fan_out=get.boolean("fan_in_fan_out"),
         restricted=_restricted(said),
+        package=_package(said),
     )
     try:
         config.rank_of(""), config.alpha_of("")
@@ -247,6 +254,16 @@ def _restricted(said: Mapping[str, Any]) -> bool:
     return False
 
 
+def _package(said: Mapping[str, Any]) -> str:
+    """As PEFT has it where no task is said, in ``transformers.models.gpt2.modeling_gpt2``."""
+    mapping = said.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    found = (
+        re.match(r"transformers\.models\.(\w+)\.", library) if isinstance(library, str) else None
+    )
+    return found[1] if found else ""
+
+
 _INERT: tuple[Any, ...] = (None, False, "", [], {})
 
 
@@ -261,21 +278,21 @@ class _Reader:
         return self.checked_rank(name, self._get(name, default))
 
     def number(self, name: str, default: float, positive: bool = True) -> float:
-        value = self._get(name, default)
         if positive:
-            return self.checked_alpha(name, value)
+            return self.checked_alpha(name, self._get(name, default))
+        value = self._optional(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._error(name, "a number", value)
         return float(value)
 
     def boolean(self, name: str) -> bool:
-        value = self._get(name, False)
+        value = self._optional(name, False)
         if not isinstance(value, bool):
             raise self._error(name, "true or false", value)
         return value
 
     def one_of(self, name: str, choices: Sequence[str]) -> str:
-        value = self._get(name, choices[0])
+        value = self._optional(name, choices[0])
         if not isinstance(value, str) or value not in choices:
             raise self._error(name, f"one of {', '.join(choices)}", value)
         return value
@@ -315,6 +332,11 @@ class _Reader:
         self.read.add(name)
         return self._said.get(name, default)
 
+    def _optional(self, name: str, default: Any) -> Any:
+        """Likewise, and the default for ``null`` too: of rank and alpha alone PEFT knows none."""
+        value = self._get(name, default)
+        return default if value is None else value
+
     def _error(self, name: str, expected: str, value: object) -> ValueError:
         return ValueError(f"{self._file}: {name!r} must be {expected}, got {value!r}.")
 
@@ -342,21 +364,36 @@ def by_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, patterns
 
 
-# Names, groups of choices, classes, and at most three repetitions of single characters: nothing
-# that could take longer than the cube of a name's length.
-_PLAIN = re.compile(r"(?:[\w\-.^$|()]|\\[.\-dwDWsS]|\[\^?[\w\-.]+\]|[*+?])*")
-_REPETITION = re.compile(r"(?<!\\)[*+?]")
+# What a pattern may be made of: names, classes, groups and lookarounds, and at most three
+# repetitions, none of a group: nothing that could take longer than the cube of a name's length.
+_TOKEN = re.compile(
+    r"""(?P<group>\((?:\?(?:[:=!]|<[=!]))?)
+    |(?P<optional>\)(?:\?|\{0,1\})\??)
+    |(?P<repetition>(?:[*+?]|\{\d{1,2}(?:,\d{0,2})?\})\??)
+    |\\[.\-dwDWsSbB]|\[\^?(?:[\w\-.]|\\[.\-dwDWsS])+\]|[\w\-.^$|)]""",
+    re.VERBOSE,
+)
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a pattern is of that kind."""
+    at, before, counts = 0, "", Counter[str | None]()
+    while at < len(pattern):
+        found = _TOKEN.match(pattern, at)
+        if not found or (found.lastgroup == "repetition" and before.startswith(")")):
+            return False
+        counts[found.lastgroup] += 1
+        at, before = found.end(), found[0]
+    repetitions = counts["repetition"] + counts["optional"]
+    return len(pattern) <= 2000 and repetitions <= 3 and counts["group"] <= 4
 
 
 def _compiled(pattern: str, template: str) -> re.Pattern[str]:
-    if (
-        len(pattern) > 2000
-        or not _PLAIN.fullmatch(pattern)
-        or len(_REPETITION.findall(pattern)) > 3
-        or re.search(r"\)[*+?]|\(\?", pattern)
-        or pattern.count("(") > 4
-    ):
-        raise ValueError(f"The pattern {pattern[:200]!r} is too complex to be matched safely.")
+    if not _is_plain(pattern):
+        raise ValueError(
+            f"The pattern {pattern[:200]!r} is too complex to be matched safely: only names, "
+            f"classes, four groups and three repetitions are, and of a group none but '?'."
+        )
     try:
         return re.compile(template.replace("{}", pattern))
     except re.error as error:

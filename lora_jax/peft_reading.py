@@ -52,6 +52,9 @@ def sort_tensors(
                 f"{torch.path!r}."
             )
         arrays = {role: tensors[key] for role, key in keys.items()}
+        if module in nested and torch.kind == "conv1d":
+            # Of a parameter by itself PEFT does not know that it is (in, out).
+            arrays = {"A": arrays["B"].T, "B": arrays["A"].T}
         if "bias" in arrays:
             leaf = model.by_name.get(f"{module}.bias")
             if leaf is None:

@@ -23,6 +23,8 @@ def check_equal(torch: Torch, model: TorchParams, untied: bool | None, where: st
       where: the file.
     """
     axes, path = model.model_axes, torch.path
+    if untied is not None:
+        model.check_orientation(path)
     if torch.kind == "unused":
         raise ValueError(
             f"{where}: PyTorch's {torch.name!r} is not where the model computes with {path!r}, so "

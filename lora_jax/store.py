@@ -369,7 +369,11 @@ def _index(folder: Path) -> dict[str, Any]:
     try:
         index = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"There are no adapters in {folder}: {file} is missing.") from None
+        theirs = (folder / "adapter_config.json").exists()
+        raise FileNotFoundError(
+            f"There are no adapters in {folder}: {file} is missing."
+            + (" It holds an adapter of PEFT, which lora_jax.peft.load reads." if theirs else "")
+        ) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file} is not of the format {FORMAT!r}.")
     if index.get("version") != VERSION:

@@ -87,3 +87,14 @@ def from_kernel(kind: str, array: Array) -> Array:
     if kind in ("linear", "experts"):
         return array.swapaxes(-1, -2)
     return np.moveaxis(array, (-1, -2), (0, 1)) if kind == "conv" else array
+
+
+def output_axis(shape: tuple[int, ...], bias: tuple[int, ...]) -> int | None:
+    """Which axis of a matrix are the outputs, by the layer's bias; ``None`` if that does not say.
+
+    Example:
+      >>> output_axis((3, 2), (2,)), output_axis((3, 3), (3,))
+      (1, None)
+    """
+    fits = [axis for axis, size in enumerate(shape) if bias == (size,)]
+    return fits[0] if len(fits) == 1 else None

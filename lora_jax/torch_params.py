@@ -14,13 +14,18 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.names import EXPERTS, Name, Torch, axes_of, find, torch_names
+from lora_jax.compat import GPT2_CONV1D
+from lora_jax.names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, Torch, find, torch_names
 from lora_jax.store import host
-from lora_jax.torch_layout import from_kernel, to_kernel
+from lora_jax.torch_layout import from_kernel, output_axis, to_kernel
 from lora_jax.tree import unbox
 
 # Kinds that are matrices in PyTorch, or stacks of them.
 MATRICES = ("linear", "conv1d", *EXPERTS)
+
+# Classes of layers, by which PyTorch's are known.
+_CONV1D = GPT2_CONV1D.rpartition(".")[0]
+_DENSE_GENERAL = "flax.linen.linear.DenseGeneral"
 
 
 class TorchParams:
@@ -52,9 +57,8 @@ class TorchParams:
 
     def axes(self, path: str) -> KernelAxes | None:
         """How a leaf is a matrix, where it is one; of fused kernels, all parts that have a name."""
-        own = self._own.get(path)
-        said = axes_of(path, len(self.shape(path)), self._names, self._axes)
-        axes = own or said
+        own, said = self._own.get(path), self._said(path)
+        axes = own or said or self._plain(path)
         if axes is None or axes.fused == 1:
             return axes
         # Which of them are adapted, the adapter says; here it is those that the name counts.
@@ -64,6 +68,65 @@ class TorchParams:
             if one is not None and one.fused == axes.fused and len(one.parts) == count:
                 return dataclasses.replace(axes, parts=one.parts)
         return dataclasses.replace(axes, parts=()) if count == axes.fused else axes
+
+    def _said(self, path: str) -> KernelAxes | None:
+        """The axes that the model or a name says, or that follow from the class of the layer."""
+        name = find(path, self._names)
+        if name is not None and name.axes is not None and name.axes.fused > 1:
+            return name.axes  # which the model does not know
+        if self._axes is not None and path in self._axes:
+            return self._axes[path]
+        if name is not None and name.axes is not None:
+            return name.axes
+        return CONV1D if self._may_be_conv1d(path) and self._layer(path) == "conv1d" else None
+
+    def _plain(self, path: str) -> KernelAxes | None:
+        """The axes of a plain matrix, or of a convolution, of which nothing is said."""
+        name, ndim = find(path, self._names), len(self.shape(path))
+        if ndim > 2 and name is not None and name.kind in ("conv", "weight"):
+            return KernelAxes(tuple(range(ndim - 1)), (ndim - 1,))
+        plain = name is not None and name.kind in ("plain", "unused")
+        return KernelAxes() if ndim == 2 and not plain else None
+
+    def _may_be_conv1d(self, path: str) -> bool:
+        """Whether PyTorch may have a ``Conv1D`` for it, as far as its name says."""
+        name = find(path, self._names)
+        return name is not None and name.kind in ("weight", "conv1d")
+
+    def _kind(self, path: str) -> str:
+        """How PyTorch stores a leaf; empty without a name."""
+        name = find(path, self._names)
+        if name is None or name.kind != "weight":
+            return "" if name is None else name.kind
+        # Whole, FlaxConv1D and linear layers alike are PyTorch's transposed.
+        return self._layer(path) or "linear"
+
+    def _layer(self, path: str) -> str:
+        """The kind that follows from the layer of a kernel; empty where nothing says it.
+
+        Its class decides. Where that is not known, the bias does, which every ``Conv1D`` of PyTorch
+        has; a name alone never.
+        """
+        name, shape = find(path, self._names), self.shape(path)
+        model, above = self.model_axes, path.rpartition("/")[0]
+        layer = "" if model is None else model.layers.get(path, "")
+        said = (self._axes or {}).get(path) or (name.axes if name else None)
+        axes = said or self._own.get(path)
+        stacks = axes.stacks if axes else () if model is None else model.stacks.get(path, ())
+        if len(shape) - len(stacks) > 2:
+            return "linear" if layer == _DENSE_GENERAL else "conv"
+        if layer == _CONV1D:
+            return "conv1d"
+        either = above.rpartition("/")[2] in CONV1D_LAYERS
+        if axes is not None and axes.inputs > axes.outputs:
+            return "linear" if not either else "" if layer else "conv1d"
+        bias = self.leaves.get(f"{above}/bias")
+        if said is not None or layer.startswith("flax.") or bias is None or len(shape) != 2:
+            return "linear"
+        outputs = output_axis(shape, tuple(bias.shape))
+        if outputs is None and either:
+            return ""
+        return "conv1d" if outputs == 0 else "linear"
 
     def stack_axes(self, path: str) -> tuple[int, ...]:
         """The axes that stack a leaf, where that is known."""
@@ -95,8 +158,7 @@ class TorchParams:
           ValueError: no name is for it.
         """
         if path not in self._torch:
-            ndim = len(self.shape(path))
-            found = list(torch_names(path, ndim, self.stack(path), self._names))
+            found = self._found(path)
             if not found:
                 raise ValueError(
                     f"names has no name in PyTorch for {path!r}: add a lora_jax.peft.Name for it."
@@ -104,11 +166,38 @@ class TorchParams:
             self._torch[path] = found
         return self._torch[path]
 
+    def _found(self, path: str) -> list[Torch]:
+        return list(torch_names(path, self._kind(path), self.stack(path), self._names))
+
+    def check_orientation(self, path: str) -> None:
+        """Errors where it is not known which axis of an adapted kernel are its inputs.
+
+        Raises:
+          ValueError: nothing says it, or the adapter has them the other way round.
+        """
+        own, said = self._own.get(path), self._said(path)
+        if own and said and own.stacks == said.stacks and own.inputs == said.outputs:
+            raise ValueError(
+                f"{path!r} has an adapter with inputs {own.inputs} and outputs {own.outputs}, but "
+                f"its layer has inputs {said.inputs} and outputs {said.outputs}: make the adapter "
+                f"with lora_init(..., axes=lora_jax.kernel_axes(...))."
+            )
+        name = find(path, self._names)
+        decided = said and name and name.kind != "weight"
+        if self._may_be_conv1d(path) and not (decided or self._layer(path)):
+            raise ValueError(
+                f"{path!r} of shape {self.shape(path)} may be of a FlaxConv1D, as GPT-2's, which "
+                f"stores (out, in), or of a linear layer, as GPT-Neo's, that stores (in, out). Its "
+                f"name does not say it. Pass axes=lora_jax.kernel_axes(...) or, for a class of "
+                f"your own, names= with a lora_jax.peft.Name that says its kind and axes."
+            )
+
     def complete(self, path: str) -> list[Torch]:
         """PyTorch's parameters for a leaf, which together are all of it.
 
         Raises:
-          ValueError: no name is for it, or for some of the kernels that are fused in it.
+          ValueError: no name is for it, or for some of the kernels that are fused in it; or it is
+            not known whether it is a ``Conv1D``, where that matters.
         """
         axes = self.axes(path)
         if axes is not None and axes.fused > len(axes.parts):
@@ -116,6 +205,8 @@ class TorchParams:
                 f"{path!r} has {axes.fused} kernels side by side, of which names names "
                 f"{len(axes.parts)}: name all of them, as {{q|k|v}} does."
             )
+        if self._said(path) is not None or self._kind(path) == "conv1d":
+            self.check_orientation(path)
         return self.torch(path)
 
     def adapted(self, path: str, axes: KernelAxes) -> dict[Torch, tuple[int, ...]]:
@@ -150,8 +241,7 @@ class TorchParams:
             self._by_name = {}
             for path, leaf in self.leaves.items():
                 if hasattr(leaf, "shape"):
-                    stack = self.stack(path)
-                    for torch in torch_names(path, len(leaf.shape), stack, self._names):
+                    for torch in self._found(path):
                         if torch.name in self._by_name:
                             other = self._by_name[torch.name].path
                             raise ValueError(
@@ -175,7 +265,7 @@ class TorchParams:
             with contextlib.suppress(ValueError):
                 found |= {
                     torch.module
-                    for torch in self.torch(path)
+                    for torch in self._found(path)
                     if torch.kind not in ("plain", *EXPERTS) and torch.name.endswith(".weight")
                 }
         return found

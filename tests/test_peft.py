@@ -17,7 +17,7 @@ from helpers import random_like, random_variables
 
 import lora_jax
 from lora_jax.factors import open_adapter
-from lora_jax.names import Name
+from lora_jax.names import FAMILIES, Name
 from lora_jax.peft_config import by_pattern, first_match
 from lora_jax.tensors import Tensors, encode
 
@@ -309,8 +309,10 @@ def test_a_parameter_without_a_name(model, tmp_path):
     frozen, adapters = adapted(model, RULES["lora"])
     with pytest.raises(ValueError, match=r"no name in PyTorch for '.*/kernel'"):
         lora_jax.peft.save(tmp_path, frozen, adapters, names=[("head/{leaf}", "head.{leaf}")])
-    with pytest.raises(ValueError, match="stacks 1 axes"):
+    with pytest.raises(ValueError, match=r"stacks 1 axes.*Give names= a Name for it"):
         lora_jax.peft.save(tmp_path, frozen, adapters, axes=model[1])
+    with pytest.raises(ValueError, match=r"stacks 0 axes.*known with axes="):
+        lora_jax.export(tmp_path / "x", {"layers": {"up": {"kernel": X[0]}}}, {}, names=NAMES)
     for names, message in (
         ([("a/kernel", "lin.weight"), ("b/kernel", "lin.weight")], "another kernel has too"),
         ([("{x}/kernel", "mha.{x}_proj"), *NAMES[-1:]], "does not end in"),
@@ -469,6 +471,117 @@ def test_patterns_are_written_in_the_order_that_counts(tmp_path):
     assert {x: adapters[x]["kernel"].alpha for x in "abc"} == alphas
 
 
+# --- who says whether PyTorch stores a weight (in, out): the layer's class, never its name ---
+
+
+C_PROJ_A = "base_model.model.h.c_proj.lora_A.weight"
+
+
+def conv1d_or_dense(k, bias, input_axes=None):
+    """A layer that is called as GPT-2's are, adapted."""
+    layer = {"kernel": jnp.ones((6, k))} | ({"bias": jnp.ones(bias)} if bias else {})
+    params = random_like({"h": {"c_proj": layer}, "head": {"kernel": jnp.ones((k, 4))}})
+    rule = lora_jax.Rule(".*/kernel", rank=2, input_axes=input_axes)
+    return lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig([rule]))
+
+
+@pytest.mark.parametrize(
+    ("k", "bias", "axes"),
+    [
+        (6, 6, {"h/c_proj/kernel": lora_jax.KernelAxes()}),
+        (6, None, None),  # every Conv1D has a bias
+        (5, 5, None),  # which is of its outputs
+    ],
+)
+def test_a_linear_layer_that_is_called_as_gpt2s(k, bias, axes, tmp_path):
+    frozen, adapters = conv1d_or_dense(k, bias)
+    lora_jax.peft.save(tmp_path, frozen, adapters, axes=axes)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["fan_in_fan_out"] is False
+    A = Tensors(tmp_path / FILE)[C_PROJ_A]
+    assert np.array_equal(A, adapters["h"]["c_proj"]["kernel"].U.T)
+    chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path, frozen, axes=axes)[1], adapters)
+
+
+def test_an_adapter_knows_its_own_axes(tmp_path):
+    frozen, adapters = conv1d_or_dense(6, 6, input_axes=(1,))
+    lora_jax.peft.save(tmp_path, frozen, adapters)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["fan_in_fan_out"] is True
+
+
+def test_a_layer_that_may_be_either_is_refused(tmp_path):
+    frozen, adapters = conv1d_or_dense(6, 6)
+    message = r"'h/c_proj/kernel' of shape \(6, 6\) may be of a FlaxConv1D.*Pass axes="
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters)
+    axes = {"h/c_proj/kernel": lora_jax.KernelAxes()}
+    lora_jax.peft.save(tmp_path / "x", frozen, adapters, axes=axes)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.load(tmp_path / "x", frozen)
+    # One that is not adapted does not matter, and whole both are PyTorch's transposed.
+    rest = {"head": adapters["head"]}
+    lora_jax.peft.save(tmp_path / "y", frozen, rest)
+    chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path / "y", frozen)[1], rest)
+    lora_jax.export(tmp_path / "z", frozen, {}, names="transformers")
+    kernel = frozen["h"]["c_proj"]["kernel"]
+    assert np.array_equal(Tensors(tmp_path / "z")["h.c_proj.weight"], kernel.T)
+
+
+def test_a_name_may_say_it(tmp_path):
+    """Its kind says how PyTorch stores it, and its axes how Flax does."""
+    frozen, adapters = conv1d_or_dense(6, 6)
+    rest = [("head/kernel", "head.weight"), ("h/c_proj/bias", "h.c_proj.bias", "plain")]
+    kernel, A = frozen["h"]["c_proj"]["kernel"], adapters["h"]["c_proj"]["kernel"].U.T
+    conv1d = ("h/c_proj/kernel", "h.c_proj.weight", "conv1d")
+    for name in (
+        ("h/c_proj/kernel", "h.c_proj.weight"),
+        (*conv1d, lora_jax.KernelAxes()),
+        ("h/c_proj/kernel", "h.c_proj.weight", "weight", lora_jax.KernelAxes()),
+    ):
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters, names=[name, *rest])
+        assert np.array_equal(Tensors(tmp_path / "x" / FILE)[C_PROJ_A], A)
+        lora_jax.export(tmp_path / "y", frozen, {}, names=[name, *rest])
+        expected = kernel if name[2:3] == ("conv1d",) else kernel.T
+        assert np.array_equal(Tensors(tmp_path / "y")["h.c_proj.weight"], expected)
+    message = "'h/c_proj/kernel' .* may be of a FlaxConv1D"
+    with pytest.raises(ValueError, match=message):
+        lora_jax.peft.save(tmp_path / "x", frozen, adapters, names=[conv1d, *rest])
+    with pytest.raises(ValueError, match=message):
+        lora_jax.export(tmp_path / "y", frozen, {}, names=[conv1d, *rest])
+
+
+def test_a_layer_of_a_class_that_is_not_known(tmp_path):
+    """It stores (out, in) as FlaxConv1D does: whether it is one, only its user knows."""
+    frozen, adapters = conv1d_or_dense(6, 6, input_axes=(1,))
+    path, own = "h/c_proj/kernel", lora_jax.KernelAxes((1,), (0,))
+    nothing = frozenset()
+    axes = lora_jax.ModelAxes({path: own}, {path: "my.Layer"}, {}, {}, nothing, nothing)
+    names = [(path, "h.c_proj.weight", "conv1d"), *FAMILIES["transformers"]]
+    for call in (lora_jax.peft.save, lora_jax.export):
+        with pytest.raises(ValueError, match=r"or, for a class of your own, names="):
+            call(tmp_path / "x", frozen, adapters, names="transformers", axes=axes)
+        call(tmp_path / call.__module__, frozen, adapters, names=names, axes=axes)
+
+
+@pytest.mark.parametrize("input_axes", [(0,), (1,)])
+def test_an_adapter_the_other_way_round_is_refused(input_axes, tmp_path):
+    frozen, adapters = conv1d_or_dense(6, 6, input_axes)
+    axes = {"h/c_proj/kernel": lora_jax.KernelAxes((1 - input_axes[0],), input_axes)}
+    with pytest.raises(ValueError, match=r"'h/c_proj/kernel' has an adapter with inputs"):
+        lora_jax.peft.save(tmp_path, frozen, adapters, axes=axes)
+
+
+def test_a_dense_general_is_linear(tmp_path):
+    """A kernel of three axes is that of a convolution only where the layer is one."""
+    model, x = One(nn.DenseGeneral((2, 3))), jnp.ones((1, 6))
+    params = random_variables(model, x)["params"]
+    axes = lora_jax.kernel_axes(model, {"params": params}, x)
+    lora_jax.export(tmp_path / "x", params, {}, names="transformers", axes=axes)
+    expected = params["layer"]["kernel"].reshape(6, 6).T
+    assert np.array_equal(Tensors(tmp_path / "x")["layer.weight"], expected)
+
+
 def test_a_rank_above_the_matrix_comes_back(tmp_path):
     params = {"a": {"kernel": jnp.ones((3, 2))}}
     config = lora_jax.LoraConfig([lora_jax.Rule("a/kernel", rank=2)])
@@ -499,10 +612,14 @@ def edit_config(folder, **change):
         ({"r": True}, "a rank of at least 1"),
         ({"lora_alpha": "x"}, "'lora_alpha' must be a positive number"),
         ({"lora_alpha": 10**400}, "'lora_alpha' must be a positive number"),
+        ({"lora_alpha": None}, "'lora_alpha' must be a positive number, got None"),
+        ({"r": None}, "a rank of at least 1, got None"),
         ({"lora_alpha": -1}, "'lora_alpha' must be a positive number"),
         ({"rank_pattern": {"up": 4}}, "for rank 4"),
         ({"rank_pattern": [1]}, "'rank_pattern' must be an object"),
-        ({"rank_pattern": {"(a+)+": 4}}, "too complex"),
+        ({"rank_pattern": {"(a+)+": 4}}, "too complex .*of a group none but '\\?'"),
+        ({"rank_pattern": {"(?:up){1,2}": 4}}, "too complex"),
+        ({"rank_pattern": {".*a.*b.*c.*": 4}}, "too complex"),
         ({"alpha_pattern": {"(": 4}}, "no regular expression"),
         ({"alpha_pattern": {"layers.0.up": 4}}, "different ranks and alphas"),
         ({"use_dora": False}, "it should have A, B"),
@@ -534,6 +651,12 @@ def test_a_config_that_makes_no_sense(saved, model, change, message):
     "change",
     [
         {"of_the_future": None},
+        # As PEFT reads it, or its default.
+        dict.fromkeys(
+            ("fan_in_fan_out", "use_rslora", "lora_bias", "bias", "lora_dropout", "rank_pattern")
+        ),
+        dict.fromkeys(("alpha_pattern", "target_parameters", "init_lora_weights", "loftq_config")),
+        {"target_modules": None},
         {"lora_ga_config": "DROP"},
         {"modules_to_save": ["head", "score"]},
     ],
@@ -637,6 +760,14 @@ def test_a_folder_that_has_folders(saved, model):
         load(saved[0] / "none", model)
 
 
+def test_a_folder_of_the_other_format_says_so(saved, model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"of PEFT, which lora_jax\.peft\.load reads"):
+        lora_jax.load(saved[0], model[0])
+    lora_jax.save(tmp_path / "own", saved[2])
+    with pytest.raises(FileNotFoundError, match=r"of lora_jax, which lora_jax\.load reads"):
+        load(tmp_path / "own", model)
+
+
 def test_every_truncation_is_found(saved, model):
     content = (saved[0] / FILE).read_bytes()
     for size in np.random.default_rng(0).integers(len(content), size=100):
@@ -668,6 +799,22 @@ def test_patterns_are_pefts():
     modules = {"layers.1.q": 1, "a.layers.1.q": 1, "layersx1.q": 1, "a.q": 2, "aq": 0}
     modules |= {"a.mlp.b": 3, "x.k": 4, "y.x.k": 0}
     assert {module: first_match(patterns, module, 0) for module in modules} == modules
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "other"),
+    [
+        (r"(?:q|v)_proj", "a.0.v_proj", "a.0.k_proj"),
+        (r"layers\.\d{1,2}\.q", "x.layers.12.q", "x.layers.123.q"),
+        (r"^(?!.*vision).*\.q", "text.0.q", "vision.0.q"),
+        (r".*(?<!k_)proj", "a.q_proj", "a.k_proj"),
+        (r"[\d]+?\.q", "a.31.q", "a.b.q"),
+        (r"(?:up\.)?q", "a.up.q", "a.k"),
+    ],
+)
+def test_patterns_of_any_kind_that_is_safe(pattern, fits, other):
+    assert first_match({pattern: 1}, fits, 0) == 1
+    assert first_match({pattern: 1}, other, 0) == 0
 
 
 def test_patterns_that_are_written():

@@ -17,15 +17,18 @@ import tyro
 from rich.console import Console
 
 from lora_jax import peft, peft_files, store
+from lora_jax.adapter import Adapter as Node
 from lora_jax.approximation import nearest
+from lora_jax.axes import KernelAxes
 from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, prefixes, trees
 from lora_jax.cli.completed import completed
 from lora_jax.cli.experts import order_of
 from lora_jax.cli.heads import Model
+from lora_jax.cli.layouts import Layouts, model_types
 from lora_jax.cli.start import Start
 from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter, opened
-from lora_jax.names import as_names
+from lora_jax.names import CONV1D, as_names
 from lora_jax.rounding import RoundingReport
 from lora_jax.table import text_table
 from lora_jax.tensors import floats, read_json
@@ -39,6 +42,10 @@ Names = Annotated[str, tyro.conf.arg(metavar="FAMILY|FILE.json")]
 Experts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="NUMBER")]
+# How modules of embeddings are called: their weights look like those of linear layers in a file.
+_EMBEDDING = re.compile(
+    r"(^|[._])(wte|wpe|shared|embeds?|embeddings?|embed_(tokens|positions|in))\.weight$"
+)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -110,12 +117,13 @@ def convert(
         frozen, adapters = trees.from_peft(source, table)
         store.save(target, adapters)
     else:
-        frozen, adapters = trees.from_own(source, table)
+        frozen, adapters, axes = trees.from_own(source, table)
         peft.save(
             target,
             frozen,
             adapters,
             names=table,
+            axes=axes,
             base_model_name_or_path=base_model,
             task_type=task_type,
         )
@@ -149,13 +157,15 @@ def merge(
         experts: where PEFT's adapter is for parameters (target_parameters) whose shapes are alike:
             their names in their module, in the order in which its class makes them.
         layout: whether these are stored (experts, in, out) or (experts, out, in), where their
-            shapes do not say it.
+            shapes do not say it; and whether square weights of layers are stored (in, out), as
+            GPT-2's Conv1D does, or (out, in), where neither other shapes nor the base's config.json
+            say it.
         adapter_prefix: how the adapter's names begin where the base's do not, as "bert."; found by
             itself where there is one way only.
         base_prefix: how the base's names begin where the adapter's do not.
     """
     _new(out)
-    _check_experts(adapter, experts, layout)
+    _check_experts(adapter, experts)
     checkpoint = Checkpoint(base)
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,19 +173,28 @@ def merge(
         if not is_peft(adapter) and set(store.read(adapter).adapters) <= set(checkpoint):
             if adapter_prefix is not None or base_prefix is not None:
                 raise ValueError(f"{base} has the names of {adapter}: there is no prefix to give.")
+            if layout is not None:
+                raise ValueError(f"{base} has the names of {adapter}: there is no layout to give.")
             updates = merging.of_own(adapter, checkpoint)
         else:
+            own: dict[str, str] = {}
             if is_peft(adapter):
                 files = peft_files.read(adapter, tying=True)
                 order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
             else:
                 table = as_names(_names(names))
-                files, order = trees.as_peft(adapter, table, scratch), order_of(table)
+                (files, own), order = trees.as_peft(adapter, table, scratch), order_of(table)
             files, named, notes = prefixes.aligned(files, checkpoint, adapter_prefix, base_prefix)
             view = checkpoint.renamed(named)
             model = Model.of(view, adapter)
             tie = model.tie(files, view)
-            updates = merging.of_peft(files, Start(view, files, tie), order)
+            layouts = Layouts(view, layout)
+            updates = merging.of_peft(files, Start(view, files, tie), layouts, order, own)
+            if layout is not None and not (experts or layouts.asked):
+                raise ValueError(
+                    "--layout is said of the parameters that --experts names, or of square weights "
+                    "of which nothing else says it, and there is none."
+                )
             updates = completed(updates, view, model, tie, notes)
             if not set(updates.info) <= set(view):  # then all are named as in the adapter's model
                 if checkpoint.info.keys() != view.info.keys():
@@ -250,6 +269,7 @@ def extract(
     energy: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None,
     match: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = ".*",
     allow_rest: bool = False,
+    layout: Literal["in-out", "out-in"] | None = None,
 ) -> int:
     """Makes an adapter from a fine-tuned model and its base, by singular values.
 
@@ -263,8 +283,10 @@ def extract(
         rank: the rank of every matrix; either this or energy.
         energy: keep this share of the squared norm of every difference.
         match: only matrices whose whole name matches this regular expression; in PyTorch's names
-            it must leave out embeddings, which look like linear layers in a file.
+            it must leave out embeddings.
         allow_rest: leave out what differs and is no matrix that matches; else it is an error.
+        layout: as for merge: whether PyTorch stores square weights of layers (in, out), as GPT-2's
+            Conv1D does, or (out, in), where neither other shapes nor the base's config.json say it.
     """
     if (rank is None) == (energy is None):
         raise ValueError("extract needs either --rank or --energy.")
@@ -280,7 +302,9 @@ def extract(
         raise ValueError(
             f"Only one of the two has {', '.join(map(repr, missing[:4]))}: leave it out by --match."
         )
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    layouts = Layouts(old, layout, model_types(new))
+    kinds: dict[str, str] = {}
+    found: dict[str, Node] = {}
     body: list[tuple[str, ...]] = []
     for name in _progress([name for name in old if name in new], "singular values"):
         numbers = floats(old.info[name].dtype) and floats(new.info[name].dtype)
@@ -296,10 +320,20 @@ def extract(
         if delta.ndim != 2 or not matches:
             rest.append(name)
             continue
-        delta = delta.T if name.endswith(".weight") else delta
-        low = nearest(delta, rank, energy)
-        found[name] = (low.U, low.V)
+        in_torch = name.endswith(".weight")
+        if in_torch and _EMBEDDING.search(name) and f"{name[:-6]}bias" not in old:
+            raise ValueError(
+                f"{name!r} is of an embedding, by its name, and differs: leave it out, with "
+                f"--match and --allow-rest."
+            )
+        kind = layouts.kind(name) if in_torch or name.endswith("/kernel") else "linear"
+        if layouts.asked and layout is None:
+            continue
+        axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
+        low = nearest(delta.T if axes == CONV1D else delta, rank, energy)
+        kinds[name], found[name] = kind, trees.adapter(low.U, low.V, axes)
         body.append((name, str(low.U.shape[1]), f"{low.error:.3g}"))
+    layouts.check()
     if rest and not allow_rest:
         raise ValueError(
             f"{len(rest)} arrays differ that would not be in the adapter: "
@@ -310,13 +344,14 @@ def extract(
     torch = [name.endswith(".weight") for name in found]
     if any(torch) and not all(torch):
         raise ValueError("The names are neither all PyTorch's nor all Flax's: narrow --match.")
-    adapters = {name: trees.adapter(U, V) for name, (U, V) in found.items()}
+    if layout is not None and not layouts.asked:
+        raise ValueError("--layout is said of square weights of which nothing else says it.")
     if all(torch):
-        names = [(name, name) for name in found]
-        frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape[::-1], jnp.float32) for n in found}
-        peft.save(out, frozen, adapters, names=names)
+        names = [(name, name, kinds[name]) for name in found]
+        frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape, jnp.float32) for n in found}
+        peft.save(out, frozen, found, names=names)
     else:
-        store.save(out, trees.nested(adapters))
+        store.save(out, trees.nested(found))
     _show(("matrix", "rank", "||error|| / ||difference||"), body)
     if rest:
         console.print(f"Left out, though they differ: {', '.join(rest)}.", markup=False)
@@ -366,10 +401,8 @@ def _names(names: str) -> Any:
     return names
 
 
-def _check_experts(adapter: Path, experts: Sequence[str], layout: str | None) -> None:
-    """Errors where these options would have no effect."""
-    if layout is not None and not experts:
-        raise ValueError("--layout is said of the parameters that --experts names.")
+def _check_experts(adapter: Path, experts: Sequence[str]) -> None:
+    """Errors where the option would have no effect."""
     targets = (
         peft_files.read(adapter, tying=True).config.target_parameters if is_peft(adapter) else ()
     )
@@ -385,7 +418,7 @@ def _both(first: Path, second: Path, names: str) -> tuple[Opened, Opened]:
     table = as_names(_names(names))
     with tempfile.TemporaryDirectory() as scratch:
         a, b = (
-            open_adapter(one) if is_peft(one) else opened(trees.as_peft(one, table, scratch))
+            open_adapter(one) if is_peft(one) else opened(trees.as_peft(one, table, scratch)[0])
             for one in (first, second)
         )
     if not {*a.factors, *a.whole} & {*b.factors, *b.whole}:

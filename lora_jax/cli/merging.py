@@ -17,6 +17,7 @@ from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.experts import alone_in
 from lora_jax.cli.heads import grown, is_head, is_vocabulary
+from lora_jax.cli.layouts import Layouts
 from lora_jax.cli.start import Start, check_floats
 from lora_jax.config import nearest
 from lora_jax.names import EXPERTS
@@ -120,15 +121,21 @@ def _effective(node: Adapter | Shift, W: np.ndarray) -> _Parts:
 
 
 def of_peft(
-    files: peft_files.PeftFiles, base: Start, experts: Mapping[str, bool | None] | None = None
+    files: peft_files.PeftFiles,
+    base: Start,
+    layouts: Layouts,
+    experts: Mapping[str, bool | None] | None = None,
+    own: Mapping[str, str] | None = None,
 ) -> Updates:
     """Of an adapter of PEFT, for a base with PyTorch's names.
 
     Args:
       files: the adapter.
       base: the base, by the adapter's names.
+      layouts: how the base stores square weights, of which shapes do not say it.
       experts: what shapes may not say of parameters that are adapted by themselves: their names in
         their module, in its order, and whether it stores them ``(experts, in, out)``.
+      own: what the adapter itself knows of that, by the names of the weights.
 
     Raises:
       ValueError: an adapter that does not fit the base, or of which the files do not say for which
@@ -150,7 +157,9 @@ def of_peft(
         _has(base, name, path)
         shape, r = base.info[name].shape, files.config.rank_of(module)
         A, B = (files.tensors.info[keys[role]].shape for role in ("A", "B"))
-        kind = _kind(keys, A, B, shape, files.config.fan_in_fan_out)
+        kind = _kind(keys, A, B, shape)
+        if not kind:  # square, so that either fits until all are asked for
+            kind = layouts.kind(name, (own or {}).get(name, ""), files) or "linear"
         window = shape[2:] if kind == "conv" else ()
         d, k = A[1] * int(np.prod(window, dtype=int)), B[0]
         expected = factor_shapes(kind, (d, k), r, window, 1)
@@ -162,6 +171,7 @@ def of_peft(
         exact[name] = _merger(files, module, keys, kind, (d, k), r)
         if "bias" in keys:
             exact[f"{module}.bias"] = _shifted(files, module, keys["bias"], base)
+    layouts.check()
     whole: dict[str, np.ndarray] = {}
     for name, key in files.whole.items():
         plain = _place(name.replace(".base_layer.", "."), base)
@@ -258,19 +268,15 @@ def _shifted(
 
 
 def _kind(
-    keys: Mapping[str, str],
-    A: tuple[int, ...],
-    B: tuple[int, ...],
-    shape: tuple[int, ...],
-    fan_in_fan_out: bool,
+    keys: Mapping[str, str], A: tuple[int, ...], B: tuple[int, ...], shape: tuple[int, ...]
 ) -> str:
-    """How PyTorch stores a weight: by its shape, and where that is square by the config."""
+    """How PyTorch stores a weight by its shape; empty where that is square."""
     if keys["A"].endswith("_embedding_A"):
         return "embedding"
     if len(A) > 2:
         return "conv"
-    if shape == (B[0], A[1]) and shape == (A[1], B[0]):
-        return "conv1d" if fan_in_fan_out else "linear"
+    if shape == (B[0], A[1]) == (A[1], B[0]):
+        return ""
     return "conv1d" if shape == (A[1], B[0]) else "linear"
 
 

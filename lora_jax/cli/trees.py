@@ -14,8 +14,12 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft, peft_files, store
 from lora_jax.adapter import Adapter, Shift
-from lora_jax.names import EXPERTS, Name, find
+from lora_jax.axes import KernelAxes
+from lora_jax.cli.layouts import kinds_of
+from lora_jax.names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, find
 from lora_jax.tensors import StrPath
+from lora_jax.torch_params import TorchParams
+from lora_jax.tree import flatten, path_of
 
 
 def nested(flat: Mapping[str, Any]) -> Any:
@@ -23,10 +27,10 @@ def nested(flat: Mapping[str, Any]) -> Any:
     return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})
 
 
-def adapter(U: np.ndarray, V: np.ndarray) -> Adapter:
-    """A LoRA adapter of a plain matrix, with ``s = 1``."""
+def adapter(U: np.ndarray, V: np.ndarray, axes: KernelAxes) -> Adapter:
+    """A LoRA adapter of a matrix, with ``s = 1``."""
     rank = U.shape[1]
-    return Adapter(jnp.asarray(U), jnp.asarray(V), rank=rank, alpha=float(rank))
+    return Adapter(jnp.asarray(U), jnp.asarray(V), rank=rank, alpha=float(rank), axes=axes)
 
 
 def kernel_shape(node: Adapter) -> tuple[int, ...]:
@@ -40,8 +44,8 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
-    """``(frozen, adapters)`` of an adapter of ours; the base is only shapes."""
+def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any, dict[str, KernelAxes]]:
+    """``(frozen, adapters)`` of an adapter of ours, and its axes; the base is only shapes."""
     found = store.read(path).adapters
     base = {}
     for name, node in found.items():
@@ -55,11 +59,21 @@ def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
             base[name] = jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32)
         elif isinstance(node, Shift):
             base[name] = jax.ShapeDtypeStruct(node.value.shape, jnp.float32)
-    return nested(base), nested(found)
+    axes = {name: node.axes for name, node in found.items() if isinstance(node, Adapter)}
+    return nested(base), nested(found), axes
 
 
-def as_peft(path: StrPath, names: Sequence[Name], scratch: StrPath) -> peft_files.PeftFiles:
-    """An adapter of ours in PEFT's format.
+def _kinds(frozen: Any, names: Sequence[Name], axes: Mapping[str, KernelAxes]) -> dict[str, str]:
+    """How PyTorch stores what an adapter of ours is for, by PyTorch's names."""
+    leaves = {path_of(key): leaf for key, leaf in flatten(frozen, "frozen").items()}
+    model = TorchParams(leaves, names, axes, axes)
+    return {torch.name: torch.kind for path in axes for torch in model.torch(path)}
+
+
+def as_peft(
+    path: StrPath, names: Sequence[Name], scratch: StrPath
+) -> tuple[peft_files.PeftFiles, dict[str, str]]:
+    """An adapter of ours in PEFT's format, and how PyTorch stores what it is for.
 
     Args:
       path: the adapter's folder.
@@ -69,22 +83,23 @@ def as_peft(path: StrPath, names: Sequence[Name], scratch: StrPath) -> peft_file
     Raises:
       ValueError: it has no equal in PEFT, as far as can be known without its model.
     """
-    frozen, tree = from_own(path, names)
+    frozen, tree, axes = from_own(path, names)
     try:
-        peft.save(scratch, frozen, tree, names=names)
+        peft.save(scratch, frozen, tree, names=names, axes=axes)
     except ValueError as error:
         said = str(error).replace(str(scratch), str(path))
         asks = " Only Python has the model: there lora_jax.export merges it."
         raise ValueError(said + (asks if "axes=" in said else "")) from None
     files = peft_files.read(scratch)
     files.tensors.path = Path(path)
-    return files
+    return files, _kinds(frozen, names, axes)
 
 
 def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of PEFT; the base is only shapes."""
     files = peft_files.read(path)
     base: dict[str, Any] = {}
+    axes: dict[str, KernelAxes] = {}
     for module, keys in files.modules.items():
         info = files.tensors.info
         A, B = info[keys["A"]].shape, info[keys["B"]].shape
@@ -99,8 +114,10 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
             )
         window, d, k = A[2:], A[1], B[0]
         shape = (*window, d, k)
-        if name.axes is not None:
-            shape = (k, d) if name.axes.inputs == (1,) else shape
+        if name.kind == "weight" and not window:
+            axes[flax] = _axes_in(files, module, flax)
+        if axes.get(flax, name.axes) == CONV1D:
+            shape = (k, d)
         base[flax] = jax.ShapeDtypeStruct(shape, jnp.float32)
     for name_, key in files.whole.items():
         flax, name = _flax_path(name_.replace(".base_layer", ""), names, str(path))
@@ -113,7 +130,26 @@ def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
         if len(one.shape) > 2:
             raise ValueError(f"{path}: {key!r} has {len(one.shape)} axes: load it in Python.")
         base[flax] = np.zeros(shape, np.float32)
-    return peft.load(path, nested(base), names=names)
+    return peft.load(path, nested(base), names=names, axes=axes)
+
+
+def _axes_in(files: peft_files.PeftFiles, module: str, flax: str) -> KernelAxes:
+    """The axes that Flax's kernel has, by what an adapter of PEFT says of its model."""
+    layer, config = module.rpartition(".")[2], files.config
+    if layer not in CONV1D_LAYERS:
+        return KernelAxes()
+    said = kinds_of({config.package}, layer)
+    if not said and config.fan_in_fan_out:
+        said = {"conv1d"}  # no model calls both classes so
+    if not said and all(m.rpartition(".")[2] in CONV1D_LAYERS for m in files.modules):
+        said = {"linear"}
+    if not said:
+        raise ValueError(
+            f"{files.tensors.path}: {module!r} may be a Conv1D, as in GPT-2, or a linear layer, as "
+            f"in GPT-Neo, and only the model says how Flax stores {flax!r}. Load it in Python, "
+            f"with lora_jax.peft.load and axes=, or give --names that say its kind."
+        )
+    return CONV1D if said == {"conv1d"} else KernelAxes()
 
 
 def _flax_path(torch: str, names: Sequence[Name], where: str) -> tuple[str, Name]:

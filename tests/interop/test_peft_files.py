@@ -205,6 +205,18 @@ def test_layers(params, axes, config, tmp_path):
     assert {name: theirs[name] for name in same} == {name: ours[name] for name in same}
 
 
+def test_null_is_what_peft_reads(params, axes, tmp_path):
+    """As trainers write it: false, or the default."""
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS)
+    noisy(peft.get_peft_model(TorchModel(params), config)).save_pretrained(tmp_path)
+    nulls = ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "init_lora_weights")
+    said = json.loads((tmp_path / CONFIG).read_text()) | dict.fromkeys(nulls)
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    expected = torch_logits(peft.PeftModel.from_pretrained(TorchModel(params), tmp_path).eval())
+    split = lora_jax.peft.load(tmp_path, params, names=NAMES, axes=axes)
+    assert relative_error(flax_logits(*split), expected) < 1e-5
+
+
 def test_config_is_what_peft_writes():
     assert {k: v for k, v in DEFAULTS.items() if k != "target_modules"} == {
         k: v
