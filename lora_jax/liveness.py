@@ -37,13 +37,14 @@ def read_inputs(jaxpr: Any) -> list[bool]:
 class _Dead(enum.Enum):
     """Which equations count although nothing comes of them."""
 
+    NOT_EVEN_EFFECTS = enum.auto()
     NONE = enum.auto()
     IN_JIT = enum.auto()
     ALL = enum.auto()
 
 
-def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
-    """Says of every input of a jaxpr whether one of the live outputs may depend on it.
+def live_inputs(jaxpr: Any, live_outputs: Sequence[bool], *, effects: bool = True) -> list[bool]:
+    """Says of every input of a jaxpr whether one of the live outputs, or an effect, depends on it.
 
     It looks into loops, branches, and calls, and so into functions with a gradient of their own,
     for which the tools of jax assume that every input is used.
@@ -54,7 +55,7 @@ def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
       >>> live_inputs(jaxpr, [True, False]), live_inputs(jaxpr, [True, True])
       ([True, False], [True, True])
     """
-    return _inputs(jaxpr, live_outputs, _Dead.NONE)
+    return _inputs(jaxpr, live_outputs, _Dead.NONE if effects else _Dead.NOT_EVEN_EFFECTS)
 
 
 def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]:
@@ -63,7 +64,8 @@ def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]
     for eqn in reversed(jaxpr.eqns):
         given, how = [v in live for v in eqn.outvars], written(eqn)
         looked_into = dead is _Dead.ALL or (dead is _Dead.IN_JIT and how is not None)
-        if any(given) or eqn.effects or looked_into:
+        has_effects = bool(eqn.effects) and dead is not _Dead.NOT_EVEN_EFFECTS
+        if any(given) or has_effects or looked_into:
             uses = zip(eqn.invars, _inputs_of(eqn, how, given, dead), strict=True)
             live |= {v for v, is_live in uses if is_live and not is_literal(v)}
     return [v in live for v in jaxpr.invars]
