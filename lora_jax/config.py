@@ -403,7 +403,7 @@ def _matches_nothing(what: str, pattern: str, paths: Sequence[str], leaves: str 
     suggested, found = meant(pattern, paths, leaves)
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     hint = f"Did you mean {suggested!r}? It matches {found[0]!r}{more}. " if found else ""
-    if re.sub(r"\W|_", "", pattern).lower() in ("alllinear", "linear"):
+    if not found and re.sub(r"\W|_", "", pattern).lower() in ("alllinear", "linear"):
         hint = f"Did you mean {ALL_LINEAR!r}? "
     return (
         f"{what} matches no parameter. Patterns are regular expressions that must match a whole "

@@ -35,6 +35,20 @@ class Observer(Protocol):
         """The handler cannot adapt the kernel."""
 
 
+class Unseen:
+    """An observer that looks away: the kernel is zeros, and no more."""
+
+    def use(self, layer: KernelAxes, contracted: bool) -> None:
+        """Does nothing."""
+
+    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """The result as it is."""
+        return y
+
+    def refuse(self, reason: str) -> None:
+        """Does nothing: the call itself refuses."""
+
+
 class AdaptedKernel:
     """A kernel of a layer, in the hands of the layer's handler: it computes products with ``W'``.
 

@@ -30,8 +30,8 @@ from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.compat import is_traced
-from lora_jax.kernel import AdaptedKernel
-from lora_jax.liveness import arrays_in, read_inputs
+from lora_jax.kernel import AdaptedKernel, Unseen
+from lora_jax.liveness import arrays_in, live_inputs, read_inputs
 from lora_jax.mixed import BASE, Ids, checked_ids, own_leaf, taken
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
@@ -234,6 +234,7 @@ def _apply(
             _ACTIVE.stack = _ACTIVE.stack[:-1]
 
     calls = _Calls(nodes)
+    _check_ties(call, placed, nodes, gives_variables(kwargs))
     out = call(placed, calls)
     unused = [] if allow_unused else [key for key in nodes if path_of(key) not in calls.used]
     if unused and (key := _without_use(call, placed, unused)):
@@ -320,6 +321,44 @@ def _without_use(call: Callable[..., Any], placed: chex.ArrayTree, keys: list[Ke
     read = read_inputs(jax.make_jaxpr(results)(nodes).jaxpr)
     used = jax.tree.unflatten(jax.tree.structure(nodes), read)
     return next((key for key in keys if not any(jax.tree.leaves(used[key]))), None)
+
+
+def _check_ties(
+    call: Callable[..., Any],
+    placed: chex.ArrayTree,
+    nodes: Mapping[Key, _Placed],
+    with_variables: bool,
+) -> None:
+    """Errors where the model reads an adapted embedding outside of its layer, as for its logits.
+
+    An adapter in the layer would change one use only, and the merged model another. So the call is
+    traced with zeros for the embedding in its layer: what depends on it still is another use.
+    """
+    keys = [k for k, node in nodes.items() if "embedding" in k[-1] and not node.adapter.untied]
+    if not keys:
+        return
+    flat = flatten(placed, "params")
+    for key in keys:
+        flat[(*key[:-1], key[-1] + SUFFIX)] = dataclasses.replace(nodes[key], cut=True)
+
+    def results(kernels: dict[Key, Any]) -> list[Any]:
+        out = call(unflatten({**flat, **kernels}, placed), _Calls({}))
+        if with_variables:
+            out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
+        return list(arrays_in(out))
+
+    kernels = {key: flat[key] for key in keys}
+    jaxpr = jax.make_jaxpr(results)(kernels).jaxpr
+    read = live_inputs(jaxpr, [True] * len(jaxpr.outvars), effects=False)
+    uses = jax.tree.unflatten(jax.tree.structure(kernels), read)
+    for key in keys:
+        if any(jax.tree.leaves(uses[key])):
+            raise ValueError(
+                f"The model also reads {path_of(key)!r} outside of its layer, as tied embeddings "
+                f"are, where its adapter would not be: the merged model would compute something "
+                f"else. Say in the rule tied='substitute', so that all uses see W', or "
+                f"tied='untie', and make the adapters with lora_jax.lora_init_model."
+            )
 
 
 def _count(adapters: chex.ArrayTree) -> int:
@@ -412,12 +451,13 @@ class _Placed:
 
     The path is that of the parameter in the whole tree, also where the layer is applied on its own
     inside the model. As a part of the structure it makes ``nn.jit`` trace each layer, and not use
-    for one what it has traced for another.
+    for one what it has traced for another. If it is cut, the layer computes with zeros.
     """
 
     adapter: Adapter
     path: str = flax.struct.field(pytree_node=False)
     ids: Ids | None = None
+    cut: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class _Active(threading.local):
@@ -471,6 +511,8 @@ class _Calls:
             return AdaptedKernel(path_of((*module.path, name)), value)
         placed: _Placed = module.get_variable("params", name + SUFFIX)
         path, adapter = placed.path, placed.adapter
+        if placed.cut:
+            return AdaptedKernel(path, value, observer=Unseen())
         if id(adapter.U) not in self._as_placed and self.maps.may_be_of_params(module):
             _refuse_mapped(module)
 
