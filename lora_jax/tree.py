@@ -46,8 +46,9 @@ def lora_init(
         arrays, which may be boxed (``nn.Partitioned``).
       config: which leaves are adapted and how, and which are trained whole.
       axes: which axes of each kernel are inputs, outputs and stacks, from
-        :func:`lora_jax.kernel_axes`. Without it every matched leaf must be a matrix ``(d, k)``,
-        but for what its rule says.
+        :func:`lora_jax.kernel_axes`; :func:`lora_jax.lora_init_model` finds them for you. Without
+        it every matched leaf must be a matrix ``(d, k)``, but for what its rule says, and it is not
+        checked whether the model reads a leaf, and only in its layer.
 
     Returns:
       ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
@@ -56,7 +57,7 @@ def lora_init(
         kernel is float64, as its norm is.
 
     Raises:
-      TypeError: ``params`` is no nested dict of arrays.
+      TypeError: ``params`` is no nested dict of arrays, arguments in another order.
       ValueError: a pattern that matches nothing, a rule that never wins, a matched leaf that is
         no floating-point matrix, a rank above ``min(d, k)``, a kernel that is not finite. The
         message names the culprit.

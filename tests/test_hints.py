@@ -166,7 +166,7 @@ MISTAKES = {
     ),
     "params for variables": (
         lambda: lora_init_model(KEY, MODEL, PARAMS, CONFIG, X),
-        "which have the collection 'params' and others beside it; got dict. Pass {'params': params}",
+        "which have the collection 'params' and others beside it; got dict. Pass {'params': ",
     ),
     "TrainState for variables": (
         lambda: lora_init_model(KEY, MODEL, STATE, CONFIG, X),
