@@ -31,6 +31,8 @@ class KernelAxes:
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
         computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
       parts: which of the fused kernels are adapted; all by default.
+      alone: whether the model was looked at, so that it is known that only the kernel's layer reads
+        it, or was said what the others shall see. It has no part in equality, and is in no file.
 
     Raises:
       TypeError: a field that is no int, or no tuple of them.
@@ -50,6 +52,7 @@ class KernelAxes:
     stacks: tuple[int, ...] = ()
     fused: int = 1
     parts: tuple[int, ...] = ()
+    alone: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "stacks", "parts"):

@@ -234,11 +234,17 @@ def _apply(
             _ACTIVE.stack = _ACTIVE.stack[:-1]
 
     calls = _Calls(nodes)
-    _check_ties(call, placed, nodes, gives_variables(kwargs))
     out = call(placed, calls)
     unused = [] if allow_unused else [key for key in nodes if path_of(key) not in calls.used]
     if unused and (key := _without_use(call, placed, unused)):
         raise ValueError(calls.unused(key, len(unused), model, kwargs.get("method")))
+    looked_at = {
+        key: node
+        for key, node in nodes.items()
+        if path_of(key) in calls.used and not (node.adapter.axes.alone or node.adapter.untied)
+    }
+    if looked_at:
+        _check_ties(call, placed, looked_at, gives_variables(kwargs))
     if not gives_variables(kwargs):
         return out
     return _restored(out, variables["params"], placed)
@@ -329,36 +335,34 @@ def _check_ties(
     nodes: Mapping[Key, _Placed],
     with_variables: bool,
 ) -> None:
-    """Errors where the model reads an adapted embedding outside of its layer, as for its logits.
+    """Errors where the model reads one of these kernels outside of its layer too.
 
-    An adapter in the layer would change one use only, and the merged model another. So the call is
-    traced with zeros for the embedding in its layer: what depends on it still is another use.
+    An adapter in the layer would change one use only, and the merged model all. So the call is
+    traced with zeros for the kernels in their layers: what depends on one still is another use.
     """
-    keys = [k for k, node in nodes.items() if "embedding" in k[-1] and not node.adapter.untied]
-    if not keys:
-        return
     flat = flatten(placed, "params")
-    for key in keys:
-        flat[(*key[:-1], key[-1] + SUFFIX)] = dataclasses.replace(nodes[key], cut=True)
+    for key, node in nodes.items():
+        flat[(*key[:-1], key[-1] + SUFFIX)] = dataclasses.replace(node, cut=True)
 
     def results(kernels: dict[Key, Any]) -> list[Any]:
         out = call(unflatten({**flat, **kernels}, placed), _Calls({}))
-        if with_variables:
+        if with_variables:  # that the parameters are given back is no use of them
             out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
         return list(arrays_in(out))
 
-    kernels = {key: flat[key] for key in keys}
+    kernels = {key: flat[key] for key in nodes}
     jaxpr = jax.make_jaxpr(results)(kernels).jaxpr
     read = live_inputs(jaxpr, [True] * len(jaxpr.outvars), effects=False)
     uses = jax.tree.unflatten(jax.tree.structure(kernels), read)
-    for key in keys:
-        if any(jax.tree.leaves(uses[key])):
-            raise ValueError(
-                f"The model also reads {path_of(key)!r} outside of its layer, as tied embeddings "
-                f"are, where its adapter would not be: the merged model would compute something "
-                f"else. Say in the rule tied='substitute', so that all uses see W', or "
-                f"tied='untie', and make the adapters with lora_jax.lora_init_model."
-            )
+    tied = [path_of(key) for key in nodes if any(jax.tree.leaves(uses[key]))]
+    if tied:
+        more = f" (and {len(tied) - 1} more kernels)" if len(tied) > 1 else ""
+        raise ValueError(
+            f"The model also reads {tied[0]!r}{more} outside of its layer, as tied embeddings are, "
+            f"where its adapter would not be: the merged model would compute something else. Say "
+            f"in the rule tied='substitute', so that all uses see W', or tied='untie', and make "
+            f"the adapters with lora_jax.lora_init_model."
+        )
 
 
 def _count(adapters: chex.ArrayTree) -> int:

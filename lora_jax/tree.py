@@ -48,7 +48,7 @@ def lora_init(
       axes: which axes of each kernel are inputs, outputs and stacks, from
         :func:`lora_jax.kernel_axes`; :func:`lora_jax.lora_init_model` finds them for you. Without
         it every matched leaf must be a matrix ``(d, k)``, but for what its rule says, and it is not
-        checked whether the model reads a leaf, and only in its layer.
+        checked here whether the model reads a leaf, and only in its layer, but by ``lora_apply``.
 
     Returns:
       ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
