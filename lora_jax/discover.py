@@ -23,18 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.compat import Maps, Probe
 from lora_jax.heads import output_heads
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model
-from lora_jax.liveness import arrays_in, live_inputs
+from lora_jax.liveness import arrays_in, live_inputs, marked_inputs
 from lora_jax.meshes import explicit_sharding
 from lora_jax.registry import entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
 _SUFFIX = "@label"
+_MARK = "lora_jax: what is multiplied by "
 
 
 def kernel_axes(
@@ -125,11 +127,11 @@ def kernel_axes(
         observer, jaxpr = trace(labels)
     structure = jax.tree.structure(abstract)
 
-    def read_by(jaxpr: Any, live: list[bool], effects: bool = True) -> set[str]:
-        inputs = jax.tree.unflatten(structure, live_inputs(jaxpr, live, effects=effects))
+    def paths(used: list[bool]) -> set[str]:
+        inputs = jax.tree.unflatten(structure, used)
         return {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
 
-    read = read_by(jaxpr, [True] * len(jaxpr.outvars))
+    read = paths(live_inputs(jaxpr, [True] * len(jaxpr.outvars)))
     seen = observer.kernels.keys() | observer.refused.keys()
     unused = {path: why for path, why in observer.handled.items() if path not in seen}
     tied = frozenset(read & observer.kernels.keys() - observer.refused.keys())
@@ -139,18 +141,19 @@ def kernel_axes(
         for key, label in labels.items()
         if key[:-1] not in layers and label.ndim - len(observer.stacks.get(label.path, ())) > 1
     }
-    effects = any(eqn.effects for eqn in jaxpr.eqns)
 
     def find_heads() -> tuple[frozenset[str], frozenset[str]]:
         observer, jaxpr = trace(labels, cuts=True)
         outputs = range(len(jaxpr.outvars))
+        feeding, marks = marked_inputs(jaxpr)
+
+        def behind(i: int) -> set[str]:
+            return paths(live_inputs(jaxpr, [output == i for output in outputs], effects=False))
+
         widths = {path: sizes for path, sizes in observer.widths.items() if path not in tied}
+        known = {_MARK + path for path in observer.widths} <= marks
         return output_heads(
-            observer.results,
-            lambda i: read_by(jaxpr, [output == i for output in outputs], effects=False),
-            None if effects else read_by(jaxpr, [False for _ in outputs]),
-            widths,
-            matrices | tied,
+            observer.results, behind, paths(feeding) if known else None, widths, matrices | tied
         )
 
     return ModelAxes(
@@ -318,16 +321,12 @@ class _OneKernel:
         """The product; where it is cut, one that depends on the kernel instead of the input."""
         if not self.observer.cuts:
             return y
-        jax.debug.callback(_fed, x)  # an effect, so that what feeds a product can be told
+        checkpoint_name(x, _MARK + self.label.path)
         return jnp.zeros_like(y) + jnp.sum(self.value).astype(y.dtype)
 
     def refuse(self, reason: str) -> None:
         """The handler cannot adapt the kernel."""
         self.observer.refused[self.label.path] = reason
-
-
-def _fed(x: Any) -> None:
-    """Never called."""
 
 
 def _unlike_peft(module: nn.Module) -> str | None:

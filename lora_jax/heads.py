@@ -26,7 +26,7 @@ def output_heads(
     Args:
       results: shape and dtype of each.
       behind: says of the ``i``-th result behind which parameters it is, no layer between.
-      feeding: the parameters behind which the input of a layer is; ``None`` if it is not known.
+      feeding: the parameters behind which the input of a layer is; ``None`` if that is not known.
       widths: of each kernel of a layer, the sizes that its output may have in the last axis.
       matrices: parameters of no layer, which may be multiplied all the same.
     """
