@@ -3,15 +3,15 @@
 A model's parameters are split into a frozen base and a small tree of adapters; the adapters
 are all that is differentiated, optimized and saved, and the model's own code stays as it is:
 
-    axes = lora_jax.kernel_axes(model, {"params": params}, x)
-    frozen, adapters = lora_jax.lora_init(key, params, config, axes=axes)
+    frozen, adapters = lora_jax.lora_init_model(key, model, {"params": params}, config, x)
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
     params = lora_jax.lora_merge(frozen, adapters)
     lora_jax.save("reviews", adapters)
     frozen, adapters = lora_jax.load("reviews", params)
 
 `combine` adds adapters, and `compress` cuts their rank. `lora_jax.peft` reads and writes PEFT's
-files. `kernel_axes` finds the `KernelAxes` of every kernel, together a `ModelAxes`;
+files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every kernel, together a
+`ModelAxes`, and then `lora_init(key, params, config, axes=axes)`.
 `register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`.
 """
 
@@ -23,6 +23,7 @@ from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.config import LoraConfig, Rule
 from lora_jax.discover import kernel_axes
 from lora_jax.export import export
+from lora_jax.init_model import lora_init_model
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import lora_apply
 from lora_jax.optimizer import each_adapter
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "lora_apply",
     "lora_init",
+    "lora_init_model",
     "lora_merge",
     "peft",
     "register",

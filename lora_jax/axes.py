@@ -7,7 +7,8 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import chex
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class KernelAxes:
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
         computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
       parts: which of the fused kernels are adapted; all by default.
+      alone: whether the model was looked at, so that it is known that only the kernel's layer reads
+        it, or was said what the others shall see. It has no part in equality, and is in no file.
 
     Raises:
       TypeError: a field that is no int, or no tuple of them.
@@ -49,6 +52,7 @@ class KernelAxes:
     stacks: tuple[int, ...] = ()
     fused: int = 1
     parts: tuple[int, ...] = ()
+    alone: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "stacks", "parts"):
@@ -238,6 +242,16 @@ class ModelAxes(Mapping[str, KernelAxes]):
       shared: kernels that several methods of their layer compute with, such as ``nn.Embed`` and its
         ``attend``.
       unlike: why PEFT would compute otherwise with an adapter of a convolution.
+      linear: kernels of linear layers: those that are contracted with the input in each of their
+        uses, so not embeddings and convolutions.
+      find_heads: finds :attr:`heads` and :attr:`unsure`, when they are asked for.
+
+    Example:
+      >>> import flax.linen as nn, jax, lora_jax
+      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jnp.ones((1, 4))
+      >>> axes = lora_jax.kernel_axes(model, model.init(jax.random.key(0), x), x)
+      >>> sorted(axes.linear), sorted(axes.heads)
+      (['layers_0/kernel', 'layers_2/kernel'], ['layers_2/kernel'])
     """
 
     kernels: Mapping[str, KernelAxes]
@@ -248,6 +262,47 @@ class ModelAxes(Mapping[str, KernelAxes]):
     tied: frozenset[str]
     shared: frozenset[str] = frozenset()
     unlike: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    linear: frozenset[str] = frozenset()
+    find_heads: Callable[[], tuple[frozenset[str], frozenset[str]]] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Kernels of output heads: a result of the model is computed behind them without another.
+
+        So a classifier is one, also with a bias, a softmax or a cap behind it, each of several
+        classifiers, and the last layer of a model that has no head. The last layers that add to a
+        residual stream are none, as the result has what was added before, too.
+
+        Raises:
+          ValueError: not known, as in a pickled copy.
+        """
+        return self._heads[0]
+
+    @property
+    def unsure(self) -> frozenset[str]:
+        """Kernels of which nobody can know whether they are output heads.
+
+        As where the model computes a loss from its logits and from others of its layers.
+
+        Raises:
+          ValueError: not known, as in a pickled copy.
+        """
+        return self._heads[1]
+
+    @functools.cached_property
+    def _heads(self) -> tuple[frozenset[str], frozenset[str]]:
+        if self.find_heads is None:
+            raise ValueError(
+                "Which layers are output heads is not known to this copy of the axes: call "
+                "lora_jax.kernel_axes anew."
+            )
+        return self.find_heads()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the function, which has the model in it."""
+        return {**vars(self), "find_heads": None}
 
     def __getitem__(self, path: str) -> KernelAxes:
         """The axes of the kernel at a path."""

@@ -127,6 +127,16 @@ def is_jit(eqn: Any) -> bool:
     return eqn.primitive.name in ("jit", "pjit")
 
 
+def mark_of(eqn: Any) -> str | None:
+    """The name that ``jax.ad_checkpoint.checkpoint_name`` has given what an equation computes.
+
+    Why: what goes into a product is found by it, also in loops, to know which layers are last.
+    Gone: ``None``, and it is not known which layers are output heads.
+    """
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return name if isinstance(name, str) else None
+
+
 def is_literal(v: Any) -> bool:
     """Whether an input in a jaxpr is a number that is written there."""
     return isinstance(v, jax.extend.core.Literal)

@@ -10,9 +10,14 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from lora_jax.axes import ModelAxes
+from lora_jax.hints import OF_A_RULE, as_glob, meant, refuse_words
 from lora_jax.variants import VARIANTS
 
+ALL_LINEAR = "all-linear"
 
+
+@refuse_words(OF_A_RULE)
 @dataclasses.dataclass(frozen=True)
 class Rule:
     r"""How the kernels whose path matches ``pattern`` are adapted.
@@ -21,9 +26,17 @@ class Rule:
     pattern is a regular expression for the whole path (``re.fullmatch``).
 
     Attributes:
-      pattern: regular expression, fullmatch on the path.
+      pattern: regular expression, fullmatch on the path. Or ``"all-linear"``: the kernel of every
+        linear layer but the output heads, as in PEFT; for that ``lora_init`` needs the model, or
+        its :func:`lora_jax.kernel_axes`. A linear layer contracts its kernel: ``nn.Dense``,
+        ``nn.DenseGeneral``, ``nn.Einsum``, attention, and layers registered with ``w.einsum``;
+        embeddings and convolutions are none. Output heads are the layers behind which the model's
+        result has no further layer: see :attr:`lora_jax.ModelAxes.heads`.
       rank: ``r``, the width of the factors: ``U`` is ``(d, r)`` and ``V`` is ``(r, k)`` for a
         kernel of shape ``(d, k)``; ``1 <= r <= min(d, k)``.
+      only: regular expressions: of the paths that the pattern matches only those that match one of
+        these, as ``only=[r".*/layer_[01]/.*"]``. The layers of an ``nn.scan`` are one kernel.
+      exclude: likewise, those that match none of these.
       alpha: numerator of the scale ``s``; ``rank`` by default, so that ``s`` is 1.
       variant: ``"lora"`` (Hu et al. 2021): ``W' = W + s U V``; or ``"dora"`` (Liu et al. 2024):
         ``W' = m (W + s U V) / ||W + s U V||_c``.
@@ -78,6 +91,8 @@ class Rule:
     pattern: str
     rank: int
     _: dataclasses.KW_ONLY
+    only: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     alpha: float | None = None
     variant: str = "lora"
     rslora: bool = False
@@ -96,6 +111,8 @@ class Rule:
     def __post_init__(self) -> None:
         _check_regex(self.pattern, "Rule")
         where = f"Rule({self.pattern!r})"
+        for name in ("only", "exclude"):
+            object.__setattr__(self, name, _patterns(getattr(self, name), f"{where}: {name}"))
         for name in ("rank", "fused"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -111,13 +128,21 @@ class Rule:
         for name in ("alpha", "std"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{where}: {name} must be positive and finite, got {value}.")
+                default = "the scale 1" if name == "alpha" else "1 / sqrt(d)"
+                raise ValueError(
+                    f"{where}: {name} must be positive and finite, got {value}. Leave it out for "
+                    f"{default}."
+                )
         for name in ("rslora", "detach_norm", "substitute"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}.")
         trained = sorted(name for name, variant in VARIANTS.items() if variant.trained)
         if self.variant not in trained:
-            raise ValueError(f"{where}: there is no variant {self.variant!r}; there are {trained}.")
+            same = [name for name in trained if name == str(self.variant).lower()]
+            raise ValueError(
+                f"{where}: there is no variant {self.variant!r}; there are {trained}."
+                + (f" Did you mean {same[0]!r}?" if same else "")
+            )
         if self.zero not in ("U", "V"):
             raise ValueError(f"{where}: zero must be 'U' or 'V', got {self.zero!r}.")
         if not 0.0 <= self.dropout < 1.0:
@@ -186,6 +211,14 @@ def scale(rank: int, alpha: float | None, rslora: bool) -> float:
     return float(alpha) / (math.sqrt(rank) if rslora else rank)
 
 
+_IN_A_RULE = {
+    **OF_A_RULE,
+    **{field.name: "" for field in dataclasses.fields(Rule)},
+    "modules_to_save": "trainable=, a list of patterns",
+}
+
+
+@refuse_words(_IN_A_RULE, "a rule says it, LoraConfig([Rule(pattern, rank=8)])")
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Which leaves of a parameter tree are adapted, and which are trained whole.
@@ -216,37 +249,78 @@ class LoraConfig:
     trainable: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rules", "trainable"):
-            value = getattr(self, name)
-            if isinstance(value, str | Rule):
-                raise TypeError(f"LoraConfig({name}=...) is a list; write {name}=[{value!r}].")
-            object.__setattr__(self, name, tuple(value))
+        rules: object = self.rules
+        if isinstance(rules, Rule):
+            raise TypeError(f"LoraConfig(rules=...) is a list; write rules=[{rules!r}].")
+        if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
+            raise TypeError(
+                f"LoraConfig(rules=...) is a list of Rules, got {rules!r}; write "
+                f"rules=[Rule({_example(rules)!r}, rank=8)]."
+            )
+        object.__setattr__(self, "rules", tuple(rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise TypeError(f"LoraConfig(rules=...) holds {rule!r}, which is no Rule.")
-        for pattern in self.trainable:
-            _check_regex(pattern, "LoraConfig(trainable=...)")
+                raise TypeError(
+                    f"LoraConfig(rules=...) holds {rule!r}, which is no Rule; write "
+                    f"rules=[Rule({_example(rule)!r}, rank=8)]."
+                )
+        whole = _patterns(self.trainable, "LoraConfig(trainable=...)")
+        object.__setattr__(self, "trainable", whole)
         if not self.rules and not self.trainable:
             raise ValueError("LoraConfig() would train nothing: give it rules or trainable.")
 
 
+def check_config(config: object) -> None:
+    """Errors where a config is none."""
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"config must be a LoraConfig, got {type(config).__name__}; write "
+            f"lora_jax.LoraConfig([lora_jax.Rule('.*/kernel', rank=8)])."
+        )
+
+
+def _example(pattern: object) -> str:
+    return pattern if isinstance(pattern, str) else ".*/kernel"
+
+
+def _patterns(value: object, where: str) -> tuple[str, ...]:
+    """A list of patterns."""
+    if isinstance(value, str | Rule):
+        name = where.removeprefix("LoraConfig(").split("=")[0].split(": ")[-1]
+        raise TypeError(f"{where} is a list; write {name}=[{value!r}].")
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{where} is a list of patterns, got {value!r}.")
+    patterns = tuple(value)
+    for pattern in patterns:
+        _check_regex(pattern, where)
+    return patterns
+
+
 def _check_regex(pattern: object, where: str) -> None:
     if not isinstance(pattern, str):
-        raise TypeError(f"{where}: a pattern must be a string, got {pattern!r}.")
+        one = ""
+        if isinstance(pattern, Iterable) and not isinstance(pattern, Mapping | bytes):
+            one = f" Write one for all: '.*({'|'.join(map(str, pattern))})/kernel'."
+        raise TypeError(f"{where}: a pattern must be a string, got {pattern!r}.{one}")
     try:
         re.compile(pattern)
     except re.error as error:
+        glob = as_glob(pattern)
         raise ValueError(
             f"{where}: {pattern!r} is no valid regular expression: {error}."
+            + (f" Was it meant as a glob? Then write {glob!r}." if glob != pattern else "")
         ) from error
 
 
-def assign(config: LoraConfig, paths: Sequence[str]) -> tuple[dict[str, Rule], set[str]]:
+def assign(
+    config: LoraConfig, paths: Sequence[str], axes: object = None
+) -> tuple[dict[str, Rule], set[str]]:
     """Says which rule each path has, and which paths are trained whole.
 
     Args:
       config: the user's rules and trainable patterns.
       paths: every path of the parameter tree.
+      axes: what is known of the model, for rules for ``"all-linear"``.
 
     Returns:
       ``({path: rule}, {path, ...})``, without a path in both.
@@ -259,20 +333,65 @@ def assign(config: LoraConfig, paths: Sequence[str]) -> tuple[dict[str, Rule], s
     for pattern in config.trainable:
         matched = _matches(pattern, paths)
         if not matched:
-            raise ValueError(_matches_nothing(f"trainable pattern {pattern!r}", pattern, paths))
+            what = f"trainable pattern {pattern!r}"
+            raise ValueError(_matches_nothing(what, pattern, paths, leaves=".*"))
         whole |= dict.fromkeys(matched, f"trainable pattern {pattern!r}")
     taken = dict(whole)
     rules: dict[str, Rule] = {}
     for rule in config.rules:
-        matched = _matches(rule.pattern, paths)
-        if not matched:
-            raise ValueError(_matches_nothing(f"Rule({rule.pattern!r})", rule.pattern, paths))
+        matched = matched_by(rule, paths, axes)
         won = [path for path in matched if path not in taken]
         if not won:
             raise ValueError(_never_wins(rule, {path: taken[path] for path in matched}))
+        if rule.pattern == ALL_LINEAR and isinstance(axes, ModelAxes):
+            _check_heads(axes, won)
         rules |= dict.fromkeys(won, rule)
         taken |= dict.fromkeys(won, f"Rule({rule.pattern!r})")
     return rules, set(whole)
+
+
+def matched_by(rule: Rule, paths: Sequence[str], axes: object = None) -> list[str]:
+    """The paths that a rule matches, whoever has them.
+
+    Raises:
+      ValueError: there are none, or one of its patterns matches nothing.
+    """
+    where = f"Rule({rule.pattern!r})"
+    if rule.pattern == ALL_LINEAR:
+        if not isinstance(axes, ModelAxes):
+            raise ValueError(
+                f"{where}: which layers are linear is known from the model only. Use "
+                f"lora_jax.lora_init_model(key, model, variables, config, *args), or pass "
+                f"axes=lora_jax.kernel_axes(model, variables, *args)."
+            )
+        matched = [path for path in paths if path in axes.linear and path not in axes.heads]
+        if not matched:
+            heads = ", ".join(sorted(axes.heads)) or "none"
+            raise ValueError(
+                f"{where} matches nothing: the model has no linear layer that is known here, but "
+                f"output heads: {heads}. Write a pattern for what shall be adapted."
+            )
+    else:
+        matched = _matches(rule.pattern, paths)
+        if not matched:
+            raise ValueError(_matches_nothing(where, rule.pattern, paths))
+    for name, patterns in (("only", rule.only), ("exclude", rule.exclude)):
+        for pattern in patterns:
+            if not _matches(pattern, paths):
+                what = f"{where}: {name}={pattern!r}"
+                raise ValueError(_matches_nothing(what, pattern, paths, leaves=".*"))
+    left = [
+        path
+        for path in matched
+        if (not rule.only or any(re.fullmatch(pattern, path) for pattern in rule.only))
+        and not any(re.fullmatch(pattern, path) for pattern in rule.exclude)
+    ]
+    if not left:
+        raise ValueError(
+            f"{where} matches nothing, as only={rule.only} and exclude={rule.exclude} leave none "
+            f"of {', '.join(matched[:4])}{', ...' if len(matched) > 4 else ''}."
+        )
+    return left
 
 
 def _matches(pattern: str, paths: Iterable[str]) -> list[str]:
@@ -280,11 +399,28 @@ def _matches(pattern: str, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if fullmatch(path)]
 
 
-def _matches_nothing(what: str, pattern: str, paths: Sequence[str]) -> str:
+def _matches_nothing(what: str, pattern: str, paths: Sequence[str], leaves: str = "kernel") -> str:
+    suggested, found = meant(pattern, paths, leaves)
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    hint = f"Did you mean {suggested!r}? It matches {found[0]!r}{more}. " if found else ""
+    if not found and re.sub(r"\W|_", "", pattern).lower() in ("alllinear", "linear"):
+        hint = f"Did you mean {ALL_LINEAR!r}? "
     return (
         f"{what} matches no parameter. Patterns are regular expressions that must match a whole "
-        f"path. Nearest paths: {', '.join(nearest(pattern, paths)) or 'none'}."
+        f"path. {hint}Nearest paths: {', '.join(nearest(pattern, paths)) or 'none'}."
     )
+
+
+def _check_heads(axes: ModelAxes, paths: Iterable[str]) -> None:
+    """Errors where nobody can know whether a layer is an output head."""
+    unsure = [path for path in paths if path in axes.unsure]
+    if unsure:
+        raise ValueError(
+            f"Rule({ALL_LINEAR!r}): whether {', '.join(map(repr, unsure))} is the kernel of an "
+            f"output head, which would stay frozen, cannot be known, as the model computes more "
+            f"behind it. Add exclude={[re.escape(path) for path in unsure]}, and to adapt it, a "
+            f"rule of its own."
+        )
 
 
 def _never_wins(rule: Rule, taken: Mapping[str, str]) -> str:
@@ -299,7 +435,7 @@ def _never_wins(rule: Rule, taken: Mapping[str, str]) -> str:
 
 
 def nearest(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]:
-    """The paths most like a pattern, as candidates for an error message.
+    """The paths most like a pattern, as candidates for an error message; first those that hold it.
 
     Example:
       >>> nearest(r".*/qeury/kernel", ["encoder/query/kernel", "head/bias"], count=1)
@@ -307,7 +443,7 @@ def nearest(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]:
     """
     literal = re.sub(r"\\(.)", r"\1", re.sub(r"\.[*+]|[()^$?\[\]{}]", "", pattern))
 
-    def likeness(path: str) -> float:
-        return difflib.SequenceMatcher(None, literal, path).ratio()
+    def likeness(path: str) -> tuple[bool, float]:
+        return literal in path, difflib.SequenceMatcher(None, literal, path).ratio()
 
     return sorted(paths, key=likeness, reverse=True)[:count]

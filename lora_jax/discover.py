@@ -4,6 +4,9 @@ Beside every parameter stands a label without arrays: Flax tells it when ``nn.sc
 slice an axis off, so that in the layer it says which axes of the whole kernel are left there. The
 handlers then compute with zeros in place of their kernels; a kernel on which the result depends
 all the same is read in another place too.
+
+Output heads are found by another call, in which every product forgets its input and depends on its
+kernel instead: what a result depends on then are the last layers before it.
 """
 
 from __future__ import annotations
@@ -13,22 +16,27 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.compat import Maps, Probe
+from lora_jax.heads import output_heads
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model
-from lora_jax.liveness import arrays_in, live_inputs
+from lora_jax.liveness import arrays_in, live_inputs, marked_inputs
 from lora_jax.meshes import explicit_sharding
 from lora_jax.registry import entry_of
 from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
 _SUFFIX = "@label"
+_MARK = "lora_jax: what is multiplied by "
 
 
 def kernel_axes(
@@ -77,30 +85,36 @@ def kernel_axes(
     }
     rest = {name: value for name, value in variables.items() if name != "params"}
     abstract = jax.tree.map(_abstract, (params, rest, [leaves[i] for i in arrays]))
+    # What is traced again, when heads are asked for, holds no array alive.
+    like = flax.core.freeze({}) if isinstance(variables["params"], flax.core.FrozenDict) else {}
+    leaves = [None if _is_array(leaf) else leaf for leaf in leaves]
 
-    def trace(labels: Mapping[Key, _Label]) -> tuple[_Observer, Any]:
-        observer = _Observer()
+    def trace(labels: Mapping[Key, _Label], cuts: bool = False) -> tuple[_Observer, Any]:
+        observer, nonce = _Observer(cuts=cuts), next(_NONCES)
+        labels = {key: dataclasses.replace(label, nonce=nonce) for key, label in labels.items()}
 
         def call(params: dict[Key, Any], rest: Mapping[str, Any], traced: list[Any]) -> list[Any]:
             values = dict(zip(arrays, traced, strict=True))
             args, kwargs = jax.tree.unflatten(
                 treedef, [values.get(i, leaf) for i, leaf in enumerate(leaves)]
             )
-            labelled = unflatten({**params, **labels}, variables["params"])
+            labelled = unflatten({**params, **labels}, like)
             observer.given = {path_of(key): unbox(leaf) for key, leaf in params.items()}
             with nn.intercept_methods(observer.intercept):
                 out = call_model(model, {**rest, "params": labelled}, args, kwargs)
             observer.given = {}  # what is traced must not outlive the trace
+            given = out
             if kwargs.get("mutable", False) is not False and isinstance(model, nn.Module):
                 # That the parameters are given back is no use of them.
-                out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
+                given = out[0]
+                out = given, {name: tree for name, tree in out[1].items() if name != "params"}
+            observer.results = [(x.shape, x.dtype) for x in arrays_in(given)]
             return list(arrays_in(out))
 
         return observer, jax.make_jaxpr(call)(*abstract).jaxpr
 
-    nonce = next(_NONCES)
     labels = {
-        (*key[:-1], key[-1] + _SUFFIX): _Label(path_of(key), tuple(range(ndim)), ndim, nonce)
+        (*key[:-1], key[-1] + _SUFFIX): _Label(path_of(key), tuple(range(ndim)), ndim, 0)
         for key, leaf in params.items()
         if (ndim := getattr(unbox(leaf), "ndim", None)) is not None
     }
@@ -109,23 +123,50 @@ def kernel_axes(
     except Exception:
         # A parameter may be a dict itself, which has no room for labels: only modules have.
         modules = trace({})[0].modules
-        observer, jaxpr = trace(
-            {key: label for key, label in labels.items() if key[:-1] in modules}
-        )
-    used = live_inputs(jaxpr, [True] * len(jaxpr.outvars))
-    inputs = jax.tree.unflatten(jax.tree.structure(abstract), used)
-    read = {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
+        labels = {key: label for key, label in labels.items() if key[:-1] in modules}
+        observer, jaxpr = trace(labels)
+    structure = jax.tree.structure(abstract)
+
+    def paths(used: list[bool]) -> set[str]:
+        inputs = jax.tree.unflatten(structure, used)
+        return {path_of(key) for key, leaf in inputs[0].items() if any(jax.tree.leaves(leaf))}
+
+    read = paths(live_inputs(jaxpr, [True] * len(jaxpr.outvars)))
     seen = observer.kernels.keys() | observer.refused.keys()
     unused = {path: why for path, why in observer.handled.items() if path not in seen}
+    tied = frozenset(read & observer.kernels.keys() - observer.refused.keys())
+    layers = {key[:-1] for key, label in labels.items() if label.path in observer.kernels}
+    matrices = {  # of no layer that is known
+        label.path
+        for key, label in labels.items()
+        if key[:-1] not in layers and label.ndim - len(observer.stacks.get(label.path, ())) > 1
+    }
+
+    def find_heads() -> tuple[frozenset[str], frozenset[str]]:
+        observer, jaxpr = trace(labels, cuts=True)
+        outputs = range(len(jaxpr.outvars))
+        feeding, marks = marked_inputs(jaxpr)
+
+        def behind(i: int) -> set[str]:
+            return paths(live_inputs(jaxpr, [output == i for output in outputs], effects=False))
+
+        widths = {path: sizes for path, sizes in observer.widths.items() if path not in tied}
+        known = {_MARK + path for path in observer.widths} <= marks
+        return output_heads(
+            observer.results, behind, paths(feeding) if known else None, widths, matrices | tied
+        )
+
     return ModelAxes(
         kernels=dict(sorted(observer.kernels.items())),
         layers=observer.layers,
         stacks=observer.stacks,
         refused={**observer.refused, **unused},
         read=frozenset(read | observer.kernels.keys()),
-        tied=frozenset(read & observer.kernels.keys() - observer.refused.keys()),
+        tied=tied,
         shared=frozenset(p for p, methods in observer.methods.items() if len(methods) > 1),
         unlike=observer.unlike,
+        linear=frozenset(observer.kernels.keys() - observer.not_contracted),
+        find_heads=find_heads,
     )
 
 
@@ -193,6 +234,10 @@ class _Observer:
     methods: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     unlike: dict[str, str] = dataclasses.field(default_factory=dict)
     modules: set[Key] = dataclasses.field(default_factory=set)
+    not_contracted: set[str] = dataclasses.field(default_factory=set)
+    widths: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+    results: list[tuple[tuple[int, ...], Any]] = dataclasses.field(default_factory=list)
+    cuts: bool = False
     maps: Maps = dataclasses.field(default_factory=Maps)
 
     def intercept(
@@ -241,7 +286,7 @@ class _Observer:
         if label is None:
             return None
         value = unbox(module.get_variable("params", name))
-        return AdaptedKernel(label.path, value, observer=_OneKernel(self, label))
+        return AdaptedKernel(label.path, value, observer=_OneKernel(self, label, value))
 
 
 @dataclasses.dataclass
@@ -250,10 +295,13 @@ class _OneKernel:
 
     observer: _Observer
     label: _Label
+    value: jax.Array
 
-    def use(self, layer: KernelAxes) -> None:
+    def use(self, layer: KernelAxes, contracted: bool) -> None:
         """The handler computes with the kernel, of which the layer sees these axes."""
         label = self.label
+        if not contracted:
+            self.observer.not_contracted.add(label.path)
         if layer.ndim != len(label.axes):
             self.refuse(f"its handler computes with {layer.ndim} axes of {len(label.axes)}")
             return
@@ -262,9 +310,19 @@ class _OneKernel:
             outputs=tuple(label.axes[i] for i in layer.outputs),
             stacks=(*label.stacks, *(label.axes[i] for i in layer.stacks)),
         )
+        shape = self.observer.given[label.path].shape
+        k, last = axes.matrix_shape(shape)[1], shape[axes.outputs[-1]]
+        self.observer.widths[label.path] = {k, last}
         before = self.observer.kernels.setdefault(label.path, axes)
         if before != axes:
             self.refuse(f"its handler uses it as {before} and as {axes}")
+
+    def product(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The product; where it is cut, one that depends on the kernel instead of the input."""
+        if not self.observer.cuts:
+            return y
+        checkpoint_name(x, _MARK + self.label.path)
+        return jnp.zeros_like(y) + jnp.sum(self.value).astype(y.dtype)
 
     def refuse(self, reason: str) -> None:
         """The handler cannot adapt the kernel."""

@@ -21,11 +21,32 @@ from lora_jax.product import Factors, Product, adapted_einsum, adapted_linear, f
 class Observer(Protocol):
     """Is told how a handler uses a kernel, when nothing is computed: :mod:`lora_jax.discover`."""
 
-    def use(self, layer: KernelAxes) -> None:
-        """The handler computes with the kernel, of which the layer sees these axes."""
+    def use(self, layer: KernelAxes, contracted: bool) -> None:
+        """The handler computes with the kernel, of which the layer sees these axes.
+
+        Contracted is a kernel that is multiplied by the input as in ``x W``, so not one that is
+        looked up, convolved, or used transposed.
+        """
+
+    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """What stands for the product with the kernel: of an input and the result."""
 
     def refuse(self, reason: str) -> None:
         """The handler cannot adapt the kernel."""
+
+
+class Unseen:
+    """An observer that looks away: the kernel is zeros, and no more."""
+
+    def use(self, layer: KernelAxes, contracted: bool) -> None:
+        """Does nothing."""
+
+    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """The result as it is."""
+        return y
+
+    def refuse(self, reason: str) -> None:
+        """Does nothing: the call itself refuses."""
 
 
 class AdaptedKernel:
@@ -109,10 +130,12 @@ class AdaptedKernel:
             eq = Equation.parse(equation, x.shape, W.shape)
         except ValueError as error:
             self.refuse(str(error))
-            return (base or functools.partial(jnp.einsum, equation, precision=precision))(x, W)
-        factors, ids = self._factors(eq.transposed_axes if transposed else eq.axes, W)
+            own = base or functools.partial(jnp.einsum, equation, precision=precision)
+            return self._observed(x, own(x, W))
+        axes = eq.transposed_axes if transposed else eq.axes
+        factors, ids = self._factors(axes, W, contracted=not transposed)
         if factors is None:
-            return eq.product(x, W, precision) if base is None else base(x, W)
+            return self._observed(x, eq.product(x, W, precision) if base is None else base(x, W))
         options: dict[str, Any] = {
             "base": base,
             "transposed": transposed,
@@ -174,11 +197,11 @@ class AdaptedKernel:
                 f"its handler leaves {len(outputs)} axes of the kernel {W.shape} for the outputs, "
                 f"and linear() takes one; use einsum()"
             )
-            return base(x, W)
+            return self._observed(x, base(x, W))
         axes = KernelAxes(inputs, outputs, stacks)
-        factors, ids = self._factors(axes, W)
+        factors, ids = self._factors(axes, W, contracted=False)
         if factors is None:
-            return base(x, W)
+            return self._observed(x, base(x, W))
         options: dict[str, Any] = {
             "base": base,
             "groups": groups,
@@ -224,14 +247,19 @@ class AdaptedKernel:
         """Zeros where only the use of the kernel is observed: see :mod:`lora_jax.discover`."""
         return W if self._observer is None else jnp.zeros_like(W)
 
-    def _factors(self, axes: KernelAxes, W: chex.Array) -> tuple[Factors | None, chex.Array | None]:
+    def _observed(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        return y if self._observer is None else self._observer.product(x, y)
+
+    def _factors(
+        self, axes: KernelAxes, W: chex.Array, contracted: bool
+    ) -> tuple[Factors | None, chex.Array | None]:
         """The factors of this layer, which must be for these axes of the kernel.
 
         And the id, or those of the tokens, where there are several adapters: then the factors are
         those of all of them, on an axis in front.
         """
         if self._observer is not None:
-            self._observer.use(axes)
+            self._observer.use(axes, contracted)
         if self._adapter is None:
             return None, None
         if self._use is not None:

@@ -30,8 +30,8 @@ from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
 from lora_jax.compat import is_traced
-from lora_jax.kernel import AdaptedKernel
-from lora_jax.liveness import arrays_in, read_inputs
+from lora_jax.kernel import AdaptedKernel, Unseen
+from lora_jax.liveness import arrays_in, live_inputs, read_inputs
 from lora_jax.mixed import BASE, Ids, checked_ids, own_leaf, taken
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
@@ -238,6 +238,13 @@ def _apply(
     unused = [] if allow_unused else [key for key in nodes if path_of(key) not in calls.used]
     if unused and (key := _without_use(call, placed, unused)):
         raise ValueError(calls.unused(key, len(unused), model, kwargs.get("method")))
+    looked_at = {
+        key: node
+        for key, node in nodes.items()
+        if path_of(key) in calls.used and not (node.adapter.axes.alone or node.adapter.untied)
+    }
+    if looked_at:
+        _check_ties(call, placed, looked_at, gives_variables(kwargs))
     if not gives_variables(kwargs):
         return out
     return _restored(out, variables["params"], placed)
@@ -320,6 +327,42 @@ def _without_use(call: Callable[..., Any], placed: chex.ArrayTree, keys: list[Ke
     read = read_inputs(jax.make_jaxpr(results)(nodes).jaxpr)
     used = jax.tree.unflatten(jax.tree.structure(nodes), read)
     return next((key for key in keys if not any(jax.tree.leaves(used[key]))), None)
+
+
+def _check_ties(
+    call: Callable[..., Any],
+    placed: chex.ArrayTree,
+    nodes: Mapping[Key, _Placed],
+    with_variables: bool,
+) -> None:
+    """Errors where the model reads one of these kernels outside of its layer too.
+
+    An adapter in the layer would change one use only, and the merged model all. So the call is
+    traced with zeros for the kernels in their layers: what depends on one still is another use.
+    """
+    flat = flatten(placed, "params")
+    for key, node in nodes.items():
+        flat[(*key[:-1], key[-1] + SUFFIX)] = dataclasses.replace(node, cut=True)
+
+    def results(kernels: dict[Key, Any]) -> list[Any]:
+        out = call(unflatten({**flat, **kernels}, placed), _Calls({}))
+        if with_variables:  # that the parameters are given back is no use of them
+            out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
+        return list(arrays_in(out))
+
+    kernels = {key: flat[key] for key in nodes}
+    jaxpr = jax.make_jaxpr(results)(kernels).jaxpr
+    read = live_inputs(jaxpr, [True] * len(jaxpr.outvars), effects=False)
+    uses = jax.tree.unflatten(jax.tree.structure(kernels), read)
+    tied = [path_of(key) for key in nodes if any(jax.tree.leaves(uses[key]))]
+    if tied:
+        more = f" (and {len(tied) - 1} more kernels)" if len(tied) > 1 else ""
+        raise ValueError(
+            f"The model also reads {tied[0]!r}{more} outside of its layer, as tied embeddings are, "
+            f"where its adapter would not be: the merged model would compute something else. Say "
+            f"in the rule tied='substitute', so that all uses see W', or tied='untie', and make "
+            f"the adapters with lora_jax.lora_init_model."
+        )
 
 
 def _count(adapters: chex.ArrayTree) -> int:
@@ -412,12 +455,13 @@ class _Placed:
 
     The path is that of the parameter in the whole tree, also where the layer is applied on its own
     inside the model. As a part of the structure it makes ``nn.jit`` trace each layer, and not use
-    for one what it has traced for another.
+    for one what it has traced for another. If it is cut, the layer computes with zeros.
     """
 
     adapter: Adapter
     path: str = flax.struct.field(pytree_node=False)
     ids: Ids | None = None
+    cut: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class _Active(threading.local):
@@ -471,6 +515,8 @@ class _Calls:
             return AdaptedKernel(path_of((*module.path, name)), value)
         placed: _Placed = module.get_variable("params", name + SUFFIX)
         path, adapter = placed.path, placed.adapter
+        if placed.cut:
+            return AdaptedKernel(path, value, observer=Unseen())
         if id(adapter.U) not in self._as_placed and self.maps.may_be_of_params(module):
             _refuse_mapped(module)
 

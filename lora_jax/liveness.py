@@ -17,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lora_jax.compat import Branches, Loop, is_jit, is_literal, written
+from lora_jax.compat import Branches, Loop, is_jit, is_literal, mark_of, written
 
 
 def read_inputs(jaxpr: Any) -> list[bool]:
@@ -34,16 +34,47 @@ def read_inputs(jaxpr: Any) -> list[bool]:
     return _inputs(jaxpr, [True] * len(jaxpr.outvars), _Dead.IN_JIT)
 
 
+def marked_inputs(jaxpr: Any) -> tuple[list[bool], set[str]]:
+    """Says of every input of a jaxpr whether a marked value may depend on it; and the marks' names.
+
+    Example:
+      >>> import jax
+      >>> from jax.ad_checkpoint import checkpoint_name
+      >>> def product(x, y, z):
+      ...     checkpoint_name(x + y, "input")
+      ...     return z
+      >>> marked_inputs(jax.make_jaxpr(jax.jit(product))(1.0, 2.0, 3.0).jaxpr)
+      ([True, True, False], {'input'})
+    """
+    return _inputs(jaxpr, [False] * len(jaxpr.outvars), _Dead.MARKED), set(_marks(jaxpr))
+
+
+def _marks(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        if name := mark_of(eqn):
+            yield name
+        match written(eqn):
+            case Branches(functions):
+                for function in functions:
+                    yield from _marks(function)
+            case Loop() as loop:
+                yield from _marks(loop.body)
+                if loop.test is not None:
+                    yield from _marks(loop.test)
+
+
 class _Dead(enum.Enum):
     """Which equations count although nothing comes of them."""
 
+    NOT_EVEN_EFFECTS = enum.auto()
     NONE = enum.auto()
+    MARKED = enum.auto()
     IN_JIT = enum.auto()
     ALL = enum.auto()
 
 
-def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
-    """Says of every input of a jaxpr whether one of the live outputs may depend on it.
+def live_inputs(jaxpr: Any, live_outputs: Sequence[bool], *, effects: bool = True) -> list[bool]:
+    """Says of every input of a jaxpr whether one of the live outputs, or an effect, depends on it.
 
     It looks into loops, branches, and calls, and so into functions with a gradient of their own,
     for which the tools of jax assume that every input is used.
@@ -54,7 +85,7 @@ def live_inputs(jaxpr: Any, live_outputs: Sequence[bool]) -> list[bool]:
       >>> live_inputs(jaxpr, [True, False]), live_inputs(jaxpr, [True, True])
       ([True, False], [True, True])
     """
-    return _inputs(jaxpr, live_outputs, _Dead.NONE)
+    return _inputs(jaxpr, live_outputs, _Dead.NONE if effects else _Dead.NOT_EVEN_EFFECTS)
 
 
 def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]:
@@ -62,8 +93,13 @@ def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]
     live = {v for v, is_live in outputs if is_live and not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
         given, how = [v in live for v in eqn.outvars], written(eqn)
-        looked_into = dead is _Dead.ALL or (dead is _Dead.IN_JIT and how is not None)
-        if any(given) or eqn.effects or looked_into:
+        looked_into = (
+            dead is _Dead.ALL
+            or (dead in (_Dead.IN_JIT, _Dead.MARKED) and how is not None)
+            or (dead is _Dead.MARKED and mark_of(eqn) is not None)
+        )
+        has_effects = bool(eqn.effects) and dead not in (_Dead.NOT_EVEN_EFFECTS, _Dead.MARKED)
+        if any(given) or has_effects or looked_into:
             uses = zip(eqn.invars, _inputs_of(eqn, how, given, dead), strict=True)
             live |= {v for v, is_live in uses if is_live and not is_literal(v)}
     return [v in live for v in jaxpr.invars]

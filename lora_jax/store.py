@@ -53,7 +53,7 @@ _FIELDS = {
     "product": str,
     "axes": dict,
 }
-_AXES = tuple(field.name for field in dataclasses.fields(KernelAxes))
+_AXES = tuple(field.name for field in dataclasses.fields(KernelAxes) if field.compare)
 _INDEX = {
     "format": str,
     "version": int,
@@ -337,7 +337,7 @@ def _said(adapter: Adapter) -> dict[str, Any]:
     """The fields of an adapter, as JSON has them."""
     said = {name: getattr(adapter, name) for name in _FIELDS if name != "axes"}
     said["alpha"], said["dropout"] = float(adapter.alpha), float(adapter.dropout or 0.0)
-    return said | {"axes": dataclasses.asdict(adapter.axes)}
+    return said | {"axes": {name: getattr(adapter.axes, name) for name in _AXES}}
 
 
 def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flax.traverse_util import empty_node
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.compat import is_traced
-from lora_jax.config import LoraConfig, assign
+from lora_jax.config import LoraConfig, assign, check_config, matched_by
 from lora_jax.table import text_table
 from lora_jax.tree import check_base, flatten, path_of, unbox
 from lora_jax.variants import column_norm
@@ -218,8 +218,8 @@ def summary(
       optimizer state: 1.8 KiB
       trained 224 of 2,208 parameters (10.14 %), 2,176 frozen; 896 bytes to save
     """
-    if config is not None and not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}.")
+    if config is not None:
+        check_config(config)
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
     base = _leaves(frozen, "frozen")
@@ -242,7 +242,7 @@ def summary(
         total=sum(_size(leaf) for leaf in base.values()) + whole,
         nbytes=sum(row.nbytes for row in rows),
         frozen_kernels=frozen_kernels,
-        rules=() if config is None else _rules(config, sorted({*base, *nodes}), nodes),
+        rules=() if config is None else _rules(config, sorted({*base, *nodes}), nodes, axes),
         tied=tuple(path for path in adapted if path in tied),
         optimizer_nbytes=None if state is None else _nbytes(state),
     )
@@ -255,9 +255,9 @@ def _leaves(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
 
 
 def _rules(
-    config: LoraConfig, paths: list[str], nodes: Mapping[str, Any]
+    config: LoraConfig, paths: list[str], nodes: Mapping[str, Any], axes: object
 ) -> tuple[RuleReport, ...]:
-    rules, whole = assign(config, paths)
+    rules, whole = assign(config, paths, axes)
     adapted_now = {path for path, node in nodes.items() if isinstance(node, Adapter)}
     for path in sorted(rules.keys() ^ adapted_now | whole ^ (nodes.keys() - adapted_now)):
         raise ValueError(
@@ -265,7 +265,7 @@ def _rules(
         )
     reports = []
     for rule in config.rules:
-        matched = [path for path in paths if re.fullmatch(rule.pattern, path)]
+        matched = matched_by(rule, paths, axes)
         taken = {
             path: "a trainable pattern" if path in whole else f"Rule({rules[path].pattern!r})"
             for path in matched

@@ -14,7 +14,8 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from lora_jax.adapter import Adapter, Shift, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.compat import is_traced
-from lora_jax.config import LoraConfig, assign, nearest
+from lora_jax.config import LoraConfig, assign, check_config, nearest
+from lora_jax.hints import key_comes_first, look_first
 from lora_jax.resolve import check_read, resolve_axes
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
 from lora_jax.variants import VARIANTS
@@ -25,6 +26,7 @@ Key = tuple[str, ...]
 _COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
 
 
+@look_first(key_comes_first("lora_init(key, params, config)"))
 def lora_init(
     key: chex.PRNGKey,
     params: chex.ArrayTree,
@@ -44,8 +46,9 @@ def lora_init(
         arrays, which may be boxed (``nn.Partitioned``).
       config: which leaves are adapted and how, and which are trained whole.
       axes: which axes of each kernel are inputs, outputs and stacks, from
-        :func:`lora_jax.kernel_axes`. Without it every matched leaf must be a matrix ``(d, k)``,
-        but for what its rule says.
+        :func:`lora_jax.kernel_axes`; :func:`lora_jax.lora_init_model` finds them for you. Without
+        it every matched leaf must be a matrix ``(d, k)``, but for what its rule says, and it is not
+        checked here whether the model reads a leaf, and only in its layer, but by ``lora_apply``.
 
     Returns:
       ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
@@ -54,7 +57,7 @@ def lora_init(
         kernel is float64, as its norm is.
 
     Raises:
-      TypeError: ``params`` is no nested dict of arrays.
+      TypeError: ``params`` is no nested dict of arrays, arguments in another order.
       ValueError: a pattern that matches nothing, a rule that never wins, a matched leaf that is
         no floating-point matrix, a rank above ``min(d, k)``, a kernel that is not finite. The
         message names the culprit.
@@ -68,8 +71,12 @@ def lora_init(
       >>> jax.tree.map(jnp.shape, (adapters["kernel"].U, adapters["kernel"].V))
       ((5, 2), (2, 3))
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}.")
+    check_config(config)
+    if not isinstance(params, Mapping) and hasattr(params, "params"):
+        raise TypeError(
+            f"params must be a nested dict of arrays, got {type(params).__name__}: pass its "
+            f".params."
+        )
     flat = flatten(params, "params")
     if "params" in params and set(params) <= {"params", *_COLLECTIONS}:
         raise ValueError(
@@ -83,13 +90,15 @@ def lora_init(
         )
     arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
     paths = {path_of(key_): key_ for key_ in arrays}
-    rules, whole = assign(config, list(paths))
+    rules, whole = assign(config, list(paths), axes)
     if len(paths) < len(arrays):
         twice = next(path_of(k) for k in arrays if paths[path_of(k)] != k)
         raise ValueError(
             f"Two parameters have the path {twice!r}, as the name of one has a '/' in it; patterns "
             f"could not tell them apart."
         )
+    if rules and not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a JAX random key, as jax.random.key(0), got {key!r}.")
     leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
     rules, resolved = resolve_axes(leaves, rules, axes)
     tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()

@@ -145,6 +145,21 @@ def converts(*arrays, dtype, **kwargs):
     return nn.dtypes.promote_dtype(*arrays, dtype=dtype, **kwargs)
 
 
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(zoo.WIDTH, name="first")(x)
+        return x + nn.Dense(zoo.WIDTH, name="second")(x)
+
+
+def test_without_marks_it_is_asked_which_layers_are_heads(monkeypatch):
+    variables = random_variables(Residual(), X)
+    assert lora_jax.kernel_axes(Residual(), variables, X).unsure == set()
+    monkeypatch.setattr("lora_jax.liveness.mark_of", lambda eqn: None)
+    axes = lora_jax.kernel_axes(Residual(), variables, X)
+    assert (axes.heads, axes.unsure) == (set(), {"first/kernel", "second/kernel"})
+
+
 def test_a_promotion_that_is_not_known_is_refused(monkeypatch):
     model = nn.Dense(5, promote_dtype=converts, dtype=jnp.bfloat16)
     variables = random_variables(model, X)
