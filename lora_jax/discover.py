@@ -20,13 +20,14 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.checks import base_of
 from lora_jax.compat import Maps, Probe
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model
 from lora_jax.liveness import arrays_in, live_inputs
 from lora_jax.meshes import explicit_sharding
+from lora_jax.paths import Key, path_of, unbox, unflatten
 from lora_jax.registry import entry_of
-from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
 _SUFFIX = "@label"
 
@@ -72,7 +73,7 @@ def kernel_axes(
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     params = {
         key: leaf
-        for key, leaf in flatten(variables["params"], "params").items()
+        for key, leaf in base_of(variables["params"], "params").items()
         if leaf is not empty_node
     }
     rest = {name: value for name, value in variables.items() if name != "params"}

@@ -20,7 +20,9 @@ import numpy as np
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
+from lora_jax.checks import base_of, check_fits
 from lora_jax.names import EXPERTS, FAMILIES, Name, Torch, as_names
+from lora_jax.paths import path_of, unbox, unflatten
 from lora_jax.peft_config import CONFIG, DEFAULTS
 from lora_jax.peft_files import PREFIX, WEIGHTS, read
 from lora_jax.peft_reading import check_complete, sort_tensors, to_adapter, to_shift
@@ -33,10 +35,9 @@ from lora_jax.peft_writing import (
     modules_to_save,
     whole_modules,
 )
-from lora_jax.store import check_alone, leaves_of, whole_leaf
+from lora_jax.store import check_alone, named_pair, whole_leaf
 from lora_jax.tensors import StrPath, encode, write_bytes
 from lora_jax.torch_params import TorchParams
-from lora_jax.tree import check_fits, flatten, path_of, unbox, unflatten
 
 __all__ = ["FAMILIES", "Name", "load", "save"]
 
@@ -74,7 +75,7 @@ def load(
         message names the file and the key.
     """
     files = read(path)
-    frozen = flatten(params, "params")
+    frozen = base_of(params, "params")
     keys = {path_of(key): key for key in frozen}
     model = TorchParams({p: frozen[key] for p, key in keys.items()}, as_names(names), axes)
     parts, whole, shifts = sort_tensors(files, model)
@@ -129,20 +130,13 @@ def save(
       ValueError: adapters that do not fit the base, that are not finite, or that have no equal in
         PEFT; parameters that no name is for.
     """
-    base, found = leaves_of(frozen, "frozen"), leaves_of(adapters, "adapters")
+    base, found = named_pair(frozen, adapters, either=True)
     kernels = {p: node for p, node in found.items() if isinstance(node, Adapter)}
     if not kernels:
         raise ValueError("adapters has no adapter of a kernel, and PEFT saves nothing else.")
     for leaf_path, adapter in kernels.items():
-        if leaf_path not in base:
-            raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
         check_alone(leaf_path, adapter)
-        check_fits(leaf_path, base[leaf_path], adapter)
     shifts = {p: node for p, node in found.items() if isinstance(node, Shift)}
-    for leaf_path, shift in shifts.items():
-        if leaf_path not in base:
-            raise ValueError(f"Something is added to {leaf_path!r}, which frozen lacks.")
-        check_fits(leaf_path, base[leaf_path], shift)
     whole = [p for p in found if p not in kernels and p not in shifts]
     values = {p: node.value if isinstance(node, Whole) else node for p, node in found.items()}
     flat = base | {p: values[p] for p in whole}

@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.table import Report, text_table
 from lora_jax.variants import float32_or_more
@@ -131,7 +132,7 @@ def measure_parts(
     for exact, rounded, base in parts:
         dtype = jnp.dtype(rounded.dtype).name
         most, mean, counts = _errors(exact, rounded, base)
-        largest = max(largest, float(most))
+        largest = float(np.maximum(largest, most))  # NaN stays
         means.append(float(mean))
         if counts is None:
             known = False

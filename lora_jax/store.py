@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import chex
 import jax
@@ -20,9 +20,12 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
+from lora_jax.checks import base_of, check_fits, check_floating, dtype_of, nodes_of, pair_of
 from lora_jax.compat import is_traced
 from lora_jax.config import Rule, nearest
+from lora_jax.paths import Key, flatten, path_of, rebox, unbox, unflatten
 from lora_jax.tensors import (
+    DTYPES,
     StrPath,
     Tensors,
     check_name,
@@ -33,7 +36,6 @@ from lora_jax.tensors import (
     read_json,
     write_bytes,
 )
-from lora_jax.tree import check_fits, flatten, path_of, rebox, unbox, unflatten
 from lora_jax.variants import VARIANTS
 
 INDEX = "adapter.json"
@@ -66,7 +68,7 @@ _INDEX = {
     "checksum": str,
 }
 # What an index has only where the adapters have such nodes.
-_OPTIONAL = {"shifts": dict}
+_OPTIONAL = {"shifts": dict, "collections": dict}
 _TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
@@ -80,12 +82,29 @@ class Stored:
       base: a hash of every frozen parameter by its path; empty where none were taken.
       metadata: what the user gave to :func:`save`.
       library: version of lora_jax that wrote it.
+      collections: the arrays of other collections of the model, by the name of the collection and
+        their paths.
     """
 
     adapters: Mapping[str, Any]
     base: Mapping[str, str]
     metadata: Mapping[str, Any]
     library: str
+    collections: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def adapters_alone(self, path: StrPath) -> Mapping[str, Any]:
+        """The adapters, for what has no place for other collections.
+
+        Raises:
+          ValueError: there are such collections.
+        """
+        if self.collections:
+            raise ValueError(
+                f"{path} has {_listed(self.collections)} beside the adapters, which training "
+                f"changed, and for which there is no place here: load it in Python, with "
+                f"lora_jax.load and collections=."
+            )
+        return self.adapters
 
 
 def save(
@@ -93,6 +112,7 @@ def save(
     adapters: chex.ArrayTree,
     *,
     frozen: chex.ArrayTree | None = None,
+    collections: Mapping[str, chex.ArrayTree] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves adapters in a folder, with all that is needed to use them again; the base is not in it.
@@ -106,12 +126,15 @@ def save(
       adapters: the adapters, as :func:`lora_jax.lora_init` returned them, trained.
       frozen: the base. With it the adapters are checked to fit, and a hash of every frozen
         parameter is saved, so that :func:`load` can verify that it is given the same base.
-      metadata: anything that JSON has, to find again with :func:`read`.
+      collections: the model's other collections that training changed, as ``mutable=`` returns
+        them: ``{"batch_stats": ...}``. They are no part of the base that ``frozen`` is, and
+        without them the model does not compute what it did.
+      metadata: anything that JSON has; it stands in ``adapter.json`` under that name.
 
     Raises:
-      TypeError: adapters or metadata of another kind.
-      ValueError: adapters that are not finite, that do not fit the base, or that this process does
-        not have in full.
+      TypeError: adapters, collections or metadata of another kind.
+      ValueError: arrays that are not finite, adapters that do not fit the base, leaves that are in
+        both, what this process does not have in full.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -129,12 +152,12 @@ def save(
     whole: dict[str, str] = {}
     shifts: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
-    base = None if frozen is None else leaves_of(frozen, "frozen")
-    for leaf_path, node in leaves_of(adapters, "adapters").items():
-        if isinstance(node, Adapter | Shift) and base is not None:
-            if leaf_path not in base:
-                raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
-            check_fits(leaf_path, base[leaf_path], node)
+    base: dict[str, Any] = {}
+    if frozen is None:
+        nodes = named(nodes_of(adapters), "adapters")
+    else:
+        base, nodes = named_pair(frozen, adapters)
+    for leaf_path, node in nodes.items():
         if isinstance(node, Shift):
             shifts[leaf_path] = float(node.scale)
             found = {leaf_path: node.value}
@@ -144,7 +167,8 @@ def save(
             found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
         else:
             value = unbox(node.value if isinstance(node, Whole) else node)
-            whole[leaf_path] = node.dtype if isinstance(node, Whole) else _dtype(value, leaf_path)
+            dtype = node.dtype if isinstance(node, Whole) else value.dtype
+            whole[leaf_path] = jnp.dtype(dtype).name
             found = {leaf_path: value}
         for name, array in found.items():
             if name in arrays:
@@ -154,6 +178,13 @@ def save(
             _check_arrays(node, f"adapters: {leaf_path!r}")
     if not arrays:
         raise ValueError("There is nothing to save: adapters is empty.")
+    others = _collections_of(collections or {})
+    for collection, leaves in others.items():
+        for leaf_path, array in leaves.items():
+            arrays[_tensor(collection, leaf_path)] = host(array, f"{collection}: {leaf_path}")
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            raise ValueError(f"{name!r} is of dtype {array.dtype}, which no safetensors file has.")
     content = encode(arrays)
     folder, file = Path(path), f"adapter-{secrets.token_hex(8)}.safetensors"
     index = {
@@ -163,9 +194,11 @@ def save(
         "tensors": {"file": file, "sha256": hashlib.sha256(content).hexdigest()},
         "adapters": entries,
         "whole": whole,
-        "base": {} if base is None else {p: fingerprint(leaf, p) for p, leaf in base.items()},
+        "base": {p: fingerprint(leaf, p) for p, leaf in base.items()},
         "metadata": _checked_metadata(metadata or {}),
     } | ({"shifts": shifts} if shifts else {})
+    if others:
+        index["collections"] = {name: list(leaves) for name, leaves in others.items()}
     index["checksum"] = _checksum(index)
     folder.mkdir(parents=True, exist_ok=True)
     old, new = _tensors_of(folder), folder / file
@@ -180,28 +213,76 @@ def save(
         old.unlink(missing_ok=True)
 
 
+@overload
 def load(
-    path: StrPath, params: chex.ArrayTree, *, verify: bool = False
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    path: StrPath, params: chex.ArrayTree, *, collections: None = None, verify: bool = False
+) -> tuple[chex.ArrayTree, chex.ArrayTree]: ...
+
+
+@overload
+def load(
+    path: StrPath,
+    params: chex.ArrayTree,
+    *,
+    collections: Mapping[str, chex.ArrayTree],
+    verify: bool = False,
+) -> tuple[chex.ArrayTree, chex.ArrayTree, dict[str, chex.ArrayTree]]: ...
+
+
+def load(
+    path: StrPath,
+    params: chex.ArrayTree,
+    *,
+    collections: Mapping[str, chex.ArrayTree] | None = None,
+    verify: bool = False,
+) -> (
+    tuple[chex.ArrayTree, chex.ArrayTree]
+    | tuple[chex.ArrayTree, chex.ArrayTree, dict[str, chex.ArrayTree]]
+):
     """Loads adapters for a model: as :func:`lora_jax.lora_init`, with trained adapters.
 
     Args:
       path: the folder that :func:`save` wrote.
       params: the model's ``params`` collection, as for ``lora_init``.
+      collections: the model's other collections, as ``model.init`` returns them; ``"params"`` may
+        be among them and is passed over. Needed where some were saved.
       verify: compare every frozen parameter with the hash that was saved with the adapters.
 
     Returns:
-      ``(frozen, adapters)``.
+      ``(frozen, adapters)``; with ``collections`` ``(frozen, adapters, collections)``, in which
+      those that were saved are as they were, and the others as they were given.
 
     Raises:
       FileNotFoundError: no adapters are there.
-      ValueError: files that are damaged, adapters that do not fit this model, or, verified, a base
-        that is not the one that they were trained on. The message names the file and the parameter.
+      ValueError: files that are damaged, adapters or collections that do not fit this model,
+        collections that were saved and not asked for, or, verified, a base that is not the one that
+        they were trained on. The message names the file and the parameter.
 
-    Example: see :func:`save`.
+    Example:
+      >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.arange(6.0).reshape(3, 2)
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> config = lora_jax.LoraConfig(trainable=["scale|bias"])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(1), variables["params"], config)
+      >>> rest = {"batch_stats": variables["batch_stats"]}
+      >>> y, changed = lora_jax.lora_apply(
+      ...     model, {"params": frozen, **rest}, adapters, x, mutable=["batch_stats"]
+      ... )
+      >>> folder = tempfile.mkdtemp()
+      >>> lora_jax.save(folder, adapters, frozen=frozen, collections=changed)
+      >>> frozen, adapters, rest = lora_jax.load(
+      ...     folder, variables["params"], collections=variables, verify=True
+      ... )
+      >>> chex.assert_trees_all_equal(rest, changed)
     """
     stored = read(path)
-    flat = flatten(params, "params")
+    if stored.collections and collections is None:
+        raise ValueError(
+            f"{path} has {_listed(stored.collections)} beside the adapters, as training changed "
+            f"it. Pass the model's own too, and use what is returned: frozen, adapters, "
+            f"collections = lora_jax.load(path, params, collections=variables)."
+        )
+    flat = base_of(params, "params")
     keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
     frozen, adapters = dict(flat), {}
     for leaf_path, node in stored.adapters.items():
@@ -224,7 +305,10 @@ def load(
         _verify(
             stored.base, {path_of(k): v for k, v in frozen.items() if v is not empty_node}, path
         )
-    return unflatten(frozen, params), unflatten(adapters, params)
+    split = unflatten(frozen, params), unflatten(adapters, params)
+    if collections is None:
+        return split
+    return *split, _restored(stored.collections, collections, str(path))
 
 
 def read(path: StrPath) -> Stored:
@@ -289,16 +373,26 @@ def host(array: Any, path: str) -> np.ndarray:
     return np.asarray(array)
 
 
-def leaves_of(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
-    """The leaves by their paths, of which no two may be the same."""
+def named_pair(
+    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, either: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """:func:`lora_jax.checks.pair_of` by paths, of which no two may be the same."""
+    base, nodes = pair_of(frozen, adapters, either=either)
+    return named(base, "frozen"), named(nodes, "adapters")
+
+
+def named(leaves: Mapping[Key, Any], name: str) -> dict[str, Any]:
+    """Leaves by their paths, as files have them; an integer in a key is written in digits."""
     out: dict[str, Any] = {}
-    for key, leaf in flatten(tree, name).items():
+    for key, leaf in leaves.items():
         if leaf is empty_node:
             continue
         path = path_of(key)
         for part in key:
-            if not isinstance(part, str) or "/" in part:
+            if type(part) not in (str, int) or "/" in str(part):
                 raise ValueError(f"{name}: {path!r} cannot be saved, as {part!r} is part of it.")
+        if path in out:
+            raise ValueError(f"{name}: two leaves have the path {path!r}, and cannot be saved.")
         check_name(path, name)
         out[path] = leaf
     return out
@@ -327,10 +421,66 @@ def _names(variant: str) -> tuple[str, ...]:
     return ("U", "V") if VARIANTS[variant].magnitude is None else ("U", "V", "m")
 
 
-def _dtype(value: Any, path: str) -> str:
-    if not hasattr(value, "dtype"):
-        raise TypeError(f"adapters has {value!r} at {path!r}, neither an adapter nor an array.")
-    return str(jnp.dtype(value.dtype).name)
+def _collections_of(collections: Mapping[str, chex.ArrayTree]) -> dict[str, dict[str, Any]]:
+    """The arrays of collections that have any, by their paths."""
+    if not isinstance(collections, Mapping):
+        raise TypeError(
+            f"collections must be a dict of collections, as {{'batch_stats': ...}}, got "
+            f"{type(collections).__name__}."
+        )
+    if "params" in collections:
+        raise ValueError(
+            "collections must be those beside 'params', which adapters and frozen are: leave it "
+            "out, as with mutable=['batch_stats']."
+        )
+    out = {}
+    for name, tree in collections.items():
+        where = f"collections[{name!r}]"
+        if leaves := named(flatten(tree, where), where):
+            check_name(name, "collections")
+            out[name] = {path: unbox(leaf) for path, leaf in leaves.items()}
+    return out
+
+
+def _tensor(collection: str, path: str) -> str:
+    """The name of an array of a collection; no array of an adapter has a colon before its path."""
+    return f"{collection}:{path}"
+
+
+def _listed(collections: Mapping[str, Any]) -> str:
+    """Names of collections in words."""
+    return " and ".join(f"the collection {name!r}" for name in collections)
+
+
+def _restored(
+    stored: Mapping[str, Mapping[str, np.ndarray]],
+    given: Mapping[str, chex.ArrayTree],
+    file: str,
+) -> dict[str, chex.ArrayTree]:
+    """Collections of the model, with the arrays that were saved in their places and boxes."""
+    out = {name: tree for name, tree in given.items() if name != "params"}
+    for name, arrays in stored.items():
+        if name not in out:
+            raise ValueError(f"{file} has the collection {name!r}, which collections lacks.")
+        flat = flatten(out[name], f"collections[{name!r}]")
+        keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
+        for path in sorted(keys.keys() ^ arrays.keys()):
+            has, lacks = (file, "the model") if path in arrays else ("the model", file)
+            raise ValueError(
+                f"{has} has {path!r} in the collection {name!r}, and {lacks} does not. Is it of "
+                f"another model?"
+            )
+        for path, array in arrays.items():
+            leaf = unbox(flat[keys[path]])
+            if dtype_of(leaf) != array.dtype or tuple(leaf.shape) != array.shape:
+                raise ValueError(
+                    f"{file} has {path!r} in the collection {name!r} as {array.dtype} "
+                    f"{array.shape}, but the model has {dtype_of(leaf)} {jnp.shape(leaf)} there. "
+                    f"Is it of another model?"
+                )
+            flat[keys[path]] = rebox(flat[keys[path]], _to_jax(array, file))
+        out[name] = unflatten(flat, out[name])
+    return out
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
@@ -406,8 +556,13 @@ def _check_types(said: object, types: Mapping[str, type], where: str) -> None:
 
 def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
     """The adapters that the index describes and the tensors hold, all of them and no more."""
-    shifts = index.get("shifts", {})
+    shifts, others = index.get("shifts", {}), index.get("collections", {})
     expected = set(index["whole"]) | set(shifts)
+    for collection, paths in others.items():
+        texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        if not texts or len(set(paths)) < len(paths):
+            raise ValueError(f"{file}: 'collections' has {paths!r} for {collection!r}, no paths.")
+        expected |= {_tensor(collection, path) for path in paths}
     for path, said in index["adapters"].items():
         where = f"{file}: {path!r}"
         _check_types(said, _FIELDS, where)
@@ -427,13 +582,16 @@ def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
         adapters[path] = array if array.dtype.name == dtype else Whole(array, dtype)
     for path, s in shifts.items():
         adapters[path] = _shift(s, tensors[path], path, f"{file}: {path!r}", adapters)
+    collections: dict[str, dict[str, np.ndarray]] = {}
+    for collection, paths in others.items():
+        collections[collection] = {p: tensors[_tensor(collection, p)] for p in paths}
     for path in adapters:
         check_name(path, str(file))
         parents = path.split("/")[:-1]
         for i in range(len(parents)):
             if "/".join(parents[: i + 1]) in adapters:
                 raise ValueError(f"{file}: {path!r} is inside of another leaf.")
-    return Stored(adapters, index["base"], index["metadata"], index["library"])
+    return Stored(adapters, index["base"], index["metadata"], index["library"], collections)
 
 
 def _adapter(
@@ -499,10 +657,9 @@ def _check_arrays(adapter: Adapter, where: str) -> None:
 
 def whole_leaf(path: str, node: Any, leaf: Any, file: str) -> Any:
     """A leaf that was trained whole, in the box of the model's leaf."""
+    check_floating(path, leaf, "params has")
     array = unbox(leaf)
     value, dtype = (node.value, node.dtype) if isinstance(node, Whole) else (node, node.dtype.name)
-    if not hasattr(array, "dtype"):
-        raise TypeError(f"params has {leaf!r} at {path!r}, which is no array.")
     if tuple(array.shape) != value.shape or jnp.dtype(array.dtype).name != dtype:
         raise ValueError(
             f"{file} has {path!r} trained whole as {dtype} {value.shape}, but params has "

@@ -16,10 +16,11 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.checks import base_of, nodes_of, pair_of
 from lora_jax.compat import is_traced
 from lora_jax.config import LoraConfig, assign
+from lora_jax.paths import path_of, unbox
 from lora_jax.table import text_table
-from lora_jax.tree import check_base, flatten, path_of, unbox
 from lora_jax.variants import column_norm
 
 
@@ -222,10 +223,12 @@ def summary(
         raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}.")
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
-    base = _leaves(frozen, "frozen")
-    check_base(base)
-    nodes = dict(sorted(_leaves(adapters, "adapters").items()))
+    flat = base_of(frozen)
+    found = nodes_of(adapters, base=flat)
+    base = {path_of(k): unbox(leaf) for k, leaf in flat.items() if leaf is not empty_node}
+    nodes = {path_of(key): node for key, node in sorted(found.items())}
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
+    pair_of(frozen, adapters)
     whole = sum(row.total for row in rows if row.variant == "whole")
     stacks = axes.stacks if isinstance(axes, ModelAxes) else {}
     frozen_kernels = {
@@ -246,12 +249,6 @@ def summary(
         tied=tuple(path for path in adapted if path in tied),
         optimizer_nbytes=None if state is None else _nbytes(state),
     )
-
-
-def _leaves(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
-    flat = {path_of(k): leaf for k, leaf in flatten(tree, name).items() if leaf is not empty_node}
-    # A shift has one array too, and is no box.
-    return {p: leaf if isinstance(leaf, Shift) else unbox(leaf) for p, leaf in flat.items()}
 
 
 def _rules(

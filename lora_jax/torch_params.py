@@ -15,9 +15,9 @@ from flax.traverse_util import empty_node
 
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.names import EXPERTS, Name, Torch, axes_of, find, torch_names
+from lora_jax.paths import unbox
 from lora_jax.store import host
 from lora_jax.torch_layout import from_kernel, to_kernel
-from lora_jax.tree import unbox
 
 # Kinds that are matrices in PyTorch, or stacks of them.
 MATRICES = ("linear", "conv1d", *EXPERTS)

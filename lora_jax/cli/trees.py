@@ -41,7 +41,7 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
 
 def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of ours; the base is only shapes."""
-    found = store.read(path).adapters
+    found = store.read(path).adapters_alone(path)
     base = {}
     for name, node in found.items():
         if isinstance(node, Adapter):
