@@ -158,8 +158,8 @@ def nodes_of_each(
                     f"{what}[{i}] is a stack of {node.count} adapters already, at "
                     f"{path_of(key)!r}: stack adapters that are alone."
                 )
-            if base is not None and key in base:
-                check_floating(path_of(key), base[key], "params has")
+            if base is not None and (key in base or isinstance(node, Adapter)):
+                _leaf(path_of(key), base.get(key), base)
             if not all(map(is_finite, jax.tree.leaves(node))):
                 # In a batch of mixed requests it could reach other rows, as 0 * NaN = NaN.
                 raise ValueError(f"{what}[{i}] has NaN or infinite values at {path_of(key)!r}.")
@@ -332,4 +332,5 @@ def _leaf(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:
             f"There is an adapter for {path!r}, which the model's parameters lack. Nearest paths: "
             f"{', '.join(nearest(path, paths)) or 'none'}."
         )
+    check_floating(path, leaf, "params has")
     return jnp.asarray(unbox(leaf))

@@ -178,7 +178,7 @@ def save(
             _check_arrays(node, f"adapters: {leaf_path!r}")
     if not arrays:
         raise ValueError("There is nothing to save: adapters is empty.")
-    others = _collections_of(collections or {})
+    others = {} if collections is None else _collections_of(collections)
     for collection, leaves in others.items():
         for leaf_path, array in leaves.items():
             arrays[_tensor(collection, leaf_path)] = host(array, f"{collection}: {leaf_path}")
@@ -365,6 +365,8 @@ def host(array: Any, path: str) -> np.ndarray:
         raise ValueError(f"{path!r} is traced: files are written and checked outside of jax.jit.")
     if isinstance(array, jax.ShapeDtypeStruct) or not hasattr(array, "dtype"):
         raise TypeError(f"{path!r} is {array!r}, which is no array.")
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{path!r} is a random key, no array: save jax.random.key_data of it.")
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ValueError(
             f"{path!r} is spread over processes: gather it first, as with "
