@@ -68,6 +68,12 @@ def export(
     for leaf_path, adapter in kernels.items():
         check_merges(leaf_path, adapter)
     whole = {p: node for p, node in found.items() if p not in kernels}
+    for leaf_path, leaf in base.items():
+        if not hasattr(unbox(leaf), "dtype"):
+            raise TypeError(
+                f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
+                f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
+            )
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
     leaves |= {p: unbox(n.value if isinstance(n, Whole) else n) for p, n in whole.items()}
     own = {p: node.dtype for p, node in whole.items() if isinstance(node, Whole)}

@@ -127,9 +127,10 @@ def lora_apply(
       What ``model.apply`` returns.
 
     Raises:
-      TypeError: ``model`` is no ``flax.linen`` module, or a tree is no nested dict.
-      ValueError: the adapters do not fit the base or the model, or some were not used. The
-        message names the culprit.
+      TypeError: ``model`` is no ``flax.linen`` module, or a tree is no nested dict, or one as a
+        file has it, of arrays only.
+      ValueError: the adapters do not fit the base or the model, a base of integers, as the codes of
+        a quantized one are, or adapters that were not used. The message names the culprit.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax

@@ -113,7 +113,9 @@ def save(
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
     different dropouts; parts of a module that are trained whole; a :class:`lora_jax.Shift` of
     anything but the biases of all adapted layers. How this library computes an adapter
-    (``product``, ``detach_norm``) changes no result and is not saved.
+    (``product``, ``detach_norm``) changes no result and is not saved. Collections that training
+    changed beside the parameters, such as ``batch_stats``, have no place in PEFT's files: PEFT's
+    model keeps its own, and where these differ, so do the outputs.
 
     Args:
       path: the folder; it is made where there is none. Other files in it stay.

@@ -54,7 +54,7 @@ def stack(
     Raises:
       TypeError: trees of another kind.
       ValueError: no adapters; adapters of different models, or that differ in what no padding can
-        hide; ``params`` is needed and missing. The message names the path.
+        hide, or that are not finite; ``params`` is needed and missing. The message names the path.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
@@ -111,7 +111,8 @@ def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayT
       adapters: one adapter, or several from :func:`stack`. LoRA stays as it is.
 
     Raises:
-      ValueError: adapters that do not fit the base.
+      TypeError: as :func:`lora_jax.lora_merge`.
+      ValueError: adapters that do not fit the base, which may be stacked.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax

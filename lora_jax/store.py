@@ -347,7 +347,10 @@ def read(path: StrPath) -> Stored:
 
 
 def fingerprint(leaf: Any, path: str) -> str:
-    """A hash of a parameter: its dtype, shape and values."""
+    """A hash of a parameter: its dtype, shape and values; of several arrays, of their hashes."""
+    if len(arrays := jax.tree.leaves(leaf)) > 1:
+        whole = "".join(fingerprint(array, path) for array in arrays)
+        return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
     array = host(unbox(leaf), path)
     digest = hashlib.blake2b(f"{array.dtype.name} {array.shape} ".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -365,7 +368,7 @@ def host(array: Any, path: str) -> np.ndarray:
         raise ValueError(f"{path!r} is traced: files are written and checked outside of jax.jit.")
     if isinstance(array, jax.ShapeDtypeStruct) or not hasattr(array, "dtype"):
         raise TypeError(f"{path!r} is {array!r}, which is no array.")
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{path!r} is a random key, no array: save jax.random.key_data of it.")
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ValueError(

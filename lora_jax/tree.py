@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def lora_init(
         kernel is float64, as its norm is.
 
     Raises:
-      TypeError: ``params`` is no nested dict of arrays.
+      TypeError: ``params`` is no nested dict of arrays, or a pattern is for a list in it.
       ValueError: a pattern that matches nothing, a rule that never wins, a matched leaf that is
         no floating-point matrix, a rank above ``min(d, k)``, a kernel that is not finite. The
         message names the culprit.
@@ -72,6 +73,7 @@ def lora_init(
             "params has jax.ShapeDtypeStruct for arrays. To see the adapters without computing "
             "them: jax.eval_shape(lambda params: lora_jax.lora_init(key, params, config), params)."
         )
+    _check_lists(flat, config)
     arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
     paths = {path_of(key_): key_ for key_ in arrays}
     rules, whole = assign(config, list(paths))
@@ -121,8 +123,9 @@ def lora_merge(
       Parameters with the structure, shapes and dtypes that ``lora_init`` was given.
 
     Raises:
-      TypeError: a tree that is no nested dict.
-      ValueError: adapters, or shifts, that do not fit this base.
+      TypeError: a tree that is no nested dict; adapters as a file has them, of arrays only.
+      ValueError: adapters, or shifts, that do not fit this base; a base of integers, as the codes
+        of a quantized one are; leaves that are in both trees.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -151,6 +154,9 @@ def rounding(
       frozen: the base.
       adapters: the adapters, trained.
       key: as for :func:`lora_merge`.
+
+    Raises:
+      As :func:`lora_merge`.
 
     Returns:
       A report that prints as a table. Only one merged kernel is in memory at a time.
@@ -223,6 +229,22 @@ def join(
         else:
             flat[key] = _lower_precision(node)
     return unflatten(flat, frozen)
+
+
+def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
+    """Errors where a pattern is for a list of layers, or for something in it."""
+    lists = [path_of(key) for key, leaf in flat.items() if type(leaf) in (list, tuple)]
+    arrays = [path_of(key) for key in flat if path_of(key) not in lists]
+    patterns = (*(rule.pattern for rule in config.rules), *config.trainable)
+    for pattern in patterns if lists else ():
+        fits = re.compile(pattern).fullmatch
+        if any(map(fits, lists)) or not any(map(fits, arrays)):
+            raise TypeError(
+                f"params has a list at {lists[0]!r}, and {pattern!r} cannot reach into it: paths "
+                f"go through dicts. Make dicts of lists, params = "
+                f"flax.serialization.to_state_dict(params), where the path is "
+                f"{lists[0] + '/0/...'!r}."
+            )
 
 
 def _check_finite(path: str, *arrays: Any) -> None:

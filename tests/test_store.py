@@ -390,6 +390,27 @@ def test_layers_in_dicts_by_number(tmp_path):
     assert set(Tensors(tmp_path / "m")) == {"layers/0/kernel", "layers/1/kernel"}
 
 
+def test_layers_in_lists(tmp_path):
+    params = {"layers": [{"kernel": jnp.ones((3, 2))}, {"kernel": jnp.zeros((3, 2))}]}
+    params["head"] = {"kernel": jnp.ones((2, 2))}
+    for config in (
+        lora_jax.LoraConfig([lora_jax.Rule("layers/1/kernel", 1)]),
+        lora_jax.LoraConfig([lora_jax.Rule(".*", 1)]),
+        lora_jax.LoraConfig(trainable=["layers/.*"]),
+    ):
+        with pytest.raises(TypeError, match=r"list at 'layers'.*to_state_dict.*'layers/0/...'"):
+            lora_jax.lora_init(jax.random.key(0), params, config)
+    config = lora_jax.LoraConfig([lora_jax.Rule("head/kernel", 1)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    lora_jax.save(tmp_path / "a", adapters, frozen=frozen)
+    lora_jax.load(tmp_path / "a", params, verify=True)
+    params["layers"][1]["kernel"] += 1
+    with pytest.raises(ValueError, match="'layers' has other values"):
+        lora_jax.load(tmp_path / "a", params, verify=True)
+    with pytest.raises(TypeError, match=r"at 'layers', which is not one array.*to_state_dict"):
+        lora_jax.export(tmp_path / "m", frozen, adapters)
+
+
 def test_saving_checks_the_base(saved, tmp_path):
     _, frozen, adapters = saved
     with pytest.raises(ValueError, match="which frozen lacks"):
