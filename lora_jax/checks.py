@@ -280,15 +280,15 @@ def _check_restored(nodes: Mapping[Key, Any], name: str, base: Mapping[Key, Any]
                     f"{name} has {path_of(key)!r}, where the base has a parameter "
                     f"{path_of(above)!r}. {_FILE}"
                 )
+    structured = any(isinstance(node, Adapter | Shift | Whole) for node in nodes.values())
     for parent, found in inside.items():
         named = bool(parent) and parent[-1] in _PARAMETERS
-        if _are_factors(found) and (named or base is None):
-            whole = (
-                ""
-                if named
-                else (" Where they are parameters of the model, trained whole, pass the base too.")
+        unknown = base is None and not structured
+        if _are_factors(found) and (named or unknown):
+            raise TypeError(
+                f"{name} has a dict of U and V at {path_of(parent) or 'its top'!r}. {_FILE}"
+                + ("" if named else " Where they are parameters of the model, pass the base too.")
             )
-            raise TypeError(f"{name} has a dict of U and V at {path_of(parent)!r}. {_FILE}{whole}")
         if named and set(found) == {"value"}:
             raise TypeError(f"{name} has a dict of 'value' at {path_of(parent)!r}. {_FILE}")
 

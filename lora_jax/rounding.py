@@ -96,7 +96,8 @@ def round_to(x: chex.Array, dtype: Any, key: chex.PRNGKey | None = None) -> chex
     if key is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
         return near
     error = x - near.astype(x.dtype)
-    toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+    most = jnp.finfo(dtype)  # type: ignore[no-untyped-call]  # some of 8 bits have no infinity
+    toward = jnp.where(error > 0, most.max, most.min).astype(dtype)
     other = jnp.nextafter(near, toward)
     gap = jnp.abs(other.astype(x.dtype) - near.astype(x.dtype))
     chance = jnp.abs(error) / gap

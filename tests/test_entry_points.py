@@ -398,6 +398,21 @@ def test_what_only_some_take(name, tmp_path):
     assert not [line for line in failed if line]
 
 
+def test_a_model_may_name_its_parameters_as_an_adapter_does(tmp_path):
+    low = {"U": array(3, 2), "V": array(2, 4), "m": array(4)}
+    params = {"low": low, "head": PARAMS["head"]}
+    config = lora_jax.LoraConfig([lora_jax.Rule("head/kernel", 1)], trainable=["low/.*"])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    got = lora_jax.lora_merge(frozen, adapters)["low"]
+    assert all((got[name] == low[name]).all() for name in low)
+    lora_jax.save(tmp_path / "a", adapters)
+    assert set(lora_jax.load(tmp_path / "a", params)[1]["low"]) == set(low)
+    with pytest.raises(TypeError, match=r"U and V at 'low'.* pass the base too"):
+        lora_jax.save(tmp_path / "b", {"low": low})
+    lora_jax.save(tmp_path / "b", {"low": low}, frozen={"head": PARAMS["head"]})
+    assert lora_jax.stack([{"low": low}], params)["low"]["U"].shape == (1, 3, 2)
+
+
 def test_an_optimizer_for_each_is_for_a_stack():
     assert each(Case(adapters=STACKED), None).trace["head"]["bias"].shape == (2, 2)
     square = Adapter(array(2, 2), array(2, 2), rank=2)  # of which every size is the same
