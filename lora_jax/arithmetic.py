@@ -15,7 +15,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.approximation import Approximation, ApproximationReport
-from lora_jax.checks import base_of, check_fits, check_floating, is_finite, nodes_of
+from lora_jax.checks import base_of, check_factors, check_fits, check_floating, is_finite, nodes_of
 from lora_jax.combined import Plan, combine_kernel, combine_whole
 from lora_jax.compat import is_traced
 from lora_jax.config import nearest
@@ -255,12 +255,7 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
                     f"adapters[{j}] is a stack of {node.count} adapters, at {path!r}: combine each "
                     f"one alone, jax.tree.map(lambda x: x[i], stacked)."
                 )
-            U, V = np.shape(node.U), np.shape(node.V)
-            if U[:-2] != V[:-2] or not U[-1] == V[-2] == node.rank:
-                raise ValueError(
-                    f"adapters[{j}] has U {U} and V {V} at {path!r}, which are not of one "
-                    f"stack and of rank {node.rank}."
-                )
+            check_factors(path, node, f"adapters[{j}]")
         if any(is_traced(array) for array in arrays) and not plan.exact:
             raise TypeError(f"{path!r} is traced: {_ON_HOST}")
         if not all(map(is_finite, arrays)):

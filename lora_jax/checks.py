@@ -78,6 +78,8 @@ def nodes_of(
             for field, array in vars(node).items():
                 if field in ("U", "V", "m", "value") and array is not None:
                     check_floating(f"{path}.{field}", array, f"{name} has")
+            if isinstance(node, Adapter):
+                _check_variant(path, node)
             continue
         if dtype_of(node) is None:
             raise TypeError(
@@ -160,12 +162,7 @@ def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None
             f"The adapter for {path!r} is for a kernel of {adapter.axes.ndim} axes, but the base "
             f"has {shape} there. Was it made for another model?"
         )
-    if (adapter.m is None) != (VARIANTS[adapter.variant].magnitude is None):
-        has = "no m" if adapter.m is None else "an m"
-        raise ValueError(
-            f"The adapter for {path!r} is of variant {adapter.variant!r}, but has {has}. Was it "
-            f"saved with another variant?"
-        )
+    _check_variant(path, adapter)
     try:
         shapes = adapter.shapes(shape)
     except ValueError as error:
@@ -185,6 +182,16 @@ def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None
                 f"The adapter for {path!r} does not fit the kernel {shape}: {name} is {found}, "
                 f"but should be {expected}. Was it made for another model?"
             )
+
+
+def check_factors(path: str, adapter: Adapter, name: str) -> None:
+    """Errors where U and V are not those of one adapter."""
+    U, V = np.shape(adapter.U), np.shape(adapter.V)
+    if U[:-2] != V[:-2] or not U[-1] == V[-2] == adapter.rank:
+        raise ValueError(
+            f"{name} has U {U} and V {V} at {path!r}, which are not of one stack and of rank "
+            f"{adapter.rank}."
+        )
 
 
 def check_merges(path: str, adapter: Adapter | Shift) -> None:
@@ -263,6 +270,21 @@ def is_finite(array: Any) -> bool:
         return bool(jnp.isfinite(jnp.asarray(array)).all())
 
 
+def _check_variant(path: str, adapter: Adapter) -> None:
+    """Errors where an adapter has no arrays of its variant."""
+    if adapter.variant not in VARIANTS:
+        raise ValueError(
+            f"The adapter for {path!r} is of variant {adapter.variant!r}; there are "
+            f"{', '.join(VARIANTS)}."
+        )
+    if (adapter.m is None) != (VARIANTS[adapter.variant].magnitude is None):
+        has = "no m" if adapter.m is None else "an m"
+        raise ValueError(
+            f"The adapter for {path!r} is of variant {adapter.variant!r}, but has {has}. Was it "
+            f"saved with another variant?"
+        )
+
+
 def _check_restored(nodes: Mapping[Key, Any], name: str, base: Mapping[Key, Any] | None) -> None:
     """Errors for the arrays of an adapter in a dict, as they come from a file without a target."""
     inside: dict[Key, dict[str, Any]] = {}
@@ -281,16 +303,16 @@ def _check_restored(nodes: Mapping[Key, Any], name: str, base: Mapping[Key, Any]
                     f"{path_of(above)!r}. {_FILE}"
                 )
     structured = any(isinstance(node, Adapter | Shift | Whole) for node in nodes.values())
+    boxes = any(key[-1] == "value" for key in base or ())  # the model's own are in such dicts
     for parent, found in inside.items():
         named = bool(parent) and parent[-1] in _PARAMETERS
-        unknown = base is None and not structured
-        if _are_factors(found) and (named or unknown):
+        factors = _are_factors(found) and (named or (base is None and not structured))
+        if factors or (named and set(found) == {"value"} and not boxes):
             raise TypeError(
-                f"{name} has a dict of U and V at {path_of(parent) or 'its top'!r}. {_FILE}"
-                + ("" if named else " Where they are parameters of the model, pass the base too.")
+                f"{name} has a dict of {' and '.join(map(repr, found))} at "
+                f"{path_of(parent) or 'its top'!r}. {_FILE}"
+                + (" Where these are parameters of the model, pass the base too." * (base is None))
             )
-        if named and set(found) == {"value"}:
-            raise TypeError(f"{name} has a dict of 'value' at {path_of(parent)!r}. {_FILE}")
 
 
 def _are_factors(found: Mapping[str, Any]) -> bool:

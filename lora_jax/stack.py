@@ -13,7 +13,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Adapter, Shift
-from lora_jax.checks import base_of, check_fits, check_floating, check_node, is_finite, nodes_of
+from lora_jax.checks import (
+    base_of,
+    check_factors,
+    check_fits,
+    check_floating,
+    check_node,
+    is_finite,
+    nodes_of,
+)
 from lora_jax.config import nearest
 from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.paths import Key, flatten, path_of, unbox, unflatten
@@ -159,6 +167,8 @@ def nodes_of_each(
                     f"{what}[{i}] is a stack of {node.count} adapters already, at "
                     f"{path_of(key)!r}: stack adapters that are alone."
                 )
+            if isinstance(node, Adapter):
+                check_factors(path_of(key), node, f"{what}[{i}]")
             if base is not None and (key in base or isinstance(node, Adapter)):
                 _leaf(path_of(key), base.get(key), base)
             if not all(map(is_finite, jax.tree.leaves(node))):

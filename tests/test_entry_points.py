@@ -228,6 +228,12 @@ WRONG_ADAPTERS = {
         Case(adapters=flax.core.freeze(restored(TREES["lora"]))),
         ["'dense/kernel", *FILE],
     ),
+    "no m": (nodes(dense_kernel=DORA.replace(m=None)), ["'dense/kernel' is of variant", "no m"]),
+    "an m": (
+        nodes(dense_kernel=LORA.replace(m=array(4))),
+        ["'dense/kernel' is of variant", "an m"],
+    ),
+    "no variant": (nodes(dense_kernel=LORA.replace(variant="loha")), ["'dense/kernel'", "'loha'"]),
     "no array": (nodes(head_kernel="W"), ["'head/kernel'"]),
 }
 OF_ANOTHER = {
@@ -407,10 +413,14 @@ def test_a_model_may_name_its_parameters_as_an_adapter_does(tmp_path):
     assert all((got[name] == low[name]).all() for name in low)
     lora_jax.save(tmp_path / "a", adapters)
     assert set(lora_jax.load(tmp_path / "a", params)[1]["low"]) == set(low)
-    with pytest.raises(TypeError, match=r"U and V at 'low'.* pass the base too"):
+    with pytest.raises(TypeError, match=r"'U' and 'V' and 'm' at 'low'.* pass the base too"):
         lora_jax.save(tmp_path / "b", {"low": low})
     lora_jax.save(tmp_path / "b", {"low": low}, frozen={"head": PARAMS["head"]})
     assert lora_jax.stack([{"low": low}], params)["low"]["U"].shape == (1, 3, 2)
+    boxes = {name: {"kernel": {"value": array(3, 2)}} for name in ("dense", "head")}
+    config = lora_jax.LoraConfig([lora_jax.Rule("dense/.*", 1)], trainable=["head/.*"])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), boxes, config)
+    assert lora_jax.lora_merge(frozen, adapters)["head"]["kernel"].keys() == {"value"}
 
 
 def test_an_optimizer_for_each_is_for_a_stack():

@@ -21,6 +21,9 @@ from helpers import random_like
 
 import lora_jax
 from lora_jax import store
+from lora_jax.checkpoint import Checkpoint
+from lora_jax.cli import merging, trees
+from lora_jax.factors import open_adapter
 from lora_jax.tensors import Tensors, encode, json_bytes, parse_json, write_bytes
 
 
@@ -327,6 +330,17 @@ def test_collections_that_are_not_asked_for_are_not_forgotten(normed, tmp_path):
     pool = lora_jax.AdapterPool(params, adapters, slots=1, root=tmp_path)
     with pytest.raises(ValueError, match="has the collection 'batch_stats'"), pool.use(["a"]):
         pass
+
+
+def test_the_command_forgets_no_collections(tmp_path):
+    stats = {"batch_stats": {"mean": jnp.ones(2)}}
+    lora_jax.save(tmp_path / "a", {"bias": jnp.ones(2)}, collections=stats)
+    with pytest.raises(ValueError, match="'batch_stats' beside the adapters"):
+        trees.from_own(tmp_path / "a", [])
+    write_bytes(tmp_path / "base", encode({"bias": np.zeros(2, np.float32)}))
+    with pytest.raises(ValueError, match="'batch_stats' beside the adapters"):
+        merging.of_own(tmp_path / "a", Checkpoint(tmp_path / "base"))
+    assert set(open_adapter(tmp_path / "a").whole) == {"bias", "batch_stats: mean"}
 
 
 @pytest.mark.parametrize(
