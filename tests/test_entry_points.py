@@ -330,7 +330,8 @@ SOME = {
     "NaN": (
         Case(adapters=NAN),
         ["dense[./](kernel|weight|lora)", "NaN or infinite"],
-        {"lora_apply", "lora_apply, ids", "lora_merge", "summary", "rounding", "freeze_norm"},
+        {"lora_apply", "lora_apply, ids", "lora_merge", "summary", "rounding", "freeze_norm"}
+        | {"stack", "stack, no base"},  # in which it reaches no other row
     ),
     "float16": (
         base(dense_kernel=PARAMS["dense"]["kernel"].astype(np.float16)),
