@@ -8,7 +8,9 @@ from typing import Any
 import chex
 import flax.core
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+
+from lora_jax.tensors import check_name
 
 Key = tuple[str, ...]
 
@@ -41,3 +43,20 @@ def unbox(leaf: Any) -> Any:
 def rebox(leaf: Any, array: chex.Array) -> Any:
     """The array, in the same box as the leaf."""
     return jax.tree.map(lambda _: array, leaf)
+
+
+def named(leaves: Mapping[Key, Any], name: str) -> dict[str, Any]:
+    """Leaves by their paths, as files have them; an integer in a key is written in digits."""
+    out: dict[str, Any] = {}
+    for key, leaf in leaves.items():
+        if leaf is empty_node:
+            continue
+        path = path_of(key)
+        for part in key:
+            if type(part) not in (str, int) or "/" in str(part):
+                raise ValueError(f"{name}: {path!r} cannot be saved, as {part!r} is part of it.")
+        if path in out:
+            raise ValueError(f"{name}: two leaves have the path {path!r}, and cannot be saved.")
+        check_name(path, name)
+        out[path] = leaf
+    return out

@@ -93,7 +93,9 @@ def load(
         node = value if dtype == value.dtype.name else Whole(value, dtype)
         adapters[keys[leaf_path]] = whole_leaf(leaf_path, node, leaf, str(path))
     for leaf_path, found in shifts.items():
-        adapters[keys[leaf_path]] = to_shift(leaf_path, found, files, model)
+        shift = to_shift(leaf_path, found, files, model)
+        check_fits(leaf_path, frozen[keys[leaf_path]], shift)
+        adapters[keys[leaf_path]] = shift
     return unflatten(frozen, params), unflatten(adapters, params)
 
 

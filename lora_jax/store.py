@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
+from lora_jax import variables
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
-from lora_jax.checks import base_of, check_fits, check_floating, dtype_of, nodes_of, pair_of
+from lora_jax.checks import base_of, check_fits, check_floating, nodes_of, pair_of
 from lora_jax.compat import is_traced
 from lora_jax.config import Rule, nearest
-from lora_jax.paths import Key, flatten, path_of, rebox, unbox, unflatten
+from lora_jax.paths import named, path_of, rebox, unbox, unflatten
 from lora_jax.tensors import (
     DTYPES,
     StrPath,
@@ -100,8 +101,8 @@ class Stored:
         """
         if self.collections:
             raise ValueError(
-                f"{path} has {_listed(self.collections)} beside the adapters, which training "
-                f"changed, and for which there is no place here: load it in Python, with "
+                f"{path} has {variables.listed(self.collections)} beside the adapters, which "
+                f"training changed, and for which there is no place here: load it in Python, with "
                 f"lora_jax.load and collections=."
             )
         return self.adapters
@@ -178,10 +179,13 @@ def save(
             _check_arrays(node, f"adapters: {leaf_path!r}")
     if not arrays:
         raise ValueError("There is nothing to save: adapters is empty.")
-    others = {} if collections is None else _collections_of(collections)
+    others = {} if collections is None else variables.arrays_of(collections)
     for collection, leaves in others.items():
         for leaf_path, array in leaves.items():
-            arrays[_tensor(collection, leaf_path)] = host(array, f"{collection}: {leaf_path}")
+            name = variables.tensor_name(collection, leaf_path)
+            if name in arrays:
+                raise ValueError(f"Two arrays would have the name {name!r}.")
+            arrays[name] = host(array, name)
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
             raise ValueError(f"{name!r} is of dtype {array.dtype}, which no safetensors file has.")
@@ -278,8 +282,8 @@ def load(
     stored = read(path)
     if stored.collections and collections is None:
         raise ValueError(
-            f"{path} has {_listed(stored.collections)} beside the adapters, as training changed "
-            f"it. Pass the model's own too, and use what is returned: frozen, adapters, "
+            f"{path} has {variables.listed(stored.collections)} beside the adapters, as training "
+            f"changed it. Pass the model's own too, and use what is returned: frozen, adapters, "
             f"collections = lora_jax.load(path, params, collections=variables)."
         )
     flat = base_of(params, "params")
@@ -308,7 +312,11 @@ def load(
     split = unflatten(frozen, params), unflatten(adapters, params)
     if collections is None:
         return split
-    return *split, _restored(stored.collections, collections, str(path))
+    others = {
+        name: {p: _to_jax(array, str(path)) for p, array in arrays.items()}
+        for name, arrays in stored.collections.items()
+    }
+    return *split, variables.restored(others, collections, str(path))
 
 
 def read(path: StrPath) -> Stored:
@@ -386,23 +394,6 @@ def named_pair(
     return named(base, "frozen"), named(nodes, "adapters")
 
 
-def named(leaves: Mapping[Key, Any], name: str) -> dict[str, Any]:
-    """Leaves by their paths, as files have them; an integer in a key is written in digits."""
-    out: dict[str, Any] = {}
-    for key, leaf in leaves.items():
-        if leaf is empty_node:
-            continue
-        path = path_of(key)
-        for part in key:
-            if type(part) not in (str, int) or "/" in str(part):
-                raise ValueError(f"{name}: {path!r} cannot be saved, as {part!r} is part of it.")
-        if path in out:
-            raise ValueError(f"{name}: two leaves have the path {path!r}, and cannot be saved.")
-        check_name(path, name)
-        out[path] = leaf
-    return out
-
-
 def check_alone(path: str, adapter: Adapter) -> None:
     """Errors for what is not one adapter with all its facts."""
     if adapter.count is not None:
@@ -424,68 +415,6 @@ def check_alone(path: str, adapter: Adapter) -> None:
 
 def _names(variant: str) -> tuple[str, ...]:
     return ("U", "V") if VARIANTS[variant].magnitude is None else ("U", "V", "m")
-
-
-def _collections_of(collections: Mapping[str, chex.ArrayTree]) -> dict[str, dict[str, Any]]:
-    """The arrays of collections that have any, by their paths."""
-    if not isinstance(collections, Mapping):
-        raise TypeError(
-            f"collections must be a dict of collections, as {{'batch_stats': ...}}, got "
-            f"{type(collections).__name__}."
-        )
-    if "params" in collections:
-        raise ValueError(
-            "collections must be those beside 'params', which adapters and frozen are: leave it "
-            "out, as with mutable=['batch_stats']."
-        )
-    out = {}
-    for name, tree in collections.items():
-        where = f"collections[{name!r}]"
-        if leaves := named(flatten(tree, where), where):
-            check_name(name, "collections")
-            out[name] = {path: unbox(leaf) for path, leaf in leaves.items()}
-    return out
-
-
-def _tensor(collection: str, path: str) -> str:
-    """The name of an array of a collection; no array of an adapter has a colon before its path."""
-    return f"{collection}:{path}"
-
-
-def _listed(collections: Mapping[str, Any]) -> str:
-    """Names of collections in words."""
-    return " and ".join(f"the collection {name!r}" for name in collections)
-
-
-def _restored(
-    stored: Mapping[str, Mapping[str, np.ndarray]],
-    given: Mapping[str, chex.ArrayTree],
-    file: str,
-) -> dict[str, chex.ArrayTree]:
-    """Collections of the model, with the arrays that were saved in their places and boxes."""
-    out = {name: tree for name, tree in given.items() if name != "params"}
-    for name, arrays in stored.items():
-        if name not in out:
-            raise ValueError(f"{file} has the collection {name!r}, which collections lacks.")
-        flat = flatten(out[name], f"collections[{name!r}]")
-        keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
-        for path in sorted(keys.keys() ^ arrays.keys()):
-            has, lacks = (file, "the model") if path in arrays else ("the model", file)
-            raise ValueError(
-                f"{has} has {path!r} in the collection {name!r}, and {lacks} does not. Is it of "
-                f"another model?"
-            )
-        for path, array in arrays.items():
-            leaf = unbox(flat[keys[path]])
-            if dtype_of(leaf) != array.dtype or tuple(leaf.shape) != array.shape:
-                raise ValueError(
-                    f"{file} has {path!r} in the collection {name!r} as {array.dtype} "
-                    f"{array.shape}, but the model has {dtype_of(leaf)} {jnp.shape(leaf)} there. "
-                    f"Is it of another model?"
-                )
-            flat[keys[path]] = rebox(flat[keys[path]], _to_jax(array, file))
-        out[name] = unflatten(flat, out[name])
-    return out
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
@@ -567,7 +496,7 @@ def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
         texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
         if not texts or len(set(paths)) < len(paths):
             raise ValueError(f"{file}: 'collections' has {paths!r} for {collection!r}, no paths.")
-        expected |= {_tensor(collection, path) for path in paths}
+        expected |= {variables.tensor_name(collection, path) for path in paths}
     for path, said in index["adapters"].items():
         where = f"{file}: {path!r}"
         _check_types(said, _FIELDS, where)
@@ -589,7 +518,7 @@ def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
         adapters[path] = _shift(s, tensors[path], path, f"{file}: {path!r}", adapters)
     collections: dict[str, dict[str, np.ndarray]] = {}
     for collection, paths in others.items():
-        collections[collection] = {p: tensors[_tensor(collection, p)] for p in paths}
+        collections[collection] = {p: tensors[variables.tensor_name(collection, p)] for p in paths}
     for path in adapters:
         check_name(path, str(file))
         parents = path.split("/")[:-1]

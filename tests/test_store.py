@@ -317,6 +317,10 @@ def test_collections_that_are_not_asked_for_are_not_forgotten(normed, tmp_path):
     params, stats = variables["params"], variables["batch_stats"]["BatchNorm_0"]
     with pytest.raises(ValueError, match=r"has the collection 'batch_stats'.*collections=variab"):
         lora_jax.load(tmp_path / "a", params, verify=True)
+    with pytest.raises(TypeError, match="collections must be a dict of collections"):
+        lora_jax.load(tmp_path / "a", params, collections=[])
+    with pytest.raises(ValueError, match="Two arrays would have the name 'a:b'"):
+        lora_jax.save(tmp_path / "b", {"a:b": X}, collections={"a": {"b": X}})
     with pytest.raises(ValueError, match="'batch_stats', which collections lacks"):
         lora_jax.load(tmp_path / "a", params, collections={"cache": {}})
     for other, message in [
@@ -357,10 +361,10 @@ def test_the_command_forgets_no_collections(tmp_path):
         (
             {"batch_stats": {"mean": "x"}},
             TypeError,
-            "'batch_stats: mean' is 'x', which",
+            "'batch_stats:mean' is 'x', which",
         ),
         ({"x": {"mean": jnp.ones(2, jnp.int4)}}, ValueError, "'x:mean' is of dtype int4"),
-        ({"x": {"key": jax.random.key(0)}}, TypeError, "'x: key' is .*random.key_data"),
+        ({"x": {"key": jax.random.key(0)}}, TypeError, "'x:key' is .*random.key_data"),
     ],
 )
 def test_collections_that_cannot_be_saved(tmp_path, collections, kind, message):
