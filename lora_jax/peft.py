@@ -38,6 +38,7 @@ from lora_jax.peft_writing import (
 from lora_jax.store import check_alone, named_pair, whole_leaf
 from lora_jax.tensors import StrPath, encode, write_bytes
 from lora_jax.torch_params import TorchParams
+from lora_jax.variables import arrays_of, listed
 
 __all__ = ["FAMILIES", "Name", "load", "save"]
 
@@ -109,15 +110,16 @@ def save(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
+    collections: Mapping[str, chex.ArrayTree] | None = None,
 ) -> None:
     """Saves adapters so that ``PeftModel.from_pretrained`` loads them.
 
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
     different dropouts; parts of a module that are trained whole; a :class:`lora_jax.Shift` of
     anything but the biases of all adapted layers. How this library computes an adapter
-    (``product``, ``detach_norm``) changes no result and is not saved. Collections that training
-    changed beside the parameters, such as ``batch_stats``, have no place in PEFT's files: PEFT's
-    model keeps its own, and where these differ, so do the outputs.
+    (``product``, ``detach_norm``) changes no result and is not saved. What training changed beside
+    the parameters, such as ``batch_stats``, has no place in PEFT's files: PEFT's model keeps its
+    own, and where these differ, so do the outputs.
 
     Args:
       path: the folder; it is made where there is none. Other files in it stay.
@@ -129,11 +131,18 @@ def save(
       base_model_name_or_path: the base in PyTorch, which PEFT's readers look up.
       task_type: one of PEFT's, such as ``"SEQ_CLS"``.
       dtype: of the saved arrays; by default the one that they have.
+      collections: as for :func:`lora_jax.save`; refused where there are any.
 
     Raises:
       ValueError: adapters that do not fit the base, that are not finite, or that have no equal in
         PEFT; parameters that no name is for.
     """
+    if others := arrays_of(collections or {}):
+        raise ValueError(
+            f"PEFT's files have no place for {listed(others)}, which training changed: save the "
+            f"adapters with lora_jax.save, or train with what the base has, as by "
+            f"BatchNorm(use_running_average=True)."
+        )
     base, found = named_pair(frozen, adapters, either=True)
     kernels = {p: node for p, node in found.items() if isinstance(node, Adapter)}
     if not kernels:

@@ -347,6 +347,13 @@ def test_the_command_forgets_no_collections(tmp_path):
     assert set(open_adapter(tmp_path / "a").whole) == {"bias", "batch_stats: mean"}
 
 
+def test_peft_has_no_place_for_collections(normed, tmp_path):
+    _, _, frozen, adapters, state, _ = normed
+    with pytest.raises(ValueError, match=r"no place for the collection 'batch_stats'.*_average"):
+        lora_jax.peft.save(tmp_path / "p", frozen, adapters, collections=state)
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.parametrize(
     ("collections", "kind", "message"),
     [
