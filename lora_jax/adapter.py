@@ -65,8 +65,12 @@ class Adapter:
     @property
     def count(self) -> int | None:
         """How many adapters are here, on the axis in front; ``None`` for one alone."""
-        alone = len(self.axes.stacks) + (self.axes.fused > 1) + 2
-        return int(self.U.shape[0]) if self.U.ndim == alone + 1 else None
+        return int(self.U.shape[0]) if self.U.ndim == self.ndim + 1 else None
+
+    @property
+    def ndim(self) -> int:
+        """How many axes ``U`` and ``V`` of one adapter have."""
+        return len(self.axes.stacks) + (self.axes.fused > 1) + 2
 
     def shapes(self, kernel_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes that ``U``, ``V`` and ``m`` have for a kernel of this shape."""

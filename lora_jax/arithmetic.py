@@ -15,11 +15,12 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.approximation import Approximation, ApproximationReport
+from lora_jax.checks import base_of, check_factors, check_fits, check_floating, is_finite, nodes_of
 from lora_jax.combined import Plan, combine_kernel, combine_whole
 from lora_jax.compat import is_traced
 from lora_jax.config import nearest
+from lora_jax.paths import Key, flatten, path_of, unbox, unflatten
 from lora_jax.sums import matrix_of
-from lora_jax.tree import Key, check_base, check_fits, flatten, is_finite, path_of, unbox, unflatten
 
 # What must be alike to be added; the rest of an adapter says how it is trained.
 _SAME = ("axes", "substitute", "untied")
@@ -156,9 +157,10 @@ def _combine(
 ) -> tuple[chex.ArrayTree, ApproximationReport]:
     if not plan.exact and any(is_traced(x) for x in (*weights, plan.key)):
         raise TypeError(f"The weights or the key are traced: {_ON_HOST}")
+    base = None if params is None else base_of(params, "params")
     nodes = [flatten(tree, f"adapters[{i}]") for i, tree in enumerate(trees)]
-    base = None if params is None else flatten(params, "params")
-    check_base(base or {})
+    for i, tree in enumerate(trees):
+        nodes_of(tree, f"adapters[{i}]", base)
     flat: dict[Key, Any] = {}
     rows: dict[str, Approximation] = {}
     for key in _keys(nodes):
@@ -253,12 +255,7 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
                     f"adapters[{j}] is a stack of {node.count} adapters, at {path!r}: combine each "
                     f"one alone, jax.tree.map(lambda x: x[i], stacked)."
                 )
-            U, V = np.shape(node.U), np.shape(node.V)
-            if U[:-2] != V[:-2] or not U[-1] == V[-2] == node.rank:
-                raise ValueError(
-                    f"adapters[{j}] has U {U} and V {V} at {path!r}, which are not of one "
-                    f"stack and of rank {node.rank}."
-                )
+            check_factors(path, node, f"adapters[{j}]")
         if any(is_traced(array) for array in arrays) and not plan.exact:
             raise TypeError(f"{path!r} is traced: {_ON_HOST}")
         if not all(map(is_finite, arrays)):
@@ -302,10 +299,8 @@ def _base_leaf(path: str, key: Key, base: Mapping[Key, Any] | None) -> Any:
     leaf = (base or {}).get(key, empty_node)
     if leaf is empty_node:
         return None
-    array = unbox(leaf)
-    if not hasattr(array, "dtype"):
-        raise TypeError(f"params has {leaf!r} at {path!r}, which is no array.")
-    if not is_finite(array):
+    check_floating(path, leaf, "params has")
+    if not is_finite(unbox(leaf)):
         raise ValueError(f"params has NaN or infinite values at {path!r}.")
     return leaf
 

@@ -17,10 +17,10 @@ from lora_jax import sums, task_vectors
 from lora_jax.adapter import Adapter, Whole
 from lora_jax.approximation import Approximation, Nearest, nearest, nearest_product
 from lora_jax.compat import is_traced
+from lora_jax.paths import rebox, unbox
 from lora_jax.rounding import key_for
 from lora_jax.sums import Sum
 from lora_jax.task_vectors import METHODS, RANDOM
-from lora_jax.tree import rebox, unbox
 
 
 @dataclasses.dataclass(frozen=True)

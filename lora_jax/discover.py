@@ -26,14 +26,15 @@ from flax.traverse_util import empty_node
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.checks import base_of
 from lora_jax.compat import Maps, Probe
 from lora_jax.heads import output_heads
 from lora_jax.kernel import AdaptedKernel
 from lora_jax.linen import MAPPED, call_model, check_model
 from lora_jax.liveness import arrays_in, live_inputs, marked_inputs
 from lora_jax.meshes import explicit_sharding
+from lora_jax.paths import Key, path_of, unbox, unflatten
 from lora_jax.registry import entry_of
-from lora_jax.tree import Key, flatten, path_of, unbox, unflatten
 
 _SUFFIX = "@label"
 _MARK = "lora_jax: what is multiplied by "
@@ -80,7 +81,7 @@ def kernel_axes(
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     params = {
         key: leaf
-        for key, leaf in flatten(variables["params"], "params").items()
+        for key, leaf in base_of(variables["params"], "params").items()
         if leaf is not empty_node
     }
     rest = {name: value for name, value in variables.items() if name != "params"}

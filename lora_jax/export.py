@@ -12,12 +12,13 @@ import numpy as np
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
+from lora_jax.checks import check_merges
 from lora_jax.names import Name, Torch, as_names
+from lora_jax.paths import unbox
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
-from lora_jax.store import leaves_of
+from lora_jax.store import named_pair
 from lora_jax.tensors import Info, StrPath, write_tensors
 from lora_jax.torch_params import TorchParams
-from lora_jax.tree import check_fits, check_merges, unbox
 
 
 def export(
@@ -33,7 +34,7 @@ def export(
     """Writes the merged model into a safetensors file, and says what rounding loses.
 
     ``W'`` is formed in float32 and cast once, one parameter after another: no more than one merged
-    parameter is in memory beside the base.
+    parameter is in memory beside the base. The model's other collections are not in the file.
 
     Args:
       path: the file, as ``"model.safetensors"``.
@@ -62,16 +63,17 @@ def export(
       >>> {name: x.shape for name, x in lora_jax.tensors.Tensors(file).items()}
       {'dense.weight': (2, 3), 'dense.bias': (2,)}
     """
-    base, found = leaves_of(frozen, "frozen"), leaves_of(adapters, "adapters")
+    base, found = named_pair(frozen, adapters)
     kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | Shift)}
     for leaf_path, adapter in kernels.items():
-        if leaf_path not in base:
-            raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
-        check_fits(leaf_path, base[leaf_path], adapter)
         check_merges(leaf_path, adapter)
     whole = {p: node for p, node in found.items() if p not in kernels}
-    if twice := sorted(set(whole) & set(base)):
-        raise ValueError(f"{twice[0]!r} is in the base and, trained whole, in the adapters.")
+    for leaf_path, leaf in base.items():
+        if not hasattr(unbox(leaf), "dtype"):
+            raise TypeError(
+                f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
+                f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
+            )
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
     leaves |= {p: unbox(n.value if isinstance(n, Whole) else n) for p, n in whole.items()}
     own = {p: node.dtype for p, node in whole.items() if isinstance(node, Whole)}

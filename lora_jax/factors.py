@@ -112,6 +112,8 @@ def _open_own(path: StrPath) -> Opened:
     for name, node in stored.adapters.items():
         if isinstance(node, Shift):
             whole[name + ADDED] = node.scale * node.value
+    for name, arrays in stored.collections.items():
+        whole |= {f"{name}: {path}": array for path, array in arrays.items()}
     facts = {"written by": f"lora_jax {stored.library}"}
     facts |= {key: str(value) for key, value in stored.metadata.items()}
     facts["hashes of the base"] = str(len(stored.base)) if stored.base else "none"

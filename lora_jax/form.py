@@ -17,9 +17,10 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift
+from lora_jax.checks import base_of, check_node, nodes_of
 from lora_jax.config import nearest
-from lora_jax.stack import conformed, nodes_of, template
-from lora_jax.tree import Key, check_fits, flatten, path_of, unflatten
+from lora_jax.paths import Key, path_of, unflatten
+from lora_jax.stack import conformed, nodes_of_each, template
 
 _MAKE = "make the pool with an adapter like it in `like`"
 
@@ -58,16 +59,16 @@ class Form:
                 f"{like!r}."
             )
         like = [like] if isinstance(like, Mapping) else like
-        trees = nodes_of(like)
         self._params = params
-        self._base = flatten(params, "params")
+        self._base = base_of(params, "params")
+        for i, tree in enumerate(like):  # missing leaves have a message of their own below
+            for key in nodes_of(tree, f"like[{i}]", self._base):
+                self._leaf(key)
+        trees = nodes_of_each(like, self._base, "like")
         self._nodes: dict[Key, Any] = {}
         for key in dict.fromkeys(key for tree in trees for key in tree):
             path, nodes = path_of(key), [tree[key] for tree in trees if key in tree]
             leaf = self._leaf(key)
-            for node in nodes:
-                if isinstance(node, Adapter):
-                    check_fits(path, leaf, node)
             common = template(path, list(map(_for_inference, nodes)))
             if isinstance(common, Adapter):
                 product = "auto" if common.product == "merged" else common.product
@@ -99,8 +100,7 @@ class Form:
             names the adapter and the path.
         """
         try:
-            found = flatten(adapters, "it")
-            nodes = {key: node for key, node in found.items() if node is not empty_node}
+            nodes = nodes_of(adapters, "it", self._base)
             for key, node in nodes.items():
                 if isinstance(node, Shift):
                     raise ValueError(
@@ -113,6 +113,7 @@ class Form:
                         f"it has {path_of(key)!r}, which nothing in the pool has: {_MAKE}. Nearest "
                         f"paths: {', '.join(nearest(path_of(key), paths)) or 'none'}."
                     )
+                check_node(key, node, self._base, name="params")
             out = {key: self._brought(key, nodes.get(key)) for key in self._nodes}
         except TypeError as error:
             raise TypeError(f"Adapter {name!r} does not fit the pool: {error}") from error
@@ -126,7 +127,6 @@ class Form:
             return like
         leaf = self._leaf(key)
         if isinstance(node, Adapter) and isinstance(like, Adapter):
-            check_fits(path, leaf, node)
             node = _of_rank(path, _for_inference(node, "dora"), like)
         template(path, [like, node])  # errors where they differ in what nothing can hide
         found = conformed(path, node, like, leaf, self._base)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from lora_jax.compat import only_converts
 from lora_jax.equation import Equation
 from lora_jax.kernel import AdaptedKernel
+from lora_jax.paths import unbox
 from lora_jax.registry import body, enter
-from lora_jax.tree import unbox
 from lora_jax.variants import along
 
 Kernels = tuple[AdaptedKernel, ...]

@@ -23,20 +23,21 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import empty_node
 
 from lora_jax import compat
 from lora_jax import layers as _layers  # noqa: F401  (enters its handlers)
 from lora_jax import packages as _packages  # noqa: F401
 from lora_jax.adapter import Adapter, Shift
+from lora_jax.checks import base_of, nodes_of, stack_size
 from lora_jax.compat import is_traced
 from lora_jax.kernel import AdaptedKernel, Unseen
 from lora_jax.liveness import arrays_in, live_inputs, read_inputs
 from lora_jax.mixed import BASE, Ids, checked_ids, own_leaf, taken
+from lora_jax.paths import Key, flatten, path_of, unbox, unflatten
 from lora_jax.product import normalized
 from lora_jax.registry import entries_of, entry_of, known_layers
 from lora_jax.rows import gives_variables, over_rows
-from lora_jax.tree import Key, flatten, join, merged_kernel, path_of, unbox, unflatten
+from lora_jax.tree import join, merged_kernel
 
 # The name of an adapter is that of its parameter and this.
 SUFFIX = "@lora"
@@ -126,9 +127,10 @@ def lora_apply(
       What ``model.apply`` returns.
 
     Raises:
-      TypeError: ``model`` is no ``flax.linen`` module, or a tree is no nested dict.
-      ValueError: the adapters do not fit the base or the model, or some were not used. The
-        message names the culprit.
+      TypeError: ``model`` is no ``flax.linen`` module, or a tree is no nested dict, or one as a
+        file has it, of arrays only.
+      ValueError: the adapters do not fit the base or the model, a base of integers, as the codes of
+        a quantized one are, or adapters that were not used. The message names the culprit.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
@@ -156,9 +158,11 @@ def lora_apply(
                 "adapter_ids too, or leave them out."
             )
         return one(variables, adapters, args, kwargs)
-    count = _count(adapters)
+    base = base_of(variables["params"])
+    nodes = nodes_of(adapters, base=base)
+    count = stack_size(list(nodes.values()), "adapter_ids is")
     ids = checked_ids(adapter_ids, count)
-    which = functools.partial(_Which, count=count, known=_check_base(variables, adapters, ids))
+    which = functools.partial(_Which, count=count, known=_check_base(base, nodes, ids))
     if ids.ndim == 0:
         return one(variables, adapters, args, kwargs, which(ids, mapped=False))
 
@@ -290,7 +294,7 @@ def _placed(path: str, W: Any, adapter: Adapter, which: _Which | None, dropout: 
     return _Placed(adapter.replace(dropout=rate, **arrays), path, ids)  # type: ignore[attr-defined]
 
 
-def _check_base(variables: Mapping[str, Any], adapters: chex.ArrayTree, ids: Any) -> bool:
+def _check_base(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> bool:
     """Whether it is known that no row needs a leaf of the base that is not there.
 
     Raises:
@@ -298,9 +302,8 @@ def _check_base(variables: Mapping[str, Any], adapters: chex.ArrayTree, ids: Any
     """
     if is_traced(ids) or not ids.is_fully_addressable:
         return False
-    base = flatten(variables["params"], "frozen")
-    for key, node in flatten(adapters, "adapters").items():
-        whole = node is not empty_node and not isinstance(node, Adapter | Shift)
+    for key, node in nodes.items():
+        whole = not isinstance(node, Adapter | Shift)
         if whole and key not in base and bool((np.asarray(ids) == BASE).any()):
             raise ValueError(
                 f"{path_of(key)!r} was trained whole, and the base lacks it, so no row can have "
@@ -363,19 +366,6 @@ def _check_ties(
             f"in the rule tied='substitute', so that all uses see W', or tied='untie', and make "
             f"the adapters with lora_jax.lora_init_model."
         )
-
-
-def _count(adapters: chex.ArrayTree) -> int:
-    """How many adapters are stacked."""
-    nodes = [node for node in flatten(adapters, "adapters").values() if node is not empty_node]
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(nodes)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            "adapter_ids is for stacked adapters, of which every array has the number of adapters "
-            f"as its first size, and here these are {sorted(sizes)}: stack them with "
-            f"lora_jax.stack([...])."
-        )
-    return int(sizes.pop()[0])
 
 
 def check_model(model: Any, variables: Any, name: str) -> None:

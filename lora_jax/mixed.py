@@ -31,6 +31,7 @@ from lora_jax.axes import KernelAxes
 from lora_jax.compat import is_traced
 from lora_jax.equation import Equation
 from lora_jax.meshes import left_to_compiler, spec_of
+from lora_jax.paths import Key, path_of, unbox
 from lora_jax.product import (
     Factors,
     Product,
@@ -41,7 +42,6 @@ from lora_jax.product import (
     refuse_ways,
     scaled,
 )
-from lora_jax.tree import Key, path_of, unbox
 
 # The id of a row that has the base alone.
 BASE = -1

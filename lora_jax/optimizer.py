@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.checks import stack_size
 from lora_jax.mixed import checked_ids
+
+_WHAT = "each_adapter is"
 
 
 def each_adapter(
@@ -31,6 +34,9 @@ def each_adapter(
       Its ``update`` takes ``adapter_ids=ids`` besides, the ids of :func:`lora_jax.lora_apply`;
       without them every adapter is updated. Other arguments are for each one's optimizer.
 
+    Raises:
+      ValueError: of the optimizer, where adapters are not stacked.
+
     Example:
       >>> import jax.numpy as jnp, lora_jax, optax
       >>> optimizer = lora_jax.each_adapter(optax.inject_hyperparams(optax.sgd)(learning_rate=0.0))
@@ -49,6 +55,7 @@ def each_adapter(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> optax.OptState:
+        stack_size(params, _WHAT)
         return jax.vmap(inner.init)(params)
 
     def update(
@@ -62,10 +69,10 @@ def each_adapter(
         def one(updates: Any, state: Any, params: Any) -> Any:
             return inner.update(updates, state, params, **extra_args)
 
+        count = stack_size(updates, _WHAT)
         new, new_state = jax.vmap(one)(updates, state, params)
         if adapter_ids is None:
             return new, new_state
-        count = jax.tree.leaves(updates)[0].shape[0]
         ids = checked_ids(adapter_ids, count)
         present = jax.nn.one_hot(jnp.ravel(ids), count, dtype=bool).any(axis=0)
 

@@ -20,7 +20,9 @@ import numpy as np
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
+from lora_jax.checks import base_of, check_fits
 from lora_jax.names import EXPERTS, FAMILIES, Name, Torch, as_names
+from lora_jax.paths import path_of, unbox, unflatten
 from lora_jax.peft_config import CONFIG, DEFAULTS
 from lora_jax.peft_files import PREFIX, WEIGHTS, read
 from lora_jax.peft_reading import check_complete, sort_tensors, to_adapter, to_shift
@@ -33,10 +35,10 @@ from lora_jax.peft_writing import (
     modules_to_save,
     whole_modules,
 )
-from lora_jax.store import check_alone, leaves_of, whole_leaf
+from lora_jax.store import check_alone, named_pair, whole_leaf
 from lora_jax.tensors import StrPath, encode, write_bytes
 from lora_jax.torch_params import TorchParams
-from lora_jax.tree import check_fits, flatten, path_of, unbox, unflatten
+from lora_jax.variables import arrays_of, listed
 
 __all__ = ["FAMILIES", "Name", "load", "save"]
 
@@ -75,7 +77,7 @@ def load(
         message names the file and the key.
     """
     files = read(path)
-    frozen = flatten(params, "params")
+    frozen = base_of(params, "params")
     keys = {path_of(key): key for key in frozen}
     model = TorchParams({p: frozen[key] for p, key in keys.items()}, as_names(names), axes)
     parts, whole, shifts = sort_tensors(files, model)
@@ -93,7 +95,9 @@ def load(
         node = value if dtype == value.dtype.name else Whole(value, dtype)
         adapters[keys[leaf_path]] = whole_leaf(leaf_path, node, leaf, str(path))
     for leaf_path, found in shifts.items():
-        adapters[keys[leaf_path]] = to_shift(leaf_path, found, files, model)
+        shift = to_shift(leaf_path, found, files, model)
+        check_fits(leaf_path, frozen[keys[leaf_path]], shift)
+        adapters[keys[leaf_path]] = shift
     return unflatten(frozen, params), unflatten(adapters, params)
 
 
@@ -107,13 +111,16 @@ def save(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
+    collections: Mapping[str, chex.ArrayTree] | None = None,
 ) -> None:
     """Saves adapters so that ``PeftModel.from_pretrained`` loads them.
 
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
     different dropouts; parts of a module that are trained whole; a :class:`lora_jax.Shift` of
     anything but the biases of all adapted layers. How this library computes an adapter
-    (``product``, ``detach_norm``) changes no result and is not saved.
+    (``product``, ``detach_norm``) changes no result and is not saved. What training changed beside
+    the parameters, such as ``batch_stats``, has no place in PEFT's files: PEFT's model keeps its
+    own, and where these differ, so do the outputs.
 
     Args:
       path: the folder; it is made where there is none. Other files in it stay.
@@ -125,25 +132,25 @@ def save(
       base_model_name_or_path: the base in PyTorch, which PEFT's readers look up.
       task_type: one of PEFT's, such as ``"SEQ_CLS"``.
       dtype: of the saved arrays; by default the one that they have.
+      collections: as for :func:`lora_jax.save`; refused where there are any.
 
     Raises:
       ValueError: adapters that do not fit the base, that are not finite, or that have no equal in
         PEFT; parameters that no name is for.
     """
-    base, found = leaves_of(frozen, "frozen"), leaves_of(adapters, "adapters")
+    if others := arrays_of(collections or {}):
+        raise ValueError(
+            f"PEFT's files have no place for {listed(others)}, which training changed: save the "
+            f"adapters with lora_jax.save, or train with what the base has, as by "
+            f"BatchNorm(use_running_average=True)."
+        )
+    base, found = named_pair(frozen, adapters, either=True)
     kernels = {p: node for p, node in found.items() if isinstance(node, Adapter)}
     if not kernels:
         raise ValueError("adapters has no adapter of a kernel, and PEFT saves nothing else.")
     for leaf_path, adapter in kernels.items():
-        if leaf_path not in base:
-            raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
         check_alone(leaf_path, adapter)
-        check_fits(leaf_path, base[leaf_path], adapter)
     shifts = {p: node for p, node in found.items() if isinstance(node, Shift)}
-    for leaf_path, shift in shifts.items():
-        if leaf_path not in base:
-            raise ValueError(f"Something is added to {leaf_path!r}, which frozen lacks.")
-        check_fits(leaf_path, base[leaf_path], shift)
     whole = [p for p in found if p not in kernels and p not in shifts]
     values = {p: node.value if isinstance(node, Whole) else node for p, node in found.items()}
     flat = base | {p: values[p] for p in whole}

@@ -38,7 +38,8 @@ class AdapterPool:
       slots: how many adapters are in memory at most.
       max_bytes: or how many bytes the stack may have. While a slot is changed there are two stacks,
         and as many more as older ones are still held.
-      root: a folder with a folder for each adapter, of :func:`lora_jax.save` or of PEFT.
+      root: a folder with a folder for each adapter, of :func:`lora_jax.save` or of PEFT. One that
+        has other collections of the model too is refused, as a batch has one of each.
       names: for PEFT's files, as for :func:`lora_jax.peft.load`.
       axes: likewise.
       load: instead of ``root``, a function that gives the adapters of a name. Several threads may

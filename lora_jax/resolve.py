@@ -44,7 +44,8 @@ def resolve_axes(
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(
-                f"{where}, which is not floating-point but {dtype}: make the pattern narrower."
+                f"{where}, which is not floating-point but {dtype}: make the pattern narrower; "
+                f"where these are codes, dequantize the base first."
             )
         if 0 in shape:
             raise ValueError(

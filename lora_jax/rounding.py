@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.table import Report, text_table
 from lora_jax.variants import float32_or_more
@@ -95,7 +96,8 @@ def round_to(x: chex.Array, dtype: Any, key: chex.PRNGKey | None = None) -> chex
     if key is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
         return near
     error = x - near.astype(x.dtype)
-    toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+    most = jnp.finfo(dtype)  # type: ignore[no-untyped-call]  # some of 8 bits have no infinity
+    toward = jnp.where(error > 0, most.max, most.min).astype(dtype)
     other = jnp.nextafter(near, toward)
     gap = jnp.abs(other.astype(x.dtype) - near.astype(x.dtype))
     chance = jnp.abs(error) / gap
@@ -131,7 +133,7 @@ def measure_parts(
     for exact, rounded, base in parts:
         dtype = jnp.dtype(rounded.dtype).name
         most, mean, counts = _errors(exact, rounded, base)
-        largest = max(largest, float(most))
+        largest = float(np.maximum(largest, most))  # NaN stays
         means.append(float(mean))
         if counts is None:
             known = False

@@ -10,14 +10,22 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import empty_node
 from jax.sharding import PartitionSpec
 
 from lora_jax.adapter import Adapter, Shift
+from lora_jax.checks import (
+    base_of,
+    check_factors,
+    check_fits,
+    check_floating,
+    check_node,
+    nodes_of,
+)
 from lora_jax.config import nearest
 from lora_jax.meshes import left_to_compiler, spec_of
+from lora_jax.paths import Key, flatten, path_of, unbox, unflatten
 from lora_jax.product import dense_norm
-from lora_jax.tree import Key, check_fits, flatten, path_of, raise_precision, unbox, unflatten
+from lora_jax.tree import raise_precision
 from lora_jax.variants import float32_or_more, magnitude_ratio
 
 
@@ -72,8 +80,9 @@ def stack(
       >>> lora_jax.lora_apply(model, {"params": params}, stacked, x, adapter_ids=ids).shape
       (4, 3)
     """
-    trees = nodes_of(adapters)
-    base = {} if params is None else flatten(params, "params")
+    base = None if params is None else base_of(params, "params")
+    trees = nodes_of_each(adapters, base)
+    base = base or {}
     out: dict[Key, Any] = {}
     for key in dict.fromkeys(key for tree in trees for key in tree):
         nodes, leaf = [tree.get(key) for tree in trees], base.get(key)
@@ -109,7 +118,8 @@ def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayT
       adapters: one adapter, or several from :func:`stack`. LoRA stays as it is.
 
     Raises:
-      ValueError: adapters that do not fit the base.
+      TypeError: as :func:`lora_jax.lora_merge`.
+      ValueError: adapters that do not fit the base, which may be stacked.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -119,38 +129,47 @@ def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayT
       >>> lora_jax.freeze_norm(frozen, adapters)["kernel"].m
       Array([1., 1.], dtype=float32)
     """
-    base = flatten(frozen, "frozen")
+    base = base_of(frozen)
     out = flatten(adapters, "adapters")
-    for key, node in out.items():
+    for key, node in nodes_of(adapters, base=base).items():
+        if isinstance(node, Adapter | Shift):
+            check_node(key, node, base, node.count if isinstance(node, Adapter) else None)
         if isinstance(node, Adapter) and node.variant == "dora":
-            kernel = _kernel(path_of(key), base.get(key), base)
-            check_fits(path_of(key), kernel, node, node.count)
-            out[key] = _frozen(kernel, node)
+            out[key] = _frozen(jnp.asarray(unbox(base[key])), node)
     return unflatten(out, adapters)
 
 
-def nodes_of(adapters: Sequence[chex.ArrayTree]) -> list[dict[Key, Any]]:
-    """The nodes of each tree by their keys."""
+def nodes_of_each(
+    adapters: Sequence[chex.ArrayTree], base: Mapping[Key, Any] | None, what: str = "adapters"
+) -> list[dict[Key, Any]]:
+    """The nodes of each tree by their keys, when they can be stacked.
+
+    Args:
+      adapters: the trees.
+      base: the leaves of the model, where they are known.
+      what: the name of the trees, for messages.
+    """
     if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
         raise TypeError(f"stack takes a list of adapters, got {type(adapters).__name__}.")
-    trees = [
-        {k: node for k, node in flatten(tree, f"adapters[{i}]").items() if node is not empty_node}
-        for i, tree in enumerate(adapters)
-    ]
+    trees = [nodes_of(tree, f"{what}[{i}]", base) for i, tree in enumerate(adapters)]
     if not trees:
         raise ValueError("There is nothing to stack: the list of adapters is empty.")
     for i, tree in enumerate(trees):
         for key, node in tree.items():
             if isinstance(node, Shift):
                 raise ValueError(
-                    f"adapters[{i}] adds something to {path_of(key)!r} (PEFT's lora_bias), which "
+                    f"{what}[{i}] adds something to {path_of(key)!r} (PEFT's lora_bias), which "
                     f"cannot be stacked: serve it apart."
                 )
             if isinstance(node, Adapter) and node.count is not None:
                 raise ValueError(
-                    f"adapters[{i}] is a stack of {node.count} adapters already, at "
+                    f"{what}[{i}] is a stack of {node.count} adapters already, at "
                     f"{path_of(key)!r}: stack adapters that are alone."
                 )
+            if isinstance(node, Adapter):
+                check_factors(path_of(key), node, f"{what}[{i}]")
+            if base is not None and (key in base or isinstance(node, Adapter)):
+                _leaf(path_of(key), base.get(key), base)
     return trees
 
 
@@ -216,7 +235,7 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
     """
     if not isinstance(like, Adapter):
         if node is None:
-            _kernel(path, leaf, base)  # or says that it is missing
+            _leaf(path, leaf, base)  # or says that it is missing
             node = raise_precision(path, leaf)
         wholes = [str(jax.tree.map(jnp.shape, x)) for x in (node, like)]
         if wholes[0] != wholes[1]:
@@ -253,12 +272,14 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
     if like.variant == node.variant and everywhere:
         return padded.replace(m=jnp.asarray(node.m))
     if like.variant == "scaled":
-        dtype = V.dtype if leaf is None else float32_or_more(_kernel(path, leaf, base).dtype)
+        dtype = V.dtype if leaf is None else float32_or_more(_leaf(path, leaf, base).dtype)
         m = jnp.ones((*V.shape[:-2], V.shape[-1]), dtype)
         if node.variant == "dora":
-            node = _frozen(_kernel(path, leaf, base), node)
+            check_fits(path, _leaf(path, leaf, base), node)
+            node = _frozen(_leaf(path, leaf, base), node)
     else:
-        m = dense_norm(_kernel(path, leaf, base), padded)
+        check_fits(path, _leaf(path, leaf, base), padded.replace(variant="lora"))
+        m = dense_norm(_leaf(path, leaf, base), padded)
     if node.m is not None:
         own = jnp.asarray(node.m)
         m = own if everywhere else m.at[..., parts, :].set(own.astype(m.dtype))
@@ -306,7 +327,7 @@ def _frozen(kernel: chex.Array, adapter: Adapter) -> Adapter:
     return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
 
 
-def _kernel(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:
+def _leaf(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:
     if leaf is None and not base:
         raise ValueError(
             f"Not all of the adapters have {path!r}, or they are of different variants there: pass "
@@ -318,4 +339,5 @@ def _kernel(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:
             f"There is an adapter for {path!r}, which the model's parameters lack. Nearest paths: "
             f"{', '.join(nearest(path, paths)) or 'none'}."
         )
+    check_floating(path, leaf, "params has")
     return jnp.asarray(unbox(leaf))

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import chex
 import jax
@@ -18,11 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
+from lora_jax import variables
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes
+from lora_jax.checks import base_of, check_fits, check_floating, nodes_of, pair_of
 from lora_jax.compat import is_traced
 from lora_jax.config import Rule, nearest
+from lora_jax.paths import named, path_of, rebox, unbox, unflatten
 from lora_jax.tensors import (
+    DTYPES,
     StrPath,
     Tensors,
     check_name,
@@ -33,7 +37,6 @@ from lora_jax.tensors import (
     read_json,
     write_bytes,
 )
-from lora_jax.tree import check_fits, flatten, path_of, rebox, unbox, unflatten
 from lora_jax.variants import VARIANTS
 
 INDEX = "adapter.json"
@@ -66,7 +69,7 @@ _INDEX = {
     "checksum": str,
 }
 # What an index has only where the adapters have such nodes.
-_OPTIONAL = {"shifts": dict}
+_OPTIONAL = {"shifts": dict, "collections": dict}
 _TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
@@ -80,12 +83,29 @@ class Stored:
       base: a hash of every frozen parameter by its path; empty where none were taken.
       metadata: what the user gave to :func:`save`.
       library: version of lora_jax that wrote it.
+      collections: the arrays of other collections of the model, by the name of the collection and
+        their paths.
     """
 
     adapters: Mapping[str, Any]
     base: Mapping[str, str]
     metadata: Mapping[str, Any]
     library: str
+    collections: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def adapters_alone(self, path: StrPath) -> Mapping[str, Any]:
+        """The adapters, for what has no place for other collections.
+
+        Raises:
+          ValueError: there are such collections.
+        """
+        if self.collections:
+            raise ValueError(
+                f"{path} has {variables.listed(self.collections)} beside the adapters, which "
+                f"training changed, and for which there is no place here: load it in Python, with "
+                f"lora_jax.load and collections=."
+            )
+        return self.adapters
 
 
 def save(
@@ -93,6 +113,7 @@ def save(
     adapters: chex.ArrayTree,
     *,
     frozen: chex.ArrayTree | None = None,
+    collections: Mapping[str, chex.ArrayTree] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves adapters in a folder, with all that is needed to use them again; the base is not in it.
@@ -106,12 +127,15 @@ def save(
       adapters: the adapters, as :func:`lora_jax.lora_init` returned them, trained.
       frozen: the base. With it the adapters are checked to fit, and a hash of every frozen
         parameter is saved, so that :func:`load` can verify that it is given the same base.
-      metadata: anything that JSON has, to find again with :func:`read`.
+      collections: the model's other collections that training changed, as ``mutable=`` returns
+        them: ``{"batch_stats": ...}``. They are no part of the base that ``frozen`` is, and
+        without them the model does not compute what it did.
+      metadata: anything that JSON has; it stands in ``adapter.json`` under that name.
 
     Raises:
-      TypeError: adapters or metadata of another kind.
-      ValueError: adapters that are not finite, that do not fit the base, or that this process does
-        not have in full.
+      TypeError: adapters, collections or metadata of another kind.
+      ValueError: arrays that are not finite, adapters that do not fit the base, leaves that are in
+        both, what this process does not have in full.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -129,12 +153,12 @@ def save(
     whole: dict[str, str] = {}
     shifts: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
-    base = None if frozen is None else leaves_of(frozen, "frozen")
-    for leaf_path, node in leaves_of(adapters, "adapters").items():
-        if isinstance(node, Adapter | Shift) and base is not None:
-            if leaf_path not in base:
-                raise ValueError(f"There is an adapter for {leaf_path!r}, which frozen lacks.")
-            check_fits(leaf_path, base[leaf_path], node)
+    base: dict[str, Any] = {}
+    if frozen is None:
+        nodes = named(nodes_of(adapters), "adapters")
+    else:
+        base, nodes = named_pair(frozen, adapters)
+    for leaf_path, node in nodes.items():
         if isinstance(node, Shift):
             shifts[leaf_path] = float(node.scale)
             found = {leaf_path: node.value}
@@ -144,7 +168,8 @@ def save(
             found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
         else:
             value = unbox(node.value if isinstance(node, Whole) else node)
-            whole[leaf_path] = node.dtype if isinstance(node, Whole) else _dtype(value, leaf_path)
+            dtype = node.dtype if isinstance(node, Whole) else value.dtype
+            whole[leaf_path] = jnp.dtype(dtype).name
             found = {leaf_path: value}
         for name, array in found.items():
             if name in arrays:
@@ -154,6 +179,16 @@ def save(
             _check_arrays(node, f"adapters: {leaf_path!r}")
     if not arrays:
         raise ValueError("There is nothing to save: adapters is empty.")
+    others = {} if collections is None else variables.arrays_of(collections)
+    for collection, leaves in others.items():
+        for leaf_path, array in leaves.items():
+            name = variables.tensor_name(collection, leaf_path)
+            if name in arrays:
+                raise ValueError(f"Two arrays would have the name {name!r}.")
+            arrays[name] = host(array, name)
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            raise ValueError(f"{name!r} is of dtype {array.dtype}, which no safetensors file has.")
     content = encode(arrays)
     folder, file = Path(path), f"adapter-{secrets.token_hex(8)}.safetensors"
     index = {
@@ -163,9 +198,11 @@ def save(
         "tensors": {"file": file, "sha256": hashlib.sha256(content).hexdigest()},
         "adapters": entries,
         "whole": whole,
-        "base": {} if base is None else {p: fingerprint(leaf, p) for p, leaf in base.items()},
+        "base": {p: fingerprint(leaf, p) for p, leaf in base.items()},
         "metadata": _checked_metadata(metadata or {}),
     } | ({"shifts": shifts} if shifts else {})
+    if others:
+        index["collections"] = {name: list(leaves) for name, leaves in others.items()}
     index["checksum"] = _checksum(index)
     folder.mkdir(parents=True, exist_ok=True)
     old, new = _tensors_of(folder), folder / file
@@ -180,28 +217,76 @@ def save(
         old.unlink(missing_ok=True)
 
 
+@overload
 def load(
-    path: StrPath, params: chex.ArrayTree, *, verify: bool = False
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    path: StrPath, params: chex.ArrayTree, *, collections: None = None, verify: bool = False
+) -> tuple[chex.ArrayTree, chex.ArrayTree]: ...
+
+
+@overload
+def load(
+    path: StrPath,
+    params: chex.ArrayTree,
+    *,
+    collections: Mapping[str, chex.ArrayTree],
+    verify: bool = False,
+) -> tuple[chex.ArrayTree, chex.ArrayTree, dict[str, chex.ArrayTree]]: ...
+
+
+def load(
+    path: StrPath,
+    params: chex.ArrayTree,
+    *,
+    collections: Mapping[str, chex.ArrayTree] | None = None,
+    verify: bool = False,
+) -> (
+    tuple[chex.ArrayTree, chex.ArrayTree]
+    | tuple[chex.ArrayTree, chex.ArrayTree, dict[str, chex.ArrayTree]]
+):
     """Loads adapters for a model: as :func:`lora_jax.lora_init`, with trained adapters.
 
     Args:
       path: the folder that :func:`save` wrote.
       params: the model's ``params`` collection, as for ``lora_init``.
+      collections: the model's other collections, as ``model.init`` returns them; ``"params"`` may
+        be among them and is passed over. Needed where some were saved.
       verify: compare every frozen parameter with the hash that was saved with the adapters.
 
     Returns:
-      ``(frozen, adapters)``.
+      ``(frozen, adapters)``; with ``collections`` ``(frozen, adapters, collections)``, in which
+      those that were saved are as they were, and the others as they were given.
 
     Raises:
       FileNotFoundError: no adapters are there.
-      ValueError: files that are damaged, adapters that do not fit this model, or, verified, a base
-        that is not the one that they were trained on. The message names the file and the parameter.
+      ValueError: files that are damaged, adapters or collections that do not fit this model,
+        collections that were saved and not asked for, or, verified, a base that is not the one that
+        they were trained on. The message names the file and the parameter.
 
-    Example: see :func:`save`.
+    Example:
+      >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model, x = nn.BatchNorm(use_running_average=False), jnp.arange(6.0).reshape(3, 2)
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> config = lora_jax.LoraConfig(trainable=["scale|bias"])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(1), variables["params"], config)
+      >>> rest = {"batch_stats": variables["batch_stats"]}
+      >>> y, changed = lora_jax.lora_apply(
+      ...     model, {"params": frozen, **rest}, adapters, x, mutable=["batch_stats"]
+      ... )
+      >>> folder = tempfile.mkdtemp()
+      >>> lora_jax.save(folder, adapters, frozen=frozen, collections=changed)
+      >>> frozen, adapters, rest = lora_jax.load(
+      ...     folder, variables["params"], collections=variables, verify=True
+      ... )
+      >>> chex.assert_trees_all_equal(rest, changed)
     """
     stored = read(path)
-    flat = flatten(params, "params")
+    if stored.collections and collections is None:
+        raise ValueError(
+            f"{path} has {variables.listed(stored.collections)} beside the adapters, as training "
+            f"changed it. Pass the model's own too, and use what is returned: frozen, adapters, "
+            f"collections = lora_jax.load(path, params, collections=variables)."
+        )
+    flat = base_of(params, "params")
     keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
     frozen, adapters = dict(flat), {}
     for leaf_path, node in stored.adapters.items():
@@ -224,7 +309,14 @@ def load(
         _verify(
             stored.base, {path_of(k): v for k, v in frozen.items() if v is not empty_node}, path
         )
-    return unflatten(frozen, params), unflatten(adapters, params)
+    split = unflatten(frozen, params), unflatten(adapters, params)
+    if collections is None:
+        return split
+    others = {
+        name: {p: _to_jax(array, str(path)) for p, array in arrays.items()}
+        for name, arrays in stored.collections.items()
+    }
+    return *split, variables.restored(others, collections, str(path))
 
 
 def read(path: StrPath) -> Stored:
@@ -263,7 +355,10 @@ def read(path: StrPath) -> Stored:
 
 
 def fingerprint(leaf: Any, path: str) -> str:
-    """A hash of a parameter: its dtype, shape and values."""
+    """A hash of a parameter: its dtype, shape and values; of several arrays, of their hashes."""
+    if len(arrays := jax.tree.leaves(leaf)) > 1:
+        whole = "".join(fingerprint(array, path) for array in arrays)
+        return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
     array = host(unbox(leaf), path)
     digest = hashlib.blake2b(f"{array.dtype.name} {array.shape} ".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -281,6 +376,8 @@ def host(array: Any, path: str) -> np.ndarray:
         raise ValueError(f"{path!r} is traced: files are written and checked outside of jax.jit.")
     if isinstance(array, jax.ShapeDtypeStruct) or not hasattr(array, "dtype"):
         raise TypeError(f"{path!r} is {array!r}, which is no array.")
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{path!r} is a random key, no array: save jax.random.key_data of it.")
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ValueError(
             f"{path!r} is spread over processes: gather it first, as with "
@@ -289,19 +386,12 @@ def host(array: Any, path: str) -> np.ndarray:
     return np.asarray(array)
 
 
-def leaves_of(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
-    """The leaves by their paths, of which no two may be the same."""
-    out: dict[str, Any] = {}
-    for key, leaf in flatten(tree, name).items():
-        if leaf is empty_node:
-            continue
-        path = path_of(key)
-        for part in key:
-            if not isinstance(part, str) or "/" in part:
-                raise ValueError(f"{name}: {path!r} cannot be saved, as {part!r} is part of it.")
-        check_name(path, name)
-        out[path] = leaf
-    return out
+def named_pair(
+    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, either: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """:func:`lora_jax.checks.pair_of` by paths, of which no two may be the same."""
+    base, nodes = pair_of(frozen, adapters, either=either)
+    return named(base, "frozen"), named(nodes, "adapters")
 
 
 def check_alone(path: str, adapter: Adapter) -> None:
@@ -325,12 +415,6 @@ def check_alone(path: str, adapter: Adapter) -> None:
 
 def _names(variant: str) -> tuple[str, ...]:
     return ("U", "V") if VARIANTS[variant].magnitude is None else ("U", "V", "m")
-
-
-def _dtype(value: Any, path: str) -> str:
-    if not hasattr(value, "dtype"):
-        raise TypeError(f"adapters has {value!r} at {path!r}, neither an adapter nor an array.")
-    return str(jnp.dtype(value.dtype).name)
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
@@ -410,8 +494,13 @@ def _check_types(said: object, types: Mapping[str, type], where: str) -> None:
 
 def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
     """The adapters that the index describes and the tensors hold, all of them and no more."""
-    shifts = index.get("shifts", {})
+    shifts, others = index.get("shifts", {}), index.get("collections", {})
     expected = set(index["whole"]) | set(shifts)
+    for collection, paths in others.items():
+        texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        if not texts or len(set(paths)) < len(paths):
+            raise ValueError(f"{file}: 'collections' has {paths!r} for {collection!r}, no paths.")
+        expected |= {variables.tensor_name(collection, path) for path in paths}
     for path, said in index["adapters"].items():
         where = f"{file}: {path!r}"
         _check_types(said, _FIELDS, where)
@@ -431,13 +520,16 @@ def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
         adapters[path] = array if array.dtype.name == dtype else Whole(array, dtype)
     for path, s in shifts.items():
         adapters[path] = _shift(s, tensors[path], path, f"{file}: {path!r}", adapters)
+    collections: dict[str, dict[str, np.ndarray]] = {}
+    for collection, paths in others.items():
+        collections[collection] = {p: tensors[variables.tensor_name(collection, p)] for p in paths}
     for path in adapters:
         check_name(path, str(file))
         parents = path.split("/")[:-1]
         for i in range(len(parents)):
             if "/".join(parents[: i + 1]) in adapters:
                 raise ValueError(f"{file}: {path!r} is inside of another leaf.")
-    return Stored(adapters, index["base"], index["metadata"], index["library"])
+    return Stored(adapters, index["base"], index["metadata"], index["library"], collections)
 
 
 def _adapter(
@@ -503,10 +595,9 @@ def _check_arrays(adapter: Adapter, where: str) -> None:
 
 def whole_leaf(path: str, node: Any, leaf: Any, file: str) -> Any:
     """A leaf that was trained whole, in the box of the model's leaf."""
+    check_floating(path, leaf, "params has")
     array = unbox(leaf)
     value, dtype = (node.value, node.dtype) if isinstance(node, Whole) else (node, node.dtype.name)
-    if not hasattr(array, "dtype"):
-        raise TypeError(f"params has {leaf!r} at {path!r}, which is no array.")
     if tuple(array.shape) != value.shape or jnp.dtype(array.dtype).name != dtype:
         raise ValueError(
             f"{file} has {path!r} trained whole as {dtype} {value.shape}, but params has "

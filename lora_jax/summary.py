@@ -16,10 +16,11 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
+from lora_jax.checks import base_of, nodes_of, pair_of
 from lora_jax.compat import is_traced
-from lora_jax.config import LoraConfig, assign, check_config, matched_by
+from lora_jax.config import LoraConfig, assign, check_config, matched_by, nearest
+from lora_jax.paths import path_of, unbox
 from lora_jax.table import text_table
-from lora_jax.tree import check_base, flatten, path_of, unbox
 from lora_jax.variants import column_norm
 
 
@@ -222,9 +223,13 @@ def summary(
         check_config(config)
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
-    base = _leaves(frozen, "frozen")
-    check_base(base)
-    nodes = dict(sorted(_leaves(adapters, "adapters").items()))
+    flat = base_of(frozen)
+    found = nodes_of(adapters, base=flat)
+    base = {path_of(k): unbox(leaf) for k, leaf in flat.items() if leaf is not empty_node}
+    nodes = {path_of(key): node for key, node in sorted(found.items())}
+    for path, node in nodes.items():
+        _check_one(path, node, base)
+    pair_of(frozen, adapters)
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")
     stacks = axes.stacks if isinstance(axes, ModelAxes) else {}
@@ -246,12 +251,6 @@ def summary(
         tied=tuple(path for path in adapted if path in tied),
         optimizer_nbytes=None if state is None else _nbytes(state),
     )
-
-
-def _leaves(tree: chex.ArrayTree, name: str) -> dict[str, Any]:
-    flat = {path_of(k): leaf for k, leaf in flatten(tree, name).items() if leaf is not empty_node}
-    # A shift has one array too, and is no box.
-    return {p: leaf if isinstance(leaf, Shift) else unbox(leaf) for p, leaf in flat.items()}
 
 
 def _rules(
@@ -276,17 +275,24 @@ def _rules(
     return tuple(reports)
 
 
+def _check_one(path: str, node: Any, base: Mapping[str, Any]) -> None:
+    """Errors for an adapter of another model, and for several."""
+    if isinstance(node, Adapter) and path not in base:
+        raise ValueError(
+            f"There is an adapter for {path!r}, but no such kernel in the base. Nearest paths: "
+            f"{', '.join(nearest(path, base)) or 'none'}."
+        )
+    if isinstance(node, Adapter) and node.count is not None:
+        raise ValueError(
+            f"The adapter of {path!r} is a stack of {node.count}: look at one alone, "
+            f"jax.tree.map(lambda x: x[i], stacked)."
+        )
+
+
 def _row(path: str, node: Any, kernel: Any) -> Row:
     trained = sum(map(_size, jax.tree.leaves(node)))
     nbytes = _nbytes(node)
     if isinstance(node, Adapter):
-        if kernel is None:
-            raise ValueError(f"There is an adapter for {path!r}, but no such kernel in the base.")
-        if node.count is not None:
-            raise ValueError(
-                f"The adapter of {path!r} is a stack of {node.count}: look at one alone, "
-                f"jax.tree.map(lambda x: x[i], stacked)."
-            )
         return Row(
             path,
             tuple(kernel.shape),
@@ -302,8 +308,6 @@ def _row(path: str, node: Any, kernel: Any) -> Row:
         )
     shape = tuple(unbox(node.value if isinstance(node, Whole | Shift) else node).shape)
     if isinstance(node, Shift):
-        if kernel is None:
-            raise ValueError(f"Something is added to {path!r}, which the base lacks.")
         return Row(path, shape, "shift", None, node.scale, trained, trained, nbytes)
     return Row(path, shape, "whole", None, None, trained, trained, nbytes)
 

@@ -16,9 +16,9 @@ from flax.traverse_util import empty_node
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.compat import GPT2_CONV1D
 from lora_jax.names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, Torch, find, torch_names
+from lora_jax.paths import unbox
 from lora_jax.store import host
 from lora_jax.torch_layout import from_kernel, output_axis, to_kernel
-from lora_jax.tree import unbox
 
 # Kinds that are matrices in PyTorch, or stacks of them.
 MATRICES = ("linear", "conv1d", *EXPERTS)

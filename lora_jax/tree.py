@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
-import flax.core
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.compat import is_traced
-from lora_jax.config import LoraConfig, assign, check_config, nearest
+from lora_jax.checks import base_of, check_merges, check_trainable, is_finite, nodes_of, pair_of
+from lora_jax.checks import check_fits as check_fits
+from lora_jax.config import LoraConfig, assign, check_config
 from lora_jax.hints import key_comes_first, look_first
+from lora_jax.paths import Key, path_of, rebox, unbox, unflatten
+from lora_jax.paths import flatten as flatten
 from lora_jax.resolve import check_read, resolve_axes
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
-from lora_jax.variants import VARIANTS
-
-Key = tuple[str, ...]
-
-# Names that Flax gives to collections beside "params".
-_COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
 
 
 @look_first(key_comes_first("lora_init(key, params, config)"))
@@ -57,7 +54,8 @@ def lora_init(
         kernel is float64, as its norm is.
 
     Raises:
-      TypeError: ``params`` is no nested dict of arrays, arguments in another order.
+      TypeError: ``params`` is no nested dict of arrays, arguments in another order, or a pattern is
+        for a list in ``params``.
       ValueError: a pattern that matches nothing, a rule that never wins, a matched leaf that is
         no floating-point matrix, a rank above ``min(d, k)``, a kernel that is not finite. The
         message names the culprit.
@@ -77,17 +75,13 @@ def lora_init(
             f"params must be a nested dict of arrays, got {type(params).__name__}: pass its "
             f".params."
         )
-    flat = flatten(params, "params")
-    if "params" in params and set(params) <= {"params", *_COLLECTIONS}:
-        raise ValueError(
-            "lora_init takes the 'params' collection alone: pass variables['params'], not the "
-            "whole dict of variables."
-        )
+    flat = base_of(params, "params")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         raise TypeError(
             "params has jax.ShapeDtypeStruct for arrays. To see the adapters without computing "
             "them: jax.eval_shape(lambda params: lora_jax.lora_init(key, params, config), params)."
         )
+    _check_lists(flat, config)
     arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
     paths = {path_of(key_): key_ for key_ in arrays}
     rules, whole = assign(config, list(paths), axes)
@@ -112,7 +106,7 @@ def lora_init(
             kernel = jnp.asarray(leaves[path])
             untied = path in tied and not rules[path].substitute
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
-            _check_finite(path, kernel if adapter.m is None else adapter.m)
+            _check_finite(path, kernel, adapter.m)
             adapters[key_] = adapter
         elif path in whole:
             adapters[key_] = raise_precision(path, frozen.pop(key_))
@@ -139,8 +133,9 @@ def lora_merge(
       Parameters with the structure, shapes and dtypes that ``lora_init`` was given.
 
     Raises:
-      TypeError: a tree that is no nested dict.
-      ValueError: adapters, or shifts, that do not fit this base.
+      TypeError: a tree that is no nested dict; adapters as a file has them, of arrays only.
+      ValueError: adapters, or shifts, that do not fit this base; a base of integers, as the codes
+        of a quantized one are; leaves that are in both trees.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -170,6 +165,9 @@ def rounding(
       adapters: the adapters, trained.
       key: as for :func:`lora_merge`.
 
+    Raises:
+      As :func:`lora_merge`.
+
     Returns:
       A report that prints as a table. Only one merged kernel is in memory at a time.
 
@@ -197,20 +195,11 @@ def rounding(
         return {}
 
     join(frozen, adapters, look)
-    for key_, node in flatten(adapters, "adapters").items():
+    for key_, node in nodes_of(adapters).items():
         if isinstance(node, Whole):
             value = jnp.asarray(unbox(node.value))
             rows[path_of(key_)] = measure(value, value.astype(node.dtype), None)
     return RoundingReport(rows)
-
-
-def check_merges(path: str, adapter: Adapter | Shift) -> None:
-    """Errors for an adapter that no merged parameter is equal to."""
-    if isinstance(adapter, Adapter) and adapter.untied:
-        raise ValueError(
-            f"The adapter of {path!r} has tied='untie': it adapts one of several uses of the "
-            f"parameter, so no merged parameter gives the same model."
-        )
 
 
 def merged_kernel(kernel: Any, adapter: Adapter | Shift, key: chex.PRNGKey | None = None) -> Any:
@@ -241,134 +230,40 @@ def join(
       TypeError: a tree that is no nested dict, a node that is neither adapter nor array.
       ValueError: adapters that do not fit this base.
     """
-    flat = flatten(frozen, "frozen")
-    base = [path_of(key) for key, leaf in flat.items() if leaf is not empty_node]
-    check_base(flat)
-    for key, node in flatten(adapters, "adapters").items():
-        path = path_of(key)
-        if key not in flat and key[:-1] in flat:
-            raise TypeError(
-                f"adapters has {path!r}, where the base has a parameter {path_of(key[:-1])!r}. A "
-                f"tree read from a file has arrays only: load it into the tree that lora_init "
-                f"gives for the same config, as with flax.serialization.from_bytes."
-            )
+    flat, nodes = pair_of(frozen, adapters, count, either=whole is not None)
+    for key, node in nodes.items():
         if isinstance(node, Adapter | Shift):
-            if key not in flat:
-                raise ValueError(
-                    f"There is an adapter for {path!r}, but the base has no such kernel. Were "
-                    f"the adapters made for another model? Nearest paths of the base: "
-                    f"{', '.join(nearest(path, base)) or 'none'}."
-                )
-            check_fits(path, flat[key], node, count)
             flat |= adapt(key, flat[key], node)
-        elif node is not empty_node and whole is not None:
+        elif whole is not None:
             flat |= whole(key, flat.get(key), node)
-        elif node is not empty_node:
-            if flat.get(key, empty_node) is not empty_node:
-                raise ValueError(
-                    f"{path!r} is in the base and, trained whole, in the adapters. Pass the "
-                    f"frozen tree that lora_init returned, not the full parameters."
-                )
-            flat[key] = _lower_precision(path, node)
+        else:
+            flat[key] = _lower_precision(node)
     return unflatten(flat, frozen)
 
 
-def check_base(flat: Mapping[Any, Any]) -> None:
-    """Errors where the base has adapters in it."""
-    if any(isinstance(leaf, Adapter | Shift) for leaf in flat.values()):
-        raise TypeError(
-            "The base has adapters in it. It comes first, then the adapters: were they swapped?"
-        )
-
-
-def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:
-    """The leaves of nested dicts by their keys. Boxes and adapters are leaves."""
-    if not isinstance(tree, Mapping):
-        raise TypeError(f"{name} must be a nested dict of arrays, got {type(tree).__name__}.")
-    flat: dict[Key, Any] = flatten_dict(flax.core.unfreeze(dict(tree)), keep_empty_nodes=True)
-    return flat
-
-
-def unflatten(flat: Mapping[Key, Any], like: chex.ArrayTree) -> chex.ArrayTree:
-    """The inverse of :func:`flatten`: a ``FrozenDict`` where ``like`` is one."""
-    tree: chex.ArrayTree = unflatten_dict(flat)
-    return flax.core.freeze(tree) if isinstance(like, flax.core.FrozenDict) else tree
-
-
-def path_of(key: Key) -> str:
-    """The path that patterns are matched on."""
-    return "/".join(map(str, key))
-
-
-def unbox(leaf: Any) -> Any:
-    """The array of a leaf, out of the box (``nn.Partitioned`` and the like) where it has one."""
-    arrays = jax.tree.leaves(leaf)
-    return arrays[0] if len(arrays) == 1 else leaf
-
-
-def rebox(leaf: Any, array: chex.Array) -> Any:
-    """The array, in the same box as the leaf."""
-    return jax.tree.map(lambda _: array, leaf)
-
-
-def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None = None) -> None:
-    """Errors where an adapter, or a stack of so many, is not for a kernel of this shape."""
-    shape = tuple(unbox(leaf).shape)
-    if isinstance(adapter, Shift):
-        found = tuple(jnp.shape(adapter.value))
-        if found != shape:
-            raise ValueError(
-                f"What is added to {path!r} is {found}, but the base has {shape} there. Was it "
-                f"made for another model?"
-            )
-        return
-    if len(shape) != adapter.axes.ndim:
-        raise ValueError(
-            f"The adapter for {path!r} is for a kernel of {adapter.axes.ndim} axes, but the base "
-            f"has {shape} there. Was it made for another model?"
-        )
-    if (adapter.m is None) != (VARIANTS[adapter.variant].magnitude is None):
-        has = "no m" if adapter.m is None else "an m"
-        raise ValueError(
-            f"The adapter for {path!r} is of variant {adapter.variant!r}, but has {has}. Was it "
-            f"saved with another variant?"
-        )
-    try:
-        shapes = adapter.shapes(shape)
-    except ValueError as error:
-        raise ValueError(f"The adapter for {path!r} does not fit: {error}") from None
-    for name, expected in shapes.items():
-        found = tuple(jnp.shape(getattr(adapter, name)))
-        if count is not None:
-            expected = (count, *expected)
-        if found[1:] == expected and count is None:
-            raise ValueError(
-                f"The adapter for {path!r} is a stack of {found[0]}. Say which one each example of "
-                f"the batch shall have, lora_apply(..., adapter_ids=ids), or take one alone: "
-                f"jax.tree.map(lambda x: x[i], stacked)."
-            )
-        if found != expected:
-            raise ValueError(
-                f"The adapter for {path!r} does not fit the kernel {shape}: {name} is {found}, "
-                f"but should be {expected}. Was it made for another model?"
+def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
+    """Errors where a pattern is for a list of layers, or for something in it."""
+    lists = [path_of(key) for key, leaf in flat.items() if type(leaf) in (list, tuple)]
+    arrays = [path_of(key) for key in flat if path_of(key) not in lists]
+    patterns = (*(rule.pattern for rule in config.rules), *config.trainable)
+    for pattern in patterns if lists else ():
+        fits = re.compile(pattern).fullmatch
+        if any(map(fits, lists)) or not any(map(fits, arrays)):
+            raise TypeError(
+                f"params has a list at {lists[0]!r}, and {pattern!r} cannot reach into it: paths "
+                f"go through dicts. Make dicts of lists, params = "
+                f"flax.serialization.to_state_dict(params), where the path is "
+                f"{lists[0] + '/0/...'!r}."
             )
 
 
-def _check_finite(path: str, array: chex.Array) -> None:
+def _check_finite(path: str, *arrays: Any) -> None:
     """Errors where a kernel, or its norm, has NaN or infinity."""
-    if not is_finite(array):
+    if not all(is_finite(array) for array in arrays if array is not None):
         raise ValueError(
             f"The kernel {path!r} has NaN or infinite values, or its column norms overflow: "
             f"check how the checkpoint was loaded."
         )
-
-
-def is_finite(array: Any) -> bool:
-    """Whether all of an array is finite; what is traced or elsewhere can't be checked."""
-    if is_traced(array) or not getattr(array, "is_fully_addressable", True):
-        return True
-    with jax.ensure_compile_time_eval():  # an array that a jitted function closes over is known
-        return bool(jnp.isfinite(jnp.asarray(array)).all())
 
 
 def raise_precision(path: str, leaf: Any) -> Any:
@@ -376,20 +271,15 @@ def raise_precision(path: str, leaf: Any) -> Any:
 
     It is a copy, so that a train step may donate it and ``params`` stays whole.
     """
+    check_trainable(path, leaf)
     dtype = jnp.dtype(unbox(leaf).dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{path!r} cannot be trained whole: it is {dtype}, not floating-point.")
     if dtype.itemsize >= 4:
         return jax.tree.map(jnp.array, leaf)
     return Whole(jax.tree.map(lambda x: jnp.array(x, jnp.float32), leaf), dtype.name)
 
 
-def _lower_precision(path: str, node: Any) -> Any:
+def _lower_precision(node: Any) -> Any:
     """The inverse of :func:`raise_precision`."""
     if isinstance(node, Whole):
         return jax.tree.map(lambda x: x.astype(node.dtype), node.value)
-    if not hasattr(unbox(node), "dtype"):
-        raise TypeError(
-            f"adapters has {node!r} at {path!r}, which is neither an adapter nor an array."
-        )
     return node

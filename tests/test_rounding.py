@@ -37,6 +37,20 @@ def test_neighbours_and_mean(dtype):
     assert jnp.array_equal(round_to(exact.astype(jnp.float32), dtype, KEY), exact)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_eight_bits_with_and_without_infinity(dtype):
+    rounded = round_to(jnp.full(20_000, 1.05), dtype, KEY).astype(jnp.float32)
+    assert abs(float(rounded.mean()) - 1.05) < 6e-3
+    assert set(np.unique(rounded).tolist()) == {1.0, 1.0 + float(jnp.finfo(dtype).eps)}
+
+
+def test_what_is_not_finite_has_no_error_of_zero():
+    frozen, adapters = split(jnp.float32, 1.0)
+    kernel = adapters["a"]["kernel"]
+    adapters["a"]["kernel"] = kernel.replace(V=kernel.V.at[0, 0].set(jnp.nan))
+    assert np.isnan(lora_jax.rounding(frozen, adapters)["a/kernel"].largest)
+
+
 def test_what_is_not_rounded():
     x = jnp.array([1.5, jnp.inf, 1e6])
     assert jnp.array_equal(round_to(x, jnp.float32, KEY), x)

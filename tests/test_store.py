@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import chex
 import flax.core
@@ -20,6 +21,9 @@ from helpers import random_like
 
 import lora_jax
 from lora_jax import store
+from lora_jax.checkpoint import Checkpoint
+from lora_jax.cli import merging, trees
+from lora_jax.factors import open_adapter
 from lora_jax.tensors import Tensors, encode, json_bytes, parse_json, write_bytes
 
 
@@ -62,6 +66,25 @@ def saved(params, tmp_path):
     frozen, adapters = adapted(params, RULES["dora"])
     lora_jax.save(tmp_path, adapters, frozen=frozen)
     return tmp_path, frozen, adapters
+
+
+def edit(folder, change):
+    """Changes the index, and makes its checksum right again."""
+    index = json.loads((folder / "adapter.json").read_text())
+    change(index)
+    index["checksum"] = store._checksum(index)
+    (folder / "adapter.json").write_bytes(json_bytes(index))
+
+
+def set_in(*keys):
+    *path, last, value = keys
+
+    def change(index):
+        for key in path:
+            index = index[key]
+        index[last] = value
+
+    return change
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -161,7 +184,8 @@ def no_kernels(U, V):
         (lambda a: [a], TypeError, "nested dict"),
         (lambda a: {"kernel": 1.0}, TypeError, "neither an adapter nor an array"),
         (lambda a: {"a/b": a["join"]["kernel"]}, ValueError, "'a/b'"),
-        (lambda a: {0: a["join"]["kernel"]}, ValueError, "0"),
+        (lambda a: {0: jnp.ones(1), "0": jnp.ones(1)}, ValueError, "two leaves have the path '0'"),
+        (lambda a: {(0, 1): a["join"]["kernel"]}, ValueError, r"\(0, 1\) is part of it"),
         (lambda a: {"a\nb": a["join"]["kernel"]}, ValueError, "no name"),
         (lambda a: {"k": a["join"]["kernel"], "k.U": jnp.ones(2)}, ValueError, "Two arrays"),
         (lambda a: jax.tree.map(lambda x: x * jnp.nan, a), ValueError, "'.*' has NaN"),
@@ -176,6 +200,240 @@ def test_what_cannot_be_saved(saved, tmp_path_factory, make, kind, message):
     with pytest.raises(kind, match=message):
         lora_jax.save(folder, make(adapters))
     assert not folder.exists()
+
+
+FIXTURES = Path(__file__).parent / "fixtures" / "saved"
+
+
+def numbers(*shape, start=0, dtype=np.float32):
+    """The numbers of which the folders in tests/fixtures are."""
+    return jnp.asarray(((np.arange(np.prod(shape)) + start) % 7 - 3).reshape(shape) / 4, dtype)
+
+
+@pytest.mark.parametrize("name", ["with_base", "without_base"])
+def test_folders_of_before_load(name):
+    """Written by version 0.1.0 before it knew of collections."""
+    adapter = lora_jax.Adapter
+    adapters = {
+        "dora": {
+            "kernel": adapter(
+                numbers(3, 2),
+                numbers(2, 4, start=1),
+                jnp.array([1.0, 0.5, 2.0, 1.5]),
+                variant="dora",
+                rank=2,
+                alpha=4.0,
+                detach_norm=True,
+                dropout=0.25,
+            )
+        },
+        "head": {
+            "kernel": numbers(4, 2, start=2),
+            "bias": lora_jax.Whole(numbers(2, start=3), "bfloat16"),
+        },
+        "lora": {
+            "bias": lora_jax.Shift(numbers(4, start=4), 0.5),
+            "kernel": adapter(numbers(3, 1, start=5), numbers(1, 4, start=6), alpha=0.5),
+        },
+        "scan": {
+            "kernel": adapter(
+                numbers(2, 2, 3, 1),
+                numbers(2, 2, 1, 2, start=1),
+                rslora=True,
+                alpha=3.0,
+                product="factored",
+                axes=lora_jax.KernelAxes((1,), (2,), (0,), fused=3, parts=(0, 2)),
+            )
+        },
+        "tied": {
+            "embedding": adapter(numbers(5, 1), numbers(1, 3, start=2), alpha=2.0, untied=True)
+        },
+        "whole": {
+            "scale": adapter(numbers(2, 1), numbers(1, 2, start=2), alpha=2.0, substitute=True)
+        },
+    }
+    params = {
+        "dora": {"kernel": numbers(3, 4)},
+        "lora": {"kernel": numbers(3, 4), "bias": numbers(4)},
+        "scan": {"kernel": numbers(2, 3, 6)},
+        "tied": {"embedding": numbers(5, 3)},
+        "whole": {"scale": numbers(2, 2)},
+        "norm": {"scale": numbers(3)},
+        "head": {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2, jnp.bfloat16)},
+    }
+    frozen, got = lora_jax.load(FIXTURES / name, params, verify=name == "with_base")
+    assert jax.tree.structure(got) == jax.tree.structure(adapters)
+    chex.assert_trees_all_equal(got, adapters)
+    assert set(frozen) == set(params) - {"head"}
+    assert store.read(FIXTURES / name).collections == {}
+
+
+# --- other collections ---
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(4)(x))
+        return nn.Dense(2)(x)
+
+
+X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def normed():
+    """A model with BatchNorm, trained: its variables, and what training changed."""
+    model = Normed()
+    variables = model.init(jax.random.key(0), X)
+    config = lora_jax.LoraConfig([lora_jax.Rule("Dense_0/kernel", 2)], trainable=["Dense_1/.*"])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), variables["params"], config)
+    adapters = random_like(adapters)
+    call = {"params": frozen, "batch_stats": variables["batch_stats"]}
+    _, state = lora_jax.lora_apply(model, call, adapters, X, train=True, mutable=["batch_stats"])
+    y = lora_jax.lora_apply(model, {"params": frozen, **state}, adapters, X)
+    return model, variables, frozen, adapters, state, y
+
+
+def test_what_training_changed_beside_the_parameters_comes_back(normed, tmp_path):
+    model, variables, frozen, adapters, state, y = normed
+    lora_jax.save(tmp_path, adapters, frozen=frozen, collections=state)
+    given = {**variables, "cache": {"i": jnp.ones(1)}}
+    frozen, adapters, rest = lora_jax.load(
+        tmp_path, variables["params"], collections=given, verify=True
+    )
+    assert set(rest) == {"batch_stats", "cache"}
+    chex.assert_trees_all_equal(rest["batch_stats"], state["batch_stats"])
+    again = lora_jax.lora_apply(model, {"params": frozen, **rest}, adapters, X)
+    np.testing.assert_array_equal(again, y)
+    before = {"params": frozen, "batch_stats": variables["batch_stats"]}
+    assert abs(lora_jax.lora_apply(model, before, adapters, X) - y).max() > 0.1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_collections_that_are_not_asked_for_are_not_forgotten(normed, tmp_path):
+    _, variables, frozen, adapters, state, _ = normed
+    lora_jax.save(tmp_path / "a", adapters, frozen=frozen, collections=state)
+    params, stats = variables["params"], variables["batch_stats"]["BatchNorm_0"]
+    with pytest.raises(ValueError, match=r"has the collection 'batch_stats'.*collections=variab"):
+        lora_jax.load(tmp_path / "a", params, verify=True)
+    with pytest.raises(TypeError, match="collections must be a dict of collections"):
+        lora_jax.load(tmp_path / "a", params, collections=[])
+    with pytest.raises(ValueError, match="Two arrays would have the name 'a:b'"):
+        lora_jax.save(tmp_path / "b", {"a:b": X}, collections={"a": {"b": X}})
+    with pytest.raises(ValueError, match="'batch_stats', which collections lacks"):
+        lora_jax.load(tmp_path / "a", params, collections={"cache": {}})
+    for other, message in [
+        ({"mean": stats["mean"]}, "has 'BatchNorm_0/var' in the collection 'batch_stats', and the"),
+        ({**stats, "var": jnp.ones(5)}, r"'BatchNorm_0/var' .* float32 \(4,\), but the model has"),
+        ({**stats, "var": stats["var"].astype(jnp.bfloat16)}, "but the model has bfloat16"),
+    ]:
+        given = {"batch_stats": {"BatchNorm_0": other}}
+        with pytest.raises(ValueError, match=message):
+            lora_jax.load(tmp_path / "a", params, collections=given)
+    pool = lora_jax.AdapterPool(params, adapters, slots=1, root=tmp_path)
+    with pytest.raises(ValueError, match="has the collection 'batch_stats'"), pool.use(["a"]):
+        pass
+
+
+def test_the_command_forgets_no_collections(tmp_path):
+    stats = {"batch_stats": {"mean": jnp.ones(2)}}
+    lora_jax.save(tmp_path / "a", {"bias": jnp.ones(2)}, collections=stats)
+    with pytest.raises(ValueError, match="'batch_stats' beside the adapters"):
+        trees.from_own(tmp_path / "a", [])
+    write_bytes(tmp_path / "base", encode({"bias": np.zeros(2, np.float32)}))
+    with pytest.raises(ValueError, match="'batch_stats' beside the adapters"):
+        merging.of_own(tmp_path / "a", Checkpoint(tmp_path / "base"))
+    assert set(open_adapter(tmp_path / "a").whole) == {"bias", "batch_stats: mean"}
+
+
+def test_peft_has_no_place_for_collections(normed, tmp_path):
+    _, _, frozen, adapters, state, _ = normed
+    with pytest.raises(ValueError, match=r"no place for the collection 'batch_stats'.*_average"):
+        lora_jax.peft.save(tmp_path / "p", frozen, adapters, collections=state)
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("collections", "kind", "message"),
+    [
+        ([], TypeError, "collections must be a dict of collections"),
+        ({"params": {}}, ValueError, "beside 'params'.*leave it out"),
+        ({"batch_stats": jnp.ones(2)}, TypeError, r"collections\['batch_stats'\] must be a nested"),
+        (
+            {"batch_stats": {"mean": jnp.ones(2) * jnp.nan}},
+            ValueError,
+            "'batch_stats:mean' has",
+        ),
+        (
+            {"batch_stats": {"mean": "x"}},
+            TypeError,
+            "'batch_stats:mean' is 'x', which",
+        ),
+        ({"x": {"mean": jnp.ones(2, jnp.int4)}}, ValueError, "'x:mean' is of dtype int4"),
+        ({"x": {"key": jax.random.key(0)}}, TypeError, "'x:key' is .*random.key_data"),
+    ],
+)
+def test_collections_that_cannot_be_saved(tmp_path, collections, kind, message):
+    with pytest.raises(kind, match=message):
+        lora_jax.save(tmp_path / "new", {"bias": jnp.ones(2)}, collections=collections)
+    assert not (tmp_path / "new").exists()
+
+
+def test_variables_are_no_base(normed, tmp_path):
+    _, variables, frozen, adapters, _, _ = normed
+    with pytest.raises(ValueError, match=r"variables\['params'\].*by collections="):
+        lora_jax.save(tmp_path, adapters, frozen={**variables, "params": frozen})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_in("collections", []), "'collections' must be dict"),
+        (set_in("collections", {"batch_stats": "x"}), "'collections' has 'x' for 'batch_stats'"),
+        (set_in("collections", {"x": ["mean"]}), "lacks 'x:mean'"),
+        (set_in("collections", {}), "has 'batch_stats:mean', of which .* says nothing"),
+        (set_in("collections", {"batch_stats": ["mean", "mean"]}), "no paths"),
+    ],
+)
+def test_an_index_whose_collections_make_no_sense(tmp_path, change, message):
+    stats = {"batch_stats": {"mean": jnp.ones(2)}}
+    lora_jax.save(tmp_path, {"bias": jnp.ones(2)}, collections=stats)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        lora_jax.load(tmp_path, {"bias": jnp.ones(2)}, collections=stats)
+
+
+def test_layers_in_dicts_by_number(tmp_path):
+    params = {"layers": {i: {"kernel": i + jnp.ones((3, 2))} for i in range(2)}}
+    config = lora_jax.LoraConfig([lora_jax.Rule("layers/1/kernel", 1)], trainable=["layers/0/.*"])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    lora_jax.save(tmp_path / "a", adapters, frozen=frozen)
+    again = lora_jax.load(tmp_path / "a", params, verify=True)
+    chex.assert_trees_all_equal(again, (frozen, adapters))
+    lora_jax.export(tmp_path / "m", frozen, adapters)
+    assert set(Tensors(tmp_path / "m")) == {"layers/0/kernel", "layers/1/kernel"}
+
+
+def test_layers_in_lists(tmp_path):
+    params = {"layers": [{"kernel": jnp.ones((3, 2))}, {"kernel": jnp.zeros((3, 2))}]}
+    params["head"] = {"kernel": jnp.ones((2, 2))}
+    for config in (
+        lora_jax.LoraConfig([lora_jax.Rule("layers/1/kernel", 1)]),
+        lora_jax.LoraConfig([lora_jax.Rule(".*", 1)]),
+        lora_jax.LoraConfig(trainable=["layers/.*"]),
+    ):
+        with pytest.raises(TypeError, match=r"list at 'layers'.*to_state_dict.*'layers/0/...'"):
+            lora_jax.lora_init(jax.random.key(0), params, config)
+    config = lora_jax.LoraConfig([lora_jax.Rule("head/kernel", 1)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+    lora_jax.save(tmp_path / "a", adapters, frozen=frozen)
+    lora_jax.load(tmp_path / "a", params, verify=True)
+    params["layers"][1]["kernel"] += 1
+    with pytest.raises(ValueError, match="'layers' has other values"):
+        lora_jax.load(tmp_path / "a", params, verify=True)
+    with pytest.raises(TypeError, match=r"at 'layers', which is not one array.*to_state_dict"):
+        lora_jax.export(tmp_path / "m", frozen, adapters)
 
 
 def test_saving_checks_the_base(saved, tmp_path):
@@ -199,25 +457,6 @@ def test_metadata_must_be_json(saved, tmp_path, metadata):
 
 
 # --- damaged and hostile folders ---
-
-
-def edit(folder, change):
-    """Changes the index, and makes its checksum right again."""
-    index = json.loads((folder / "adapter.json").read_text())
-    change(index)
-    index["checksum"] = store._checksum(index)
-    (folder / "adapter.json").write_bytes(json_bytes(index))
-
-
-def set_in(*keys):
-    *path, last, value = keys
-
-    def change(index):
-        for key in path:
-            index = index[key]
-        index[last] = value
-
-    return change
 
 
 JOIN = ("adapters", "join/kernel")

@@ -257,6 +257,11 @@ def test_abstract():
         ),
         ({"kernel": jnp.ones((3, 5)).at[1, 2].set(jnp.nan)}, {}, r"'kernel' has NaN or infinite"),
         (
+            {"kernel": jnp.ones((3, 5)).at[1, 2].set(jnp.nan)},
+            {"variant": "dora"},
+            r"'kernel' has NaN or infinite",
+        ),
+        (
             {"kernel": jnp.ones((3, 5)).at[1, 2].set(jnp.inf)},
             {"variant": "dora"},
             r"'kernel' has NaN or infinite",

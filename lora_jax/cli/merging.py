@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax import peft_files, store
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.checkpoint import Checkpoint
+from lora_jax.checks import check_fits, check_merges
 from lora_jax.cli.experts import alone_in
 from lora_jax.cli.heads import grown, is_head, is_vocabulary
 from lora_jax.cli.layouts import Layouts
@@ -31,7 +32,6 @@ from lora_jax.rounding import (
 )
 from lora_jax.tensors import Info, StrPath, floats, is_floating
 from lora_jax.torch_layout import factor_shapes, from_kernel, to_factors, to_kernel
-from lora_jax.tree import check_fits, check_merges
 from lora_jax.variants import VARIANTS
 
 # What is merged of one array of the base: the index of a part of it, and that part in float32. Of
@@ -103,7 +103,7 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
     """Of an adapter of ours, for a base with Flax's paths as names."""
     exact: dict[str, Callable[[np.ndarray], _Parts]] = {}
     whole: dict[str, np.ndarray] = {}
-    for name, node in store.read(path).adapters.items():
+    for name, node in store.read(path).adapters_alone(path).items():
         _has(base, name, path)
         if isinstance(node, Adapter | Shift):
             check_merges(name, node)

@@ -17,9 +17,9 @@ from lora_jax.adapter import Adapter, Shift
 from lora_jax.axes import KernelAxes
 from lora_jax.cli.layouts import kinds_of
 from lora_jax.names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, find
+from lora_jax.paths import flatten, path_of
 from lora_jax.tensors import StrPath
 from lora_jax.torch_params import TorchParams
-from lora_jax.tree import flatten, path_of
 
 
 def nested(flat: Mapping[str, Any]) -> Any:
@@ -46,7 +46,7 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
 
 def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any, dict[str, KernelAxes]]:
     """``(frozen, adapters)`` of an adapter of ours, and its axes; the base is only shapes."""
-    found = store.read(path).adapters
+    found = store.read(path).adapters_alone(path)
     base = {}
     for name, node in found.items():
         if isinstance(node, Adapter):
