@@ -24,11 +24,15 @@ SETTINGS = {
 }
 # Those that the zoo is traced under at once, as they cannot hide what another one shows.
 TOGETHER = [
-    ("jax_numpy_rank_promotion", "jax_threefry_partitionable", "jax_default_prng_impl"),
+    (
+        "jax_numpy_rank_promotion",
+        "jax_threefry_partitionable",
+        "jax_default_prng_impl",
+        "jax_enable_x64",
+        "jax_check_tracer_leaks",
+    ),
     ("jax_numpy_dtype_promotion",),
-    ("jax_check_tracer_leaks",),
     ("jax_debug_nans",),
-    ("jax_enable_x64",),
 ]
 # What each of them is telling for; `make test-slow` has the whole zoo under each.
 TELLING = {
@@ -37,7 +41,7 @@ TELLING = {
     ("jax_numpy_rank_promotion", "ConvLocal, 2-D"),
     ("jax_numpy_rank_promotion", "Embed, tied"),
     ("jax_numpy_dtype_promotion", "bfloat16 compute"),
-    ("jax_check_tracer_leaks", "scan of remat"),
+    ("jax_numpy_rank_promotion", "scan of remat"),
     ("jax_debug_nans", "share_scope"),
 }
 IDS = (1, 0, -1)
