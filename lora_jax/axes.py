@@ -31,8 +31,8 @@ class KernelAxes:
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
         computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
       parts: which of the fused kernels are adapted; all by default.
-      alone: whether the model was looked at, so that it is known that only the kernel's layer reads
-        it, or was said what the others shall see. It has no part in equality, and is in no file.
+      alone: of which call of the model it is known that only the kernel's layer reads it there, or
+        said what the others shall see. It has no part in equality, and is in no file.
 
     Raises:
       TypeError: a field that is no int, or no tuple of them.
@@ -52,7 +52,7 @@ class KernelAxes:
     stacks: tuple[int, ...] = ()
     fused: int = 1
     parts: tuple[int, ...] = ()
-    alone: bool = dataclasses.field(default=False, repr=False, compare=False)
+    alone: str | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "stacks", "parts"):
@@ -244,6 +244,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
       unlike: why PEFT would compute otherwise with an adapter of a convolution.
       linear: kernels of linear layers: those that are contracted with the input in each of their
         uses, so not embeddings and convolutions.
+      call: of the model, by :func:`lora_jax.linen.name_of_call`.
       find_heads: finds :attr:`heads` and :attr:`unsure`, when they are asked for.
 
     Example:
@@ -263,6 +264,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
     shared: frozenset[str] = frozenset()
     unlike: Mapping[str, str] = dataclasses.field(default_factory=dict)
     linear: frozenset[str] = frozenset()
+    call: str | None = None
     find_heads: Callable[[], tuple[frozenset[str], frozenset[str]]] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )

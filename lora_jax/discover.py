@@ -30,7 +30,7 @@ from lora_jax.checks import base_of
 from lora_jax.compat import Maps, Probe
 from lora_jax.heads import output_heads
 from lora_jax.kernel import AdaptedKernel
-from lora_jax.linen import MAPPED, call_model, check_model
+from lora_jax.linen import MAPPED, call_model, check_model, name_of_call
 from lora_jax.liveness import arrays_in, live_inputs, marked_inputs
 from lora_jax.meshes import explicit_sharding
 from lora_jax.paths import Key, path_of, unbox, unflatten
@@ -167,6 +167,7 @@ def kernel_axes(
         shared=frozenset(p for p, methods in observer.methods.items() if len(methods) > 1),
         unlike=observer.unlike,
         linear=frozenset(observer.kernels.keys() - observer.not_contracted),
+        call=name_of_call(kwargs),
         find_heads=find_heads,
     )
 

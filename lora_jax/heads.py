@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -10,7 +10,7 @@ Shape = tuple[int, ...]
 
 
 def output_heads(
-    results: Iterable[tuple[Shape, jnp.dtype]],
+    results: Sequence[tuple[Shape, jnp.dtype]],
     behind: Callable[[int], set[str]],
     feeding: Collection[str] | None,
     widths: Mapping[str, Collection[int]],
@@ -21,7 +21,8 @@ def output_heads(
     A layer is an output head if a result is computed behind it without another layer, and if it
     feeds no other layer. Where a result is also computed behind layers that do feed others, it is
     a residual stream, to which the last layers add, if it is as wide as they are; if not, such as
-    a loss of logits and of a router, the logits' layer may be a head.
+    a loss of logits and of a router, the logits' layer may be a head. So may every last layer where
+    all results are integers.
 
     Args:
       results: shape and dtype of each.
@@ -32,9 +33,11 @@ def output_heads(
     """
     heads: set[str] = set()
     unsure: set[str] = set()
-    for i, (shape, dtype) in enumerate(results):
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            continue
+    inexact = [i for i, (_, dtype) in enumerate(results) if jnp.issubdtype(dtype, jnp.inexact)]
+    if not inexact:  # as of tokens that were chosen by their logits
+        return frozenset(), frozenset(widths.keys() - set(feeding or ()))
+    for i in inexact:
+        shape, _ = results[i]
         reaching = behind(i)
         layers = reaching & widths.keys()
         if feeding is None:

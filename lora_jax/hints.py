@@ -177,5 +177,7 @@ def _forms(base: str, leaves: str) -> Iterator[str]:
     if "|" in base and not re.fullmatch(r"\([^()]*\)", base):
         base = f"({base})"
     anywhere = base if base.startswith(".*") else f".*{base}"
+    if base.endswith(".*"):  # all of a module
+        yield f"{anywhere}{leaves}"
     yield from (base, anywhere, f"{base}/{leaves}", f"{anywhere}/{leaves}")
-    yield from (f"{anywhere}.*/{leaves}", rf"{anywhere}/\w+")
+    yield from (f"{anywhere}/.*{leaves}", f"{anywhere}.*/{leaves}", rf"{anywhere}/\w+")

@@ -9,12 +9,14 @@ cache of ``nn.jit`` sees it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import threading
+import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -245,10 +247,13 @@ def _apply(
     looked_at = {
         key: node
         for key, node in nodes.items()
-        if path_of(key) in calls.used and not (node.adapter.axes.alone or node.adapter.untied)
+        if not (node.adapter.untied or node.adapter.axes.alone == name_of_call(kwargs))
     }
     if looked_at:
-        _check_ties(call, placed, looked_at, gives_variables(kwargs))
+        given = (placed, {**variables, "params": None}, args, kwargs)
+        with _once(model, given) as anew:
+            if anew:
+                _check_ties(call, placed, looked_at, gives_variables(kwargs))
     if not gives_variables(kwargs):
         return out
     return _restored(out, variables["params"], placed)
@@ -341,7 +346,8 @@ def _check_ties(
     """Errors where the model reads one of these kernels outside of its layer too.
 
     An adapter in the layer would change one use only, and the merged model all. So the call is
-    traced with zeros for the kernels in their layers: what depends on one still is another use.
+    traced with zeros for the kernels in their layers: what depends on one still is another use. In
+    a model that looks at its numbers, and so cannot be traced, nobody knows.
     """
     flat = flatten(placed, "params")
     for key, node in nodes.items():
@@ -354,7 +360,10 @@ def _check_ties(
         return list(arrays_in(out))
 
     kernels = {key: flat[key] for key in nodes}
-    jaxpr = jax.make_jaxpr(results)(kernels).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(results)(kernels).jaxpr
+    except _UNTRACEABLE:
+        return
     read = live_inputs(jaxpr, [True] * len(jaxpr.outvars), effects=False)
     uses = jax.tree.unflatten(jax.tree.structure(kernels), read)
     tied = [path_of(key) for key in nodes if any(jax.tree.leaves(uses[key]))]
@@ -366,6 +375,37 @@ def _check_ties(
             f"in the rule tied='substitute', so that all uses see W', or tied='untie', and make "
             f"the adapters with lora_jax.lora_init_model."
         )
+
+
+@contextlib.contextmanager
+def _once(model: Any, given: Any) -> Iterator[bool]:
+    """Whether such a call was not looked at before: of this model, with arrays of these shapes."""
+    leaves, structure = jax.tree.flatten(given)
+    each = tuple((x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+    seen = _LOOKED_AT.get(id(model))
+    if seen is None or seen[0]() is not model:  # models may have no hash
+        seen = (weakref.ref(model), set())
+    try:
+        anew = (structure, each) not in seen[1]
+    except TypeError:  # an argument has none
+        yield True
+        return
+    yield anew
+    if len(_LOOKED_AT) >= 1024 or len(seen[1]) >= 1024:
+        _LOOKED_AT.clear()
+    _LOOKED_AT[id(model)] = seen
+    seen[1].add((structure, each))
+
+
+# The calls that :func:`_once` has seen, which were right, by their models.
+_LOOKED_AT: dict[int, tuple[weakref.ref[Any], set[Any]]] = {}
+# What JAX raises where a model needs the numbers that it computes.
+_UNTRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 def check_model(model: Any, variables: Any, name: str) -> None:
@@ -390,6 +430,18 @@ def call_model(
     bound = getattr(model, method if isinstance(method, str) else method.__name__)
     params = variables["params"] if set(variables) == {"params"} else variables
     return bound(*args, params=params, **kwargs)
+
+
+def name_of_call(kwargs: Mapping[str, Any]) -> str:
+    """What is called, as far as what a model reads depends on it.
+
+    Example:
+      >>> name_of_call({}), name_of_call({"method": "encode", "mutable": ["cache"]})
+      ('__call__', 'encode, with variables')
+    """
+    method = kwargs.get("method") or "__call__"
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    return f"{name}, with variables" if gives_variables(kwargs) else name
 
 
 def _is_hugging_face(model: Any) -> bool:

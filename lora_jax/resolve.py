@@ -71,7 +71,7 @@ def resolve_axes(
                 f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}"
                 f"{each}. Give it a rule with a lower rank before this one, or narrow the pattern."
             )
-        resolved[path] = dataclasses.replace(found, alone=model is not None)
+        resolved[path] = dataclasses.replace(found, alone=None if model is None else model.call)
     if culprits:
         problem, paths = next(iter(culprits.items()))
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""

@@ -207,6 +207,13 @@ def test_paths_that_hold_the_pattern_are_nearest():
     assert meant("nowhere", ["encoder/query/kernel"]) == ("", [])
 
 
+def test_a_layer_is_not_all_whose_numbers_begin_so():
+    layers = [f"layer_{i}/query/{leaf}" for i in (1, 10) for leaf in ("kernel", "bias")]
+    for pattern in ("layer_1", "encoder/layer_1", "layer_1/.*"):
+        paths = [f"encoder/{path}" for path in layers]
+        assert meant(pattern, paths)[1] == ["encoder/layer_1/query/kernel"], pattern
+
+
 def test_signatures_are_those_of_the_fields():
     assert list(inspect.signature(Rule).parameters)[:4] == ["pattern", "rank", "only", "exclude"]
     assert list(inspect.signature(LoraConfig).parameters) == ["rules", "trainable"]
