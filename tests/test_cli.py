@@ -489,7 +489,7 @@ def language_model(tmp_path):
     return make
 
 
-CAUSAL = {"architectures": ["LlamaForCausalLM"]}
+CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 HEAD = {"lm_head.weight": np.eye(9, 4, dtype=np.float32)}
 OTHER = {"lm_head.weight": np.ones((9, 4), np.float32)}
 
@@ -505,7 +505,9 @@ OTHER = {"lm_head.weight": np.ones((9, 4), np.float32)}
         (CAUSAL | {"tie_word_embeddings": True}, OTHER, {}, "error: set tie_word_embeddings to"),
         (CAUSAL, {}, {"task_type": "SEQ_CLS"}, ""),
         ({"architectures": ["LlamaModel"]}, {}, {}, ""),
-        ({"architectures": ["LlamaModel"]}, {}, {"task_type": "CAUSAL_LM"}, "two arrays"),
+        (CAUSAL | {"architectures": ["LlamaModel"]}, {}, {"task_type": "CAUSAL_LM"}, "two arrays"),
+        (CAUSAL | {"model_type": "new"}, {}, {}, "error: of the type 'new'"),
+        ({"architectures": ["NewForCausalLM"]}, {}, {}, "error: of the type None"),
         ({}, {}, {}, "error: name the class in its architectures"),
         (CAUSAL | {"is_encoder_decoder": True}, {}, {}, "error: that share their embedding"),
         (CAUSAL | {"text_config": {"vocab_size": 9}}, {}, {}, "error: has several parts"),

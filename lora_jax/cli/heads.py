@@ -48,13 +48,24 @@ _BEFORE_HEAD = {
     "generator_predictions.dense": "generator_lm_head",
     "head.dense": "decoder",
 }
-# Heads of causal models, by what looks up their tokens.
+# Heads of causal models in transformers, and the types of the models that call it so, whether the
+# embedding is tied to it or not. Only types that were looked at: where the name is another one,
+# transformers would make a new head, and only warn.
 _CAUSAL_HEADS = {
-    "embed_tokens": "lm_head",
-    "wte": "lm_head",
-    "word_embeddings": "lm_head",
-    "embeddings": "lm_head",
-    "embed_in": "embed_out",
+    "lm_head": """
+        apertus arcee bamba bart bigbird_pegasus bitnet blenderbot blenderbot-small bloom
+        code_llama codegen cohere cohere2 deepseek_v2 deepseek_v3 diffllama doge dots1 ernie4_5
+        ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text
+        gemma3n_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_oss gptj granite
+        granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+        jamba jetmoe lfm2 llama llama4_text longcat_flash mamba mamba2 marian mbart minimax
+        ministral mistral mixtral mpt mvp nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon
+        phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma
+        seed_oss smollm3 stablelm starcoder2 vaultgemma xglm zamba zamba2
+        """,
+    "output_projection": "biogpt trocr",
+    "embed_out": "gpt_neox gpt_neox_japanese",
+    "proj_out": "whisper",
 }
 _CAUSAL = re.compile(r"CausalLM|LMHead|DoubleHeads")
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
@@ -75,7 +86,8 @@ CLASSES = {
 
 def is_head(module: str) -> bool:
     """Whether a module gives the logits of tokens, by its name."""
-    return module == "decoder" or f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
+    alone = module in ("decoder", "output_projection")
+    return alone or f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
 
 
 def is_embedding(module: str) -> bool:
@@ -246,11 +258,21 @@ class Model:
         if lone:
             return f"{lone[0]}.weight"
         causal = any(_CAUSAL.search(name or "") for name in (self.trained, self.architecture))
-        if causal and (name := _CAUSAL_HEADS.get(_last(embedding))):
-            return f"{name}.weight"
+        model = (self.config or {}).get("model_type")
+        if causal and (
+            found := [n for n, types in _CAUSAL_HEADS.items() if model in types.split()]
+        ):
+            return f"{found[0]}.weight"
+        both = f"The adapter changes {embedding!r}, which may be the head of the model too, and "
+        if not causal:
+            raise ValueError(
+                f"{both}{self.path} does not say how that is called: name the class in its "
+                f"architectures."
+            )
         raise ValueError(
-            f"The adapter changes {embedding!r}, which may be the head of the model too, and "
-            f"{self.path} does not say how that is called: name the class in its architectures."
+            f"{both}it is not known how that is called in a model of the type {model!r}, as "
+            f"{self.path} says. Give the base a head of its own first, in transformers: let the "
+            f"weight of get_output_embeddings() be a copy, and save it with {TIED} = false."
         )
 
 

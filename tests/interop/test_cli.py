@@ -28,11 +28,17 @@ GPT2 = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 T5 |= {"decoder_start_token_id": 0}
+WHISPER = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+WHISPER |= {"decoder_attention_heads": 2, "encoder_attention_heads": 2, "decoder_ffn_dim": 24}
+WHISPER |= {"is_encoder_decoder": False, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+WHISPER |= {"decoder_start_token_id": 0, "max_target_positions": 32, "begin_suppress_tokens": None}
 KINDS = {
     "llama": ("Llama", SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "untied": ("Llama", SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "neox": ("GPTNeoX", SMALL | {"tie_word_embeddings": True}),
     "gpt2": ("GPT2", GPT2),
+    "biogpt": ("BioGpt", SMALL),
+    "whisper": ("Whisper", WHISPER),
     "bert": ("Bert", SMALL),
     "roberta": ("Roberta", SMALL),
     "distilbert": (
@@ -91,6 +97,8 @@ TIED = {
     "llama": ("ForCausalLM", "q_proj", "embed_tokens", "lm_head"),
     "neox": ("ForCausalLM", "query_key_value", "embed_in", "embed_out"),
     "gpt2": ("LMHeadModel", "c_attn", "wte", "lm_head"),
+    "biogpt": ("ForCausalLM", "q_proj", "embed_tokens", "output_projection"),
+    "whisper": ("ForCausalLM", "q_proj", "embed_tokens", "proj_out"),
     "bert": ("ForMaskedLM", "query", "word_embeddings", "decoder"),
     "roberta": ("ForMaskedLM", "query", "word_embeddings", "decoder"),
     "xlnet": ("LMHeadModel", "layer_1", "word_embedding", "lm_loss"),
