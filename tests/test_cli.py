@@ -681,6 +681,32 @@ def test_diff(split, folders, call, tmp_path):
     assert "only in" in out
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"axes": lora_jax.KernelAxes((1,), (0,))},
+        {"axes": lora_jax.KernelAxes((0,), (1, 2))},
+        {"axes": lora_jax.KernelAxes(fused=2, parts=(0, 1))},
+        {"axes": lora_jax.KernelAxes(fused=2, parts=(1, 0))},
+        {"substitute": True},
+        {"untied": True},
+    ],
+    ids=str,
+)
+def test_diff_of_the_same_arrays_that_compute_something_else(call, tmp_path, other):
+    stack = (2,) if "axes" in other and other["axes"].fused > 1 else ()
+    shapes = {"U": (*stack, 4, 2), "V": (*stack, 2, 4), "m": (*stack, 4)}
+    arrays = {name: jax.random.normal(KEY, shape) for name, shape in shapes.items()}
+    axes = lora_jax.KernelAxes(fused=3, parts=(0, 1)) if stack else lora_jax.KernelAxes()
+    one = lora_jax.Adapter(**arrays, variant="dora", rank=2, alpha=2.0, axes=axes)
+    lora_jax.save(tmp_path / "one", {"a": {"kernel": one}})
+    lora_jax.save(tmp_path / "other", {"a": {"kernel": one.replace(**other)}})
+    assert call("diff", tmp_path / "one", tmp_path / "one")[0] == 0
+    code, out = call("diff", tmp_path / "one", tmp_path / "other")
+    assert code == 1
+    assert "They differ." in out
+
+
 def test_diff_of_two_formats(split, folders, call, tmp_path):
     assert call("diff", folders / "own", folders / "peft")[0] == 0
     assert call("diff", folders / "peft", folders / "own")[0] == 0

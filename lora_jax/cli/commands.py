@@ -230,31 +230,30 @@ def diff(first: Adapter, second: Other, names: Names = "transformers") -> int:
             one is of lora_jax and the other of PEFT.
     """
     a, b = _both(first, second, names)
-    head = ("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference")
+    head = ("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference", "else")
     body: list[tuple[str, ...]] = []
     differs = False
     for name in dict.fromkeys((*a.factors, *b.factors)):
         if name not in a.factors or name not in b.factors:
-            body.append((name, f"only in {first if name in a.factors else second}", "", "", ""))
+            body.append((name, f"only in {first if name in a.factors else second}", *[""] * 4))
             differs = True
             continue
         one, other = a.factors[name], b.factors[name]
         if one.U.shape[0] != other.U.shape[0] or one.V.shape[1] != other.V.shape[1]:
-            body.append((name, "of different shapes", "", "", ""))
+            body.append((name, "of different shapes", *[""] * 4))
             differs = True
             continue
         relative, cosine = difference(one, other)
         magnitude = _magnitudes(one, other)
-        body.append(
-            (name, f"{one.rank}, {other.rank}", f"{relative:.3g}", f"{cosine:.4f}", magnitude)
-        )
-        differs |= relative > 1e-6 or magnitude not in ("", "0")
+        ranks, how = f"{one.rank}, {other.rank}", _how(one, other)
+        body.append((name, ranks, f"{relative:.3g}", f"{cosine:.4f}", magnitude, how))
+        differs |= relative > 1e-6 or magnitude not in ("", "0") or how != ""
     for name in dict.fromkeys((*a.whole, *b.whole)):
         if name not in a.whole or name not in b.whole:
-            body.append((name, f"only in {first if name in a.whole else second}", "", "", ""))
+            body.append((name, f"only in {first if name in a.whole else second}", *[""] * 4))
             differs = True
         elif not _same(a.whole[name], b.whole[name]):
-            body.append((name, "trained whole, differs", "", "", ""))
+            body.append((name, "trained whole, differs", *[""] * 4))
             differs = True
     _show(head, body)
     console.print("They differ." if differs else "They are the same.")
@@ -493,6 +492,12 @@ def _magnitudes(a: Factors, b: Factors) -> str:
     if a.m is None or b.m is None:
         return "" if a.m is b.m else "LoRA and DoRA"
     return f"{np.abs(a.m.astype(np.float32) - b.m.astype(np.float32)).max():.3g}"
+
+
+def _how(a: Factors, b: Factors) -> str:
+    """What two adapters say otherwise of what they compute; empty where one is of PEFT."""
+    fields = [field for field in a.how if field in b.how and a.how[field] != b.how[field]]
+    return "; ".join(f"{field} {a.how[field]} and {b.how[field]}" for field in fields)
 
 
 def _report(report: RoundingReport) -> None:
