@@ -827,6 +827,60 @@ def test_extract_leaves_embeddings_to_the_user(call, tmp_path):
     assert "Left out, though they differ: wte.weight" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [
+        ("t.relative_attention_bias", None, "name"),
+        ("t.tokens_embed", None, "name"),
+        ("t.WordEmb", None, "name"),
+        ("t.w", {"vocab_size": 5}, "size"),
+        ("t.w", {"text_config": {"vocab_size": 5}}, "size"),
+        ("t.w", {"vocab_size": 6}, ""),
+        ("t.w", None, ""),
+        ("embed_out", {"vocab_size": 5}, ""),
+        ("embedding_projection", None, ""),
+    ],
+)
+def test_extract_knows_embeddings(call, tmp_path, name, config, says):
+    for folder, scale in (("base", 1), ("tuned", 2)):
+        arrays = {f"{name}.weight": np.full((5, 4), scale, np.float32)}
+        (tmp_path / folder).mkdir()
+        safetensors.numpy.save_file(arrays, tmp_path / folder / "model.safetensors")
+    if config is not None:
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    folders = (tmp_path / "tuned", tmp_path / "base", tmp_path / "x")
+    code, out = call("extract", *folders, "--rank", "1")
+    assert code == (1 if says else 0)
+    assert (f"is of an embedding, by its {says}" in out) == (says != "")
+
+
+def test_extract_knows_the_size_of_a_head(call, tmp_path):
+    head = np.ones((5, 4), np.float32)
+    safetensors.numpy.save_file({"w.weight": head, "lm_head.weight": head}, tmp_path / "base")
+    safetensors.numpy.save_file({"w.weight": 2 * head, "lm_head.weight": head}, tmp_path / "tuned")
+    folders = (tmp_path / "tuned", tmp_path / "base", tmp_path / "x")
+    code, out = call("extract", *folders, "--rank", "1")
+    assert code == 1
+    assert "'w.weight' is of an embedding, by its size" in out
+
+
+@pytest.mark.parametrize("name", ["mixer.A_log", "l.weight_ih_l0", "latents"])
+def test_extract_makes_no_flax_adapter_of_torch(call, tmp_path, name):
+    """What PyTorch has and no layer that PEFT could adapt is left out, if that is allowed."""
+    base = {name: np.ones((5, 4), np.float32), "l.weight": np.ones((5, 4), np.float32)}
+    safetensors.numpy.save_file(base, tmp_path / "base")
+    safetensors.numpy.save_file({n: 2 * x for n, x in base.items()}, tmp_path / "tuned")
+    folders = (tmp_path / "tuned", tmp_path / "base", tmp_path / "x", "--rank", "1")
+    code, out = call("extract", *folders)
+    assert code == 1
+    assert f"1 arrays differ that would not be in the adapter: {name!r}" in out
+    code, out = call("extract", *folders, "--match", re.escape(name), "--allow-rest")
+    assert code == 1
+    assert "there is nothing to extract" in out
+    assert call("extract", *folders, "--allow-rest")[0] == 0
+    assert set(open_adapter(tmp_path / "x").factors) == {"l"}
+
+
 def test_extract_from_flax_finds_conv1d(call, tmp_path):
     """FlaxConv1D stores (out, in), and our adapters know it."""
     kernel, bias = np.ones((8, 6), np.float32), np.ones(8, np.float32)

@@ -24,7 +24,7 @@ from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, prefixes, trees
 from lora_jax.cli.completed import completed
 from lora_jax.cli.experts import order_of
-from lora_jax.cli.heads import Model
+from lora_jax.cli.heads import Model, embedding_by
 from lora_jax.cli.layouts import Layouts, model_types
 from lora_jax.cli.start import Start
 from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter, opened
@@ -42,10 +42,6 @@ Names = Annotated[str, tyro.conf.arg(metavar="FAMILY|FILE.json")]
 Experts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="NUMBER")]
-# How modules of embeddings are called: their weights look like those of linear layers in a file.
-_EMBEDDING = re.compile(
-    r"(^|[._])(wte|wpe|shared|embeds?|embeddings?|embed_(tokens|positions|in))\.weight$"
-)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -282,7 +278,7 @@ def extract(
         rank: the rank of every matrix; either this or energy.
         energy: keep this share of the squared norm of every difference.
         match: only matrices whose whole name matches this regular expression; in PyTorch's names
-            it must leave out embeddings.
+            it must leave out embeddings, which look like linear layers in a file.
         allow_rest: leave out what differs and is no matrix that matches; else it is an error.
         layout: as for merge: whether PyTorch stores square weights of layers (in, out), as GPT-2's
             Conv1D does, or (out, in), where neither other shapes nor the base's config.json say it.
@@ -302,6 +298,7 @@ def extract(
             f"Only one of the two has {', '.join(map(repr, missing[:4]))}: leave it out by --match."
         )
     layouts = Layouts(old, layout, model_types(new))
+    all_torch = any("." in name for name in old) and not any("/" in name for name in old)
     kinds: dict[str, str] = {}
     found: dict[str, Node] = {}
     body: list[tuple[str, ...]] = []
@@ -320,9 +317,12 @@ def extract(
             rest.append(name)
             continue
         in_torch = name.endswith(".weight")
-        if in_torch and _EMBEDDING.search(name) and f"{name[:-6]}bias" not in old:
+        if all_torch and not in_torch:  # of no layer that PEFT could adapt
+            rest.append(name)
+            continue
+        if in_torch and (says := embedding_by(name, old, new)):
             raise ValueError(
-                f"{name!r} is of an embedding, by its name, and differs: leave it out, with "
+                f"{name!r} is of an embedding, by its {says}, and differs: leave it out, with "
                 f"--match and --allow-rest."
             )
         kind = layouts.kind(name) if in_torch or name.endswith("/kernel") else "linear"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ _EMBEDDINGS = (
     "embed_in",
     "shared",
 )
+
+# The last part of the names of modules that look up anything, tokens, positions or buckets, but of
+# no projection of an embedding.
+_EMBEDDING = re.compile(r"^(?!.*proj)(.*emb.*|w[tp]e|shared|.*bias|.*codebook)$", re.IGNORECASE)
 
 # A layer that stands before a tied head, which no file has, and that head.
 _BEFORE_HEAD = {
@@ -99,6 +103,35 @@ def is_vocabulary(name: str) -> bool:
     """Whether a parameter has a row for every token, by its name."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and (is_head(module) or is_embedding(module))
+
+
+def embedding_by(name: str, *models: Checkpoint) -> str:
+    """What says that a weight is of an embedding, its ``"name"`` or its ``"size"``, or nothing.
+
+    Args:
+      name: as ``"transformer.wte.weight"``.
+      models: those that have it. An embedding has no bias, and often a row for every token, which
+        their ``config.json`` or a head that is known by its name says.
+    """
+    module = _module(name)
+    if is_head(module) or any(f"{module}.bias" in one for one in models):
+        return ""
+    if _EMBEDDING.search(module.rpartition(".")[2]):
+        return "name"
+    tokens = {one.info[n].shape[:1] for one in models for n in one if is_head(_module(n))}
+    for one in models:
+        path = (one.path if one.path.is_dir() else one.path.parent) / MODEL_CONFIG
+        tokens |= {(n,) for n in _vocabularies(read_json(path))} if path.is_file() else set()
+    return "size" if {one.info[name].shape[:1] for one in models} & tokens else ""
+
+
+def _vocabularies(said: Any) -> Iterator[int]:
+    """The numbers of tokens that a config has, of the model and of its parts."""
+    if isinstance(said, dict):
+        if isinstance(said.get("vocab_size"), int):
+            yield said["vocab_size"]
+        for one in said.values():
+            yield from _vocabularies(one)
 
 
 @dataclasses.dataclass(frozen=True)
