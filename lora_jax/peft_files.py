@@ -67,6 +67,13 @@ class PeftFiles:
         config = self.config
         return scale(config.rank_of(module), config.alpha_of(module), config.rslora)
 
+    def trains(self, name: str) -> bool:
+        """Whether a parameter that is saved whole was trained, and is no copy of the base's."""
+        plain = name.replace(".base_layer.", ".")
+        if plain.endswith(".weight"):
+            return name == plain and self.config.saves(plain)
+        return self.config.saves(plain) or self.config.bias != "none"
+
     def without(self, prefix: str) -> PeftFiles:
         """The same, where all names begin with something that names no module.
 
@@ -159,9 +166,10 @@ def read(path: StrPath, tying: bool = False) -> PeftFiles:
                     f"{tensors.path}: {roles[role]!r} is {shape}, which is no matrix with numbers."
                 )
     for name, key in whole.items():
-        biases = config.bias != "none" and name.endswith(".bias")
-        # PEFT also saves weights that it does not train, such as embeddings of a new size.
-        if not (biases or config.saves(name) or name.endswith(".weight")):
+        bias = name.endswith(".bias")
+        # PEFT also saves layers that it does not train, such as embeddings of a new size and heads.
+        copy = name.endswith(".weight") or (bias and f"{name[: -len('bias')]}weight" in whole)
+        if not (copy or config.saves(name) or (bias and config.bias != "none")):
             raise ValueError(
                 f"{tensors.path}: {key!r} is neither of an adapter nor of modules_to_save in "
                 f"{CONFIG}."

@@ -409,6 +409,34 @@ def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
         assert all(np.array_equal(merged[name], x) for name, x in whole.items())
 
 
+@pytest.mark.parametrize("change", [0, 1])
+def test_copies_of_a_layer_below_an_adapter(folders, call, tmp_path, change):
+    """PEFT writes a head with its bias, trained or not: it is that of the base, or refused."""
+    base = Tensors(folders / "torch.safetensors")
+    tensors = dict(Tensors(folders / "peft" / FILE))
+    tensors |= {f"{PREFIX}b.base_layer.{leaf}": base[f"b.{leaf}"] for leaf in ("weight", "bias")}
+    tensors[f"{PREFIX}b.base_layer.bias"] = tensors[f"{PREFIX}b.base_layer.bias"] + change
+    shutil.copytree(folders / "peft", tmp_path / "x")
+    safetensors.numpy.save_file(tensors, tmp_path / "x" / FILE)
+    code, out = call("merge", tmp_path / "x", base.path, tmp_path / "m")
+    params = {
+        name: {"kernel": jnp.asarray(base[f"{name}.weight"].T), "bias": base[f"{name}.bias"]}
+        for name in "ab"
+    }
+    if change:
+        assert code == 1
+        assert "was trained on another 'b.bias'" in out
+        with pytest.raises(ValueError, match=r"b.base_layer.bias' is the base that"):
+            lora_jax.peft.load(tmp_path / "x", params)
+        return
+    assert code == 0, out
+    assert np.array_equal(Tensors(tmp_path / "m")["b.bias"], base["b.bias"])
+    chex.assert_trees_all_equal(
+        lora_jax.peft.load(tmp_path / "x", params)[1],
+        lora_jax.peft.load(folders / "peft", params)[1],
+    )
+
+
 def test_merge_of_an_adapter_in_shards(folders, call, tmp_path):
     tensors, folder = dict(Tensors(folders / "peft" / FILE)), tmp_path / "x"
     folder.mkdir()

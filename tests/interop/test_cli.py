@@ -50,6 +50,7 @@ KINDS = {
         {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24},
     ),
     "t5": ("T5", T5),
+    "phi": ("Phi", SMALL),
 }
 IDS = torch.arange(14).reshape(2, 7) + 3
 
@@ -238,6 +239,8 @@ def test_an_adapter_of_the_base_alone(tmp_path, capsys):
 
 HEAD = ["q_proj", "lm_head"]
 GROWN = [
+    ("phi", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),  # its head has a bias
+    ("phi", {}),
     ("llama", {}),
     ("untied", {}),
     ("llama", {"modules_to_save": ["embed_tokens"]}),
@@ -249,7 +252,7 @@ GROWN = [
 
 
 def test_a_vocabulary_that_has_grown(tmp_path, capsys):
-    for kind in ("llama", "untied"):
+    for kind in ("llama", "untied", "phi"):
         make_base(tmp_path / kind, kind, "ForCausalLM")
     for i, (kind, options) in enumerate(GROWN):
         folder, options = tmp_path / f"x{i}", {"target_modules": ["q_proj"]} | options
@@ -260,18 +263,19 @@ def test_a_vocabulary_that_has_grown(tmp_path, capsys):
     other = tmp_path / "other"
     make_base(other, "llama", "ForCausalLM", seed=1)
     with pytest.raises(ValueError, match=r"was trained on another 'model.embed_tokens.weight'"):
-        commands.merge(tmp_path / "x4", other, tmp_path / "no")
+        commands.merge(tmp_path / "x6", other, tmp_path / "no")
     # PEFT saves none of the new rows of an embedding beside a head that is adapted.
     train(tmp_path / "untied", tmp_path / "x", "untied", "ForCausalLM", 43, target_modules=HEAD)
     with pytest.raises(ValueError, match=r"has 40 in 'model.embed_tokens.weight'"):
         commands.merge(tmp_path / "x", tmp_path / "untied", tmp_path / "no")
 
 
-def test_what_ties_nothing_keeps_its_config(tmp_path):
-    make_base(tmp_path / "base", "untied", "ForCausalLM")
+@pytest.mark.parametrize("kind", ["untied", "phi"])
+def test_what_ties_nothing_keeps_its_config(kind, tmp_path):
+    make_base(tmp_path / "base", kind, "ForCausalLM")
     targets = ["q_proj", "embed_tokens", "lm_head"]
     cls, expected = train(
-        tmp_path / "base", tmp_path / "x", "untied", "ForCausalLM", target_modules=targets
+        tmp_path / "base", tmp_path / "x", kind, "ForCausalLM", target_modules=targets
     )
     commands.merge(tmp_path / "x", tmp_path / "base", tmp_path / "out")
     check(cls, tmp_path / "out", expected)
