@@ -31,6 +31,9 @@ _ROLES = {
 # Copies of modules that are saved whole.
 _COPY = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
 
+# How the names of parameters end that PEFT saves without training them: of heads with their bias.
+_COPIES = (".weight", ".base_layer.bias", "lm_head.bias", ".decoder.bias")
+
 # What wraps a model, or a part of it, and gets into the names: of torch.compile and of FSDP.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -166,10 +169,9 @@ def read(path: StrPath, tying: bool = False) -> PeftFiles:
                     f"{tensors.path}: {roles[role]!r} is {shape}, which is no matrix with numbers."
                 )
     for name, key in whole.items():
-        bias = name.endswith(".bias")
-        # PEFT also saves layers that it does not train, such as embeddings of a new size and heads.
-        copy = name.endswith(".weight") or (bias and f"{name[: -len('bias')]}weight" in whole)
-        if not (copy or config.saves(name) or (bias and config.bias != "none")):
+        biases = config.bias != "none" and name.endswith(".bias")
+        # PEFT also saves layers that it does not train, such as embeddings of a new size.
+        if not (biases or config.saves(name) or name.endswith(_COPIES)):
             raise ValueError(
                 f"{tensors.path}: {key!r} is neither of an adapter nor of modules_to_save in "
                 f"{CONFIG}."
