@@ -210,6 +210,30 @@ def test_a_head_that_the_base_lacks(case, tmp_path, capsys):
     assert ("without" in said) == (base == "Model")
 
 
+LACKS = {
+    "pooler": ("bert", "ForMaskedLM", "ForSequenceClassification", "query"),
+    "sequence_summary": ("xlnet", "LMHeadModel", "ForSequenceClassification", "layer_1"),
+}
+
+
+@pytest.mark.parametrize("layer", LACKS)
+def test_a_layer_before_the_head_that_nothing_has(layer, tmp_path):
+    """Else transformers would make another one than the training was with."""
+    kind, base, end, target = LACKS[layer]
+    make_base(tmp_path / "base", kind, base)
+    options = {"target_modules": [target], "task_type": "SEQ_CLS"}
+    if kind == "xlnet":
+        options["modules_to_save"] = ["logits_proj"]
+    cls, expected = train(tmp_path / "base", tmp_path / "x", kind, end, **options)
+    with pytest.raises(ValueError, match=f"{cls.__name__} has a '{layer}', and neither"):
+        commands.merge(tmp_path / "x", tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    options["modules_to_save"] = [*options.get("modules_to_save", ()), layer]
+    cls, expected = train(tmp_path / "base", tmp_path / "y", kind, end, **options)
+    commands.merge(tmp_path / "y", tmp_path / "base", tmp_path / "out")
+    check(cls, tmp_path / "out", expected)
+
+
 def test_a_head_alone_does_not_say_the_prefix(tmp_path):
     make_base(tmp_path / "base", "gpt2", "Model")
     options = {"target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
