@@ -86,6 +86,11 @@ def completed(
         _check_whole(model, info, base.path)
         config |= _with_head(model, labels[-1] if labels else None)
         notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
+        if classes := config.get("architectures"):
+            notes.append(
+                f"The model is a {classes[0]} now: transformers must not report newly initialized "
+                f"weights when it loads it."
+            )
     if rows := _more_tokens(info, base):
         config |= _with_tokens(model, *rows)
         notes.append(
@@ -120,8 +125,8 @@ def _check_whole(model: Model, info: Mapping[str, Info], where: Path) -> None:
         if asks and layer not in has:
             raise ValueError(
                 f"{name} has a {layer!r}, and neither the adapter nor {where} has one: "
-                f"transformers would make it of random numbers. Give the base with the one that the "
-                f"training began with, saved as {name}, or train it too, by modules_to_save."
+                f"transformers would make it of random numbers. Give the base with the one that "
+                f"the training began with, saved as {name}, or train it too, by modules_to_save."
             )
 
 
