@@ -35,12 +35,14 @@ class Factors:
       V: ``(r, k)``.
       m: ``(k,)``, or ``None`` for LoRA.
       scale: ``s`` of ``W + s U V``.
+      how: what else an adapter of ours says of what it computes, by the names of its fields.
     """
 
     U: Array
     V: Array
     m: Array | None
     scale: float
+    how: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -100,10 +102,13 @@ def _open_own(path: StrPath) -> Opened:
     factors: dict[str, Factors] = {}
     for name, node in stored.adapters.items():
         if isinstance(node, Adapter):
+            how = {field: getattr(node, field) for field in ("variant", "substitute", "untied")}
+            how |= dataclasses.asdict(node.axes)
+            del how["alone"]
             for index in itertools.product(*map(range, node.U.shape[:-2])):
                 m = None if node.m is None else node.m[index]
                 at = "".join(f"[{i}]" for i in index)
-                factors[name + at] = Factors(node.U[index], node.V[index], m, node.scale)
+                factors[name + at] = Factors(node.U[index], node.V[index], m, node.scale, how)
     whole = {
         name: np.asarray(getattr(node, "value", node))
         for name, node in stored.adapters.items()

@@ -31,6 +31,9 @@ _ROLES = {
 # Copies of modules that are saved whole.
 _COPY = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
 
+# How the names of parameters end that PEFT saves without training them: of heads with their bias.
+_COPIES = (".weight", ".base_layer.bias", "lm_head.bias", ".decoder.bias")
+
 # What wraps a model, or a part of it, and gets into the names: of torch.compile and of FSDP.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -66,6 +69,13 @@ class PeftFiles:
         """``s`` of a module."""
         config = self.config
         return scale(config.rank_of(module), config.alpha_of(module), config.rslora)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter that is saved whole was trained, and is no copy of the base's."""
+        plain = name.replace(".base_layer.", ".")
+        if plain.endswith(".weight"):
+            return name == plain and self.config.saves(plain)
+        return self.config.saves(plain) or self.config.bias != "none"
 
     def without(self, prefix: str) -> PeftFiles:
         """The same, where all names begin with something that names no module.
@@ -160,8 +170,8 @@ def read(path: StrPath, tying: bool = False) -> PeftFiles:
                 )
     for name, key in whole.items():
         biases = config.bias != "none" and name.endswith(".bias")
-        # PEFT also saves weights that it does not train, such as embeddings of a new size.
-        if not (biases or config.saves(name) or name.endswith(".weight")):
+        # PEFT also saves layers that it does not train, such as embeddings of a new size.
+        if not (biases or config.saves(name) or name.endswith(_COPIES)):
             raise ValueError(
                 f"{tensors.path}: {key!r} is neither of an adapter nor of modules_to_save in "
                 f"{CONFIG}."

@@ -68,7 +68,7 @@ def sort_tensors(
     for name, key in files.whole.items():
         plain = name.replace(".base_layer.", ".")
         torch = _lookup(plain, tensors, model)
-        if plain.endswith(".weight") and (name != plain or not files.config.saves(plain)):
+        if plain.endswith((".weight", ".bias")) and not files.trains(name):
             _check_same(torch, tensors[key], model, f"{tensors.path}: {key!r}")
             continue
         check_equal(torch, model, None, f"{tensors.path}: {key!r}")

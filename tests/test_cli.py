@@ -409,6 +409,34 @@ def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
         assert all(np.array_equal(merged[name], x) for name, x in whole.items())
 
 
+@pytest.mark.parametrize("change", [0, 1])
+def test_copies_of_a_layer_below_an_adapter(folders, call, tmp_path, change):
+    """PEFT writes a head with its bias, trained or not: it is that of the base, or refused."""
+    base = Tensors(folders / "torch.safetensors")
+    tensors = dict(Tensors(folders / "peft" / FILE))
+    tensors |= {f"{PREFIX}b.base_layer.{leaf}": base[f"b.{leaf}"] for leaf in ("weight", "bias")}
+    tensors[f"{PREFIX}b.base_layer.bias"] = tensors[f"{PREFIX}b.base_layer.bias"] + change
+    shutil.copytree(folders / "peft", tmp_path / "x")
+    safetensors.numpy.save_file(tensors, tmp_path / "x" / FILE)
+    code, out = call("merge", tmp_path / "x", base.path, tmp_path / "m")
+    params = {
+        name: {"kernel": jnp.asarray(base[f"{name}.weight"].T), "bias": base[f"{name}.bias"]}
+        for name in "ab"
+    }
+    if change:
+        assert code == 1
+        assert "was trained on another 'b.bias'" in out
+        with pytest.raises(ValueError, match=r"b.base_layer.bias' is the base that"):
+            lora_jax.peft.load(tmp_path / "x", params)
+        return
+    assert code == 0, out
+    assert np.array_equal(Tensors(tmp_path / "m")["b.bias"], base["b.bias"])
+    chex.assert_trees_all_equal(
+        lora_jax.peft.load(tmp_path / "x", params)[1],
+        lora_jax.peft.load(folders / "peft", params)[1],
+    )
+
+
 def test_merge_of_an_adapter_in_shards(folders, call, tmp_path):
     tensors, folder = dict(Tensors(folders / "peft" / FILE)), tmp_path / "x"
     folder.mkdir()
@@ -489,7 +517,7 @@ def language_model(tmp_path):
     return make
 
 
-CAUSAL = {"architectures": ["LlamaForCausalLM"]}
+CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 HEAD = {"lm_head.weight": np.eye(9, 4, dtype=np.float32)}
 OTHER = {"lm_head.weight": np.ones((9, 4), np.float32)}
 
@@ -505,7 +533,9 @@ OTHER = {"lm_head.weight": np.ones((9, 4), np.float32)}
         (CAUSAL | {"tie_word_embeddings": True}, OTHER, {}, "error: set tie_word_embeddings to"),
         (CAUSAL, {}, {"task_type": "SEQ_CLS"}, ""),
         ({"architectures": ["LlamaModel"]}, {}, {}, ""),
-        ({"architectures": ["LlamaModel"]}, {}, {"task_type": "CAUSAL_LM"}, "two arrays"),
+        (CAUSAL | {"architectures": ["LlamaModel"]}, {}, {"task_type": "CAUSAL_LM"}, "two arrays"),
+        (CAUSAL | {"model_type": "new"}, {}, {}, "error: of the type 'new'"),
+        ({"architectures": ["NewForCausalLM"]}, {}, {}, "error: of the type None"),
         ({}, {}, {}, "error: name the class in its architectures"),
         (CAUSAL | {"is_encoder_decoder": True}, {}, {}, "error: that share their embedding"),
         (CAUSAL | {"text_config": {"vocab_size": 9}}, {}, {}, "error: has several parts"),
@@ -679,6 +709,32 @@ def test_diff(split, folders, call, tmp_path):
     assert "only in" in out
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"axes": lora_jax.KernelAxes((1,), (0,))},
+        {"axes": lora_jax.KernelAxes((0,), (1, 2))},
+        {"axes": lora_jax.KernelAxes(fused=2, parts=(0, 1))},
+        {"axes": lora_jax.KernelAxes(fused=2, parts=(1, 0))},
+        {"substitute": True},
+        {"untied": True},
+    ],
+    ids=str,
+)
+def test_diff_of_the_same_arrays_that_compute_something_else(call, tmp_path, other):
+    stack = (2,) if "axes" in other and other["axes"].fused > 1 else ()
+    shapes = {"U": (*stack, 4, 2), "V": (*stack, 2, 4), "m": (*stack, 4)}
+    arrays = {name: jax.random.normal(KEY, shape) for name, shape in shapes.items()}
+    axes = lora_jax.KernelAxes(fused=3, parts=(0, 1)) if stack else lora_jax.KernelAxes()
+    one = lora_jax.Adapter(**arrays, variant="dora", rank=2, alpha=2.0, axes=axes)
+    lora_jax.save(tmp_path / "one", {"a": {"kernel": one}})
+    lora_jax.save(tmp_path / "other", {"a": {"kernel": one.replace(**other)}})
+    assert call("diff", tmp_path / "one", tmp_path / "one")[0] == 0
+    code, out = call("diff", tmp_path / "one", tmp_path / "other")
+    assert code == 1
+    assert "They differ." in out
+
+
 def test_diff_of_two_formats(split, folders, call, tmp_path):
     assert call("diff", folders / "own", folders / "peft")[0] == 0
     assert call("diff", folders / "peft", folders / "own")[0] == 0
@@ -797,6 +853,60 @@ def test_extract_leaves_embeddings_to_the_user(call, tmp_path):
     code, out = call("extract", *folders, "--rank", "1", "--match", "lin.*", "--allow-rest")
     assert code == 0
     assert "Left out, though they differ: wte.weight" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [
+        ("t.relative_attention_bias", None, "name"),
+        ("t.tokens_embed", None, "name"),
+        ("t.WordEmb", None, "name"),
+        ("t.w", {"vocab_size": 5}, "size"),
+        ("t.w", {"text_config": {"vocab_size": 5}}, "size"),
+        ("t.w", {"vocab_size": 6}, ""),
+        ("t.w", None, ""),
+        ("embed_out", {"vocab_size": 5}, ""),
+        ("embedding_projection", None, ""),
+    ],
+)
+def test_extract_knows_embeddings(call, tmp_path, name, config, says):
+    for folder, scale in (("base", 1), ("tuned", 2)):
+        arrays = {f"{name}.weight": np.full((5, 4), scale, np.float32)}
+        (tmp_path / folder).mkdir()
+        safetensors.numpy.save_file(arrays, tmp_path / folder / "model.safetensors")
+    if config is not None:
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    folders = (tmp_path / "tuned", tmp_path / "base", tmp_path / "x")
+    code, out = call("extract", *folders, "--rank", "1")
+    assert code == (1 if says else 0)
+    assert (f"is of an embedding, by its {says}" in out) == (says != "")
+
+
+def test_extract_knows_the_size_of_a_head(call, tmp_path):
+    head = np.ones((5, 4), np.float32)
+    safetensors.numpy.save_file({"w.weight": head, "lm_head.weight": head}, tmp_path / "base")
+    safetensors.numpy.save_file({"w.weight": 2 * head, "lm_head.weight": head}, tmp_path / "tuned")
+    folders = (tmp_path / "tuned", tmp_path / "base", tmp_path / "x")
+    code, out = call("extract", *folders, "--rank", "1")
+    assert code == 1
+    assert "'w.weight' is of an embedding, by its size" in out
+
+
+@pytest.mark.parametrize("name", ["mixer.A_log", "l.weight_ih_l0", "latents"])
+def test_extract_makes_no_flax_adapter_of_torch(call, tmp_path, name):
+    """What PyTorch has and no layer that PEFT could adapt is left out, if that is allowed."""
+    base = {name: np.ones((5, 4), np.float32), "l.weight": np.ones((5, 4), np.float32)}
+    safetensors.numpy.save_file(base, tmp_path / "base")
+    safetensors.numpy.save_file({n: 2 * x for n, x in base.items()}, tmp_path / "tuned")
+    folders = (tmp_path / "tuned", tmp_path / "base", tmp_path / "x", "--rank", "1")
+    code, out = call("extract", *folders)
+    assert code == 1
+    assert f"1 arrays differ that would not be in the adapter: {name!r}" in out
+    code, out = call("extract", *folders, "--match", re.escape(name), "--allow-rest")
+    assert code == 1
+    assert "there is nothing to extract" in out
+    assert call("extract", *folders, "--allow-rest")[0] == 0
+    assert set(open_adapter(tmp_path / "x").factors) == {"l"}
 
 
 def test_extract_from_flax_finds_conv1d(call, tmp_path):

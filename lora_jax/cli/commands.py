@@ -24,7 +24,7 @@ from lora_jax.checkpoint import Checkpoint, rewrite
 from lora_jax.cli import merging, prefixes, trees
 from lora_jax.cli.completed import completed
 from lora_jax.cli.experts import order_of
-from lora_jax.cli.heads import Model
+from lora_jax.cli.heads import Model, embedding_by
 from lora_jax.cli.layouts import Layouts, model_types
 from lora_jax.cli.start import Start
 from lora_jax.factors import Factors, Opened, difference, is_peft, open_adapter, opened
@@ -42,10 +42,6 @@ Names = Annotated[str, tyro.conf.arg(metavar="FAMILY|FILE.json")]
 Experts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="NUMBER")]
-# How modules of embeddings are called: their weights look like those of linear layers in a file.
-_EMBEDDING = re.compile(
-    r"(^|[._])(wte|wpe|shared|embeds?|embeddings?|embed_(tokens|positions|in))\.weight$"
-)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -230,31 +226,30 @@ def diff(first: Adapter, second: Other, names: Names = "transformers") -> int:
             one is of lora_jax and the other of PEFT.
     """
     a, b = _both(first, second, names)
-    head = ("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference")
+    head = ("matrix", "rank", "||A - B|| / ||A||", "cosine", "m, largest difference", "else")
     body: list[tuple[str, ...]] = []
     differs = False
     for name in dict.fromkeys((*a.factors, *b.factors)):
         if name not in a.factors or name not in b.factors:
-            body.append((name, f"only in {first if name in a.factors else second}", "", "", ""))
+            body.append((name, f"only in {first if name in a.factors else second}", *[""] * 4))
             differs = True
             continue
         one, other = a.factors[name], b.factors[name]
         if one.U.shape[0] != other.U.shape[0] or one.V.shape[1] != other.V.shape[1]:
-            body.append((name, "of different shapes", "", "", ""))
+            body.append((name, "of different shapes", *[""] * 4))
             differs = True
             continue
         relative, cosine = difference(one, other)
         magnitude = _magnitudes(one, other)
-        body.append(
-            (name, f"{one.rank}, {other.rank}", f"{relative:.3g}", f"{cosine:.4f}", magnitude)
-        )
-        differs |= relative > 1e-6 or magnitude not in ("", "0")
+        ranks, how = f"{one.rank}, {other.rank}", _how(one, other)
+        body.append((name, ranks, f"{relative:.3g}", f"{cosine:.4f}", magnitude, how))
+        differs |= relative > 1e-6 or magnitude not in ("", "0") or how != ""
     for name in dict.fromkeys((*a.whole, *b.whole)):
         if name not in a.whole or name not in b.whole:
-            body.append((name, f"only in {first if name in a.whole else second}", "", "", ""))
+            body.append((name, f"only in {first if name in a.whole else second}", *[""] * 4))
             differs = True
         elif not _same(a.whole[name], b.whole[name]):
-            body.append((name, "trained whole, differs", "", "", ""))
+            body.append((name, "trained whole, differs", *[""] * 4))
             differs = True
     _show(head, body)
     console.print("They differ." if differs else "They are the same.")
@@ -283,7 +278,7 @@ def extract(
         rank: the rank of every matrix; either this or energy.
         energy: keep this share of the squared norm of every difference.
         match: only matrices whose whole name matches this regular expression; in PyTorch's names
-            it must leave out embeddings.
+            it must leave out embeddings, which look like linear layers in a file.
         allow_rest: leave out what differs and is no matrix that matches; else it is an error.
         layout: as for merge: whether PyTorch stores square weights of layers (in, out), as GPT-2's
             Conv1D does, or (out, in), where neither other shapes nor the base's config.json say it.
@@ -303,6 +298,7 @@ def extract(
             f"Only one of the two has {', '.join(map(repr, missing[:4]))}: leave it out by --match."
         )
     layouts = Layouts(old, layout, model_types(new))
+    all_torch = any("." in name for name in old) and not any("/" in name for name in old)
     kinds: dict[str, str] = {}
     found: dict[str, Node] = {}
     body: list[tuple[str, ...]] = []
@@ -321,9 +317,12 @@ def extract(
             rest.append(name)
             continue
         in_torch = name.endswith(".weight")
-        if in_torch and _EMBEDDING.search(name) and f"{name[:-6]}bias" not in old:
+        if all_torch and not in_torch:  # of no layer that PEFT could adapt
+            rest.append(name)
+            continue
+        if in_torch and (says := embedding_by(name, old, new)):
             raise ValueError(
-                f"{name!r} is of an embedding, by its name, and differs: leave it out, with "
+                f"{name!r} is of an embedding, by its {says}, and differs: leave it out, with "
                 f"--match and --allow-rest."
             )
         kind = layouts.kind(name) if in_torch or name.endswith("/kernel") else "linear"
@@ -493,6 +492,12 @@ def _magnitudes(a: Factors, b: Factors) -> str:
     if a.m is None or b.m is None:
         return "" if a.m is b.m else "LoRA and DoRA"
     return f"{np.abs(a.m.astype(np.float32) - b.m.astype(np.float32)).max():.3g}"
+
+
+def _how(a: Factors, b: Factors) -> str:
+    """What two adapters say otherwise of what they compute; empty where one is of PEFT."""
+    fields = [field for field in a.how if field in b.how and a.how[field] != b.how[field]]
+    return "; ".join(f"{field} {a.how[field]} and {b.how[field]}" for field in fields)
 
 
 def _report(report: RoundingReport) -> None:

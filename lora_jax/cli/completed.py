@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint
@@ -21,6 +22,25 @@ _LABELS = (
     ".classifier.out_proj.weight",
     ".qa_outputs.weight",
 )
+
+# Layers between the base and the head of labels, which models of other classes have not, by the end
+# of the class, and the types of models that have them.
+_SEQUENCE, _CHOICE = "ForSequenceClassification", "ForMultipleChoice"
+_LAYERS = {
+    (_SEQUENCE, "pooler"): """
+        albert bert deberta deberta-v2 ernie megatron-bert mobilebert nezha rembert roc_bert tapas
+        """,
+    (_SEQUENCE, "classification_head"): "bart bigbird_pegasus mbart mvp plbart",
+    (_SEQUENCE, "sequence_summary"): "flaubert xlm xlnet",
+    (_SEQUENCE, "head"): "modernbert-decoder",
+    (_CHOICE, "pooler"): """
+        albert bert camembert data2vec-text deberta-v2 ernie ibert longformer mega megatron-bert
+        mobilebert mpnet nezha rembert roberta roberta-prelayernorm roc_bert xlm-roberta
+        xlm-roberta-xl xmod
+        """,
+    (_CHOICE, "sequence_summary"): "electra flaubert xlm xlnet",
+    ("ForQuestionAnswering", "qa_classifier"): "big_bird",
+}
 
 
 def completed(
@@ -63,8 +83,14 @@ def completed(
         del info[tie.head]
     if added := sorted(set(updates.whole) - set(updates.base)):
         labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
+        _check_whole(model, info, base.path)
         config |= _with_head(model, labels[-1] if labels else None)
         notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
+        if classes := config.get("architectures"):
+            notes.append(
+                f"The model is a {classes[0]} now: transformers must not report newly initialized "
+                f"weights when it loads it."
+            )
     if rows := _more_tokens(info, base):
         config |= _with_tokens(model, *rows)
         notes.append(
@@ -80,13 +106,34 @@ def completed(
     return dataclasses.replace(updates, info=info, config=whole, notes=notes)
 
 
+def _class(model: Model) -> str | None:
+    """The class that the adapter was trained in, as far as it can be known."""
+    name = model.trained
+    if name is not None and name in CLASSES.values():  # only how it ends
+        known = re.match(
+            r"(.+?)(?:For[A-Z]\w*|(?:LMHead|DoubleHeads)?Model)$", model.architecture or ""
+        )
+        name = known[1] + name if known else None
+    return name
+
+
+def _check_whole(model: Model, info: Mapping[str, Info], where: Path) -> None:
+    """Errors where the class has a layer that neither the base nor the adapter has."""
+    name, has = _class(model) or "", {part for one in info for part in one.split(".")}
+    for (end, layer), types in _LAYERS.items():
+        asks = name.endswith(end) and (model.config or {}).get("model_type") in types.split()
+        if asks and layer not in has:
+            raise ValueError(
+                f"{name} has a {layer!r}, and neither the adapter nor {where} has one: "
+                f"transformers would make it of random numbers. Give the base with the one that "
+                f"the training began with, saved as {name}, or train it too, by modules_to_save."
+            )
+
+
 def _with_head(model: Model, labels: int | None) -> dict[str, Any]:
     """What the config says of a model with the head that the adapter was trained with."""
     new: dict[str, Any] = {}
-    name, base = model.trained, model.architecture or ""
-    if name is not None and name in CLASSES.values():  # only how it ends
-        stem = re.match(r"(.+?)(?:For[A-Z]\w*|(?:LMHead|DoubleHeads)?Model)$", base)
-        name = stem[1] + name if stem else None
+    name, base = _class(model), model.architecture
     if name is not None and name != base:
         new["architectures"] = [name]
     had = (model.config or {}).get("id2label") or {"0": "", "1": ""}

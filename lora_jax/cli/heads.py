@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ _EMBEDDINGS = (
     "shared",
 )
 
+# The last part of the names of modules that look up anything, tokens, positions or buckets, but of
+# no projection of an embedding.
+_EMBEDDING = re.compile(r"^(?!.*proj)(.*emb.*|w[tp]e|shared|.*bias|.*codebook)$", re.IGNORECASE)
+
 # A layer that stands before a tied head, which no file has, and that head.
 _BEFORE_HEAD = {
     "cls.predictions.transform.dense": "cls.predictions.decoder",
@@ -48,13 +52,24 @@ _BEFORE_HEAD = {
     "generator_predictions.dense": "generator_lm_head",
     "head.dense": "decoder",
 }
-# Heads of causal models, by what looks up their tokens.
+# Heads of causal models in transformers, and the types of the models that call it so, whether the
+# embedding is tied to it or not. Only types that were looked at: where the name is another one,
+# transformers would make a new head, and only warn.
 _CAUSAL_HEADS = {
-    "embed_tokens": "lm_head",
-    "wte": "lm_head",
-    "word_embeddings": "lm_head",
-    "embeddings": "lm_head",
-    "embed_in": "embed_out",
+    "lm_head": """
+        apertus arcee bamba bart bigbird_pegasus bitnet blenderbot blenderbot-small bloom
+        code_llama codegen cohere cohere2 deepseek_v2 deepseek_v3 diffllama doge dots1 ernie4_5
+        ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text
+        gemma3n_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_oss gptj granite
+        granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+        jamba jetmoe lfm2 llama llama4_text longcat_flash mamba mamba2 marian mbart minimax
+        ministral mistral mixtral mpt mvp nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon
+        phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma
+        seed_oss smollm3 stablelm starcoder2 vaultgemma xglm zamba zamba2
+        """,
+    "output_projection": "biogpt trocr",
+    "embed_out": "gpt_neox gpt_neox_japanese",
+    "proj_out": "whisper",
 }
 _CAUSAL = re.compile(r"CausalLM|LMHead|DoubleHeads")
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
@@ -75,7 +90,8 @@ CLASSES = {
 
 def is_head(module: str) -> bool:
     """Whether a module gives the logits of tokens, by its name."""
-    return module == "decoder" or f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
+    alone = module in ("decoder", "output_projection")
+    return alone or f".{module}".endswith(tuple(f".{name}" for name in _HEADS))
 
 
 def is_embedding(module: str) -> bool:
@@ -87,6 +103,35 @@ def is_vocabulary(name: str) -> bool:
     """Whether a parameter has a row for every token, by its name."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and (is_head(module) or is_embedding(module))
+
+
+def embedding_by(name: str, *models: Checkpoint) -> str:
+    """What says that a weight is of an embedding, its ``"name"`` or its ``"size"``, or nothing.
+
+    Args:
+      name: as ``"transformer.wte.weight"``.
+      models: those that have it. An embedding has no bias, and often a row for every token, which
+        their ``config.json`` or a head that is known by its name says.
+    """
+    module = _module(name)
+    if is_head(module) or any(f"{module}.bias" in one for one in models):
+        return ""
+    if _EMBEDDING.search(module.rpartition(".")[2]):
+        return "name"
+    tokens = {one.info[n].shape[:1] for one in models for n in one if is_head(_module(n))}
+    for one in models:
+        path = (one.path if one.path.is_dir() else one.path.parent) / MODEL_CONFIG
+        tokens |= {(n,) for n in _vocabularies(read_json(path))} if path.is_file() else set()
+    return "size" if {one.info[name].shape[:1] for one in models} & tokens else ""
+
+
+def _vocabularies(said: Any) -> Iterator[int]:
+    """The numbers of tokens that a config has, of the model and of its parts."""
+    if isinstance(said, dict):
+        if isinstance(said.get("vocab_size"), int):
+            yield said["vocab_size"]
+        for one in said.values():
+            yield from _vocabularies(one)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +291,21 @@ class Model:
         if lone:
             return f"{lone[0]}.weight"
         causal = any(_CAUSAL.search(name or "") for name in (self.trained, self.architecture))
-        if causal and (name := _CAUSAL_HEADS.get(_last(embedding))):
-            return f"{name}.weight"
+        model = (self.config or {}).get("model_type")
+        if causal and (
+            found := [n for n, types in _CAUSAL_HEADS.items() if model in types.split()]
+        ):
+            return f"{found[0]}.weight"
+        both = f"The adapter changes {embedding!r}, which may be the head of the model too, and "
+        if not causal:
+            raise ValueError(
+                f"{both}{self.path} does not say how that is called: name the class in its "
+                f"architectures."
+            )
         raise ValueError(
-            f"The adapter changes {embedding!r}, which may be the head of the model too, and "
-            f"{self.path} does not say how that is called: name the class in its architectures."
+            f"{both}it is not known how that is called in a model of the type {model!r}, as "
+            f"{self.path} says. Give the base a head of its own first, in transformers: let the "
+            f"weight of get_output_embeddings() be a copy, and save it with {TIED} = false."
         )
 
 

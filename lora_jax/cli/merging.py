@@ -19,7 +19,7 @@ from lora_jax.checks import check_fits, check_merges
 from lora_jax.cli.experts import alone_in
 from lora_jax.cli.heads import grown, is_head, is_vocabulary
 from lora_jax.cli.layouts import Layouts
-from lora_jax.cli.start import Start, check_floats
+from lora_jax.cli.start import Start, check_floats, head_biases
 from lora_jax.config import nearest
 from lora_jax.names import EXPERTS
 from lora_jax.rounding import (
@@ -185,6 +185,15 @@ def of_peft(
                     f"{path} was trained on another {plain!r} than {base.path} has: its {key!r}."
                 )
             continue
+        elif plain.endswith(".bias") and not files.trains(name):
+            rows = files.tensors[key][: base.info[plain].shape[0]]
+            if not np.array_equal(rows.astype(base[plain].dtype), base[plain]):
+                raise ValueError(
+                    f"{path} was trained on another {plain!r} than {base.path} has: its {key!r}."
+                )
+            if files.tensors.info[key].shape == base.info[plain].shape:
+                continue
+            _check_shape(plain, files.tensors.info[key], base, path)  # it has more tokens
         else:
             _check_shape(plain, files.tensors.info[key], base, path)
         array = files.tensors[key]
@@ -301,5 +310,6 @@ def _check_shape(name: str, one: Info, base: Checkpoint | Start, path: StrPath) 
     if one.dtype != base.info[name].dtype or floats(one.dtype):
         _has(base, name, path)
     shape = base.info[name].shape
-    if one.shape != shape and not (is_vocabulary(name) and grown([one.shape], shape)):
+    tokens = is_vocabulary(name) or name in head_biases(base)
+    if one.shape != shape and not (tokens and grown([one.shape], shape)):
         raise ValueError(f"{path}: {name!r} is {one.shape}, but {base.path} has {shape}.")

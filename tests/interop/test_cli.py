@@ -28,11 +28,17 @@ GPT2 = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 T5 |= {"decoder_start_token_id": 0}
+WHISPER = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+WHISPER |= {"decoder_attention_heads": 2, "encoder_attention_heads": 2, "decoder_ffn_dim": 24}
+WHISPER |= {"is_encoder_decoder": False, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+WHISPER |= {"decoder_start_token_id": 0, "max_target_positions": 32, "begin_suppress_tokens": None}
 KINDS = {
     "llama": ("Llama", SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "untied": ("Llama", SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "neox": ("GPTNeoX", SMALL | {"tie_word_embeddings": True}),
     "gpt2": ("GPT2", GPT2),
+    "biogpt": ("BioGpt", SMALL),
+    "whisper": ("Whisper", WHISPER),
     "bert": ("Bert", SMALL),
     "roberta": ("Roberta", SMALL),
     "distilbert": (
@@ -44,6 +50,7 @@ KINDS = {
         {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24},
     ),
     "t5": ("T5", T5),
+    "phi": ("Phi", SMALL),
 }
 IDS = torch.arange(14).reshape(2, 7) + 3
 
@@ -91,6 +98,8 @@ TIED = {
     "llama": ("ForCausalLM", "q_proj", "embed_tokens", "lm_head"),
     "neox": ("ForCausalLM", "query_key_value", "embed_in", "embed_out"),
     "gpt2": ("LMHeadModel", "c_attn", "wte", "lm_head"),
+    "biogpt": ("ForCausalLM", "q_proj", "embed_tokens", "output_projection"),
+    "whisper": ("ForCausalLM", "q_proj", "embed_tokens", "proj_out"),
     "bert": ("ForMaskedLM", "query", "word_embeddings", "decoder"),
     "roberta": ("ForMaskedLM", "query", "word_embeddings", "decoder"),
     "xlnet": ("LMHeadModel", "layer_1", "word_embedding", "lm_loss"),
@@ -197,8 +206,32 @@ def test_a_head_that_the_base_lacks(case, tmp_path, capsys):
         (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     check(cls, tmp_path / "out", expected)
     said = capsys.readouterr().out
-    assert ("lacks" in said) == (labels is not None)
+    assert ("lacks" in said) == ("is a" in said) == (labels is not None)
     assert ("without" in said) == (base == "Model")
+
+
+LACKS = {
+    "pooler": ("bert", "ForMaskedLM", "ForSequenceClassification", "query"),
+    "sequence_summary": ("xlnet", "LMHeadModel", "ForSequenceClassification", "layer_1"),
+}
+
+
+@pytest.mark.parametrize("layer", LACKS)
+def test_a_layer_before_the_head_that_nothing_has(layer, tmp_path):
+    """Else transformers would make another one than the training was with."""
+    kind, base, end, target = LACKS[layer]
+    make_base(tmp_path / "base", kind, base)
+    options = {"target_modules": [target], "task_type": "SEQ_CLS"}
+    if kind == "xlnet":
+        options["modules_to_save"] = ["logits_proj"]
+    cls, expected = train(tmp_path / "base", tmp_path / "x", kind, end, **options)
+    with pytest.raises(ValueError, match=f"{cls.__name__} has a '{layer}', and neither"):
+        commands.merge(tmp_path / "x", tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    options["modules_to_save"] = [*options.get("modules_to_save", ()), layer]
+    cls, expected = train(tmp_path / "base", tmp_path / "y", kind, end, **options)
+    commands.merge(tmp_path / "y", tmp_path / "base", tmp_path / "out")
+    check(cls, tmp_path / "out", expected)
 
 
 def test_a_head_alone_does_not_say_the_prefix(tmp_path):
@@ -230,6 +263,8 @@ def test_an_adapter_of_the_base_alone(tmp_path, capsys):
 
 HEAD = ["q_proj", "lm_head"]
 GROWN = [
+    ("phi", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),  # its head has a bias
+    ("phi", {}),
     ("llama", {}),
     ("untied", {}),
     ("llama", {"modules_to_save": ["embed_tokens"]}),
@@ -241,7 +276,7 @@ GROWN = [
 
 
 def test_a_vocabulary_that_has_grown(tmp_path, capsys):
-    for kind in ("llama", "untied"):
+    for kind in ("llama", "untied", "phi"):
         make_base(tmp_path / kind, kind, "ForCausalLM")
     for i, (kind, options) in enumerate(GROWN):
         folder, options = tmp_path / f"x{i}", {"target_modules": ["q_proj"]} | options
@@ -252,18 +287,19 @@ def test_a_vocabulary_that_has_grown(tmp_path, capsys):
     other = tmp_path / "other"
     make_base(other, "llama", "ForCausalLM", seed=1)
     with pytest.raises(ValueError, match=r"was trained on another 'model.embed_tokens.weight'"):
-        commands.merge(tmp_path / "x4", other, tmp_path / "no")
+        commands.merge(tmp_path / "x6", other, tmp_path / "no")
     # PEFT saves none of the new rows of an embedding beside a head that is adapted.
     train(tmp_path / "untied", tmp_path / "x", "untied", "ForCausalLM", 43, target_modules=HEAD)
     with pytest.raises(ValueError, match=r"has 40 in 'model.embed_tokens.weight'"):
         commands.merge(tmp_path / "x", tmp_path / "untied", tmp_path / "no")
 
 
-def test_what_ties_nothing_keeps_its_config(tmp_path):
-    make_base(tmp_path / "base", "untied", "ForCausalLM")
+@pytest.mark.parametrize("kind", ["untied", "phi"])
+def test_what_ties_nothing_keeps_its_config(kind, tmp_path):
+    make_base(tmp_path / "base", kind, "ForCausalLM")
     targets = ["q_proj", "embed_tokens", "lm_head"]
     cls, expected = train(
-        tmp_path / "base", tmp_path / "x", "untied", "ForCausalLM", target_modules=targets
+        tmp_path / "base", tmp_path / "x", kind, "ForCausalLM", target_modules=targets
     )
     commands.merge(tmp_path / "x", tmp_path / "base", tmp_path / "out")
     check(cls, tmp_path / "out", expected)
