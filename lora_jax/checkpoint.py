@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import secrets
 import shutil
@@ -27,6 +28,20 @@ SHARDS = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"
 _ONE = "model.safetensors"
 _BESIDE = (".json", ".txt", ".model", ".jinja")
+
+
+def said_in(config: Any, name: str) -> Iterator[Any]:
+    """What a config says under a name, of the model and of the models in it.
+
+    Example:
+      >>> list(said_in({"vocab_size": 8, "text_config": {"vocab_size": 9}}, "vocab_size"))
+      [8, 9]
+    """
+    if isinstance(config, dict):
+        if name in config:
+            yield config[name]
+        for one in config.values():
+            yield from said_in(one, name)
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -73,6 +88,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
             for name, file in said.items():
                 if name not in self._of or self._of[name][0].path.name != file:
                     raise ValueError(f"{index}: {name!r} should be in {file!r}, and is not.")
+
+    @property
+    def config_file(self) -> Path:
+        """Where the config of the model is, if there is one: beside the files."""
+        return (self.path if self.path.is_dir() else self.path.parent) / MODEL_CONFIG
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """What the config of the model says; ``None`` where there is none."""
+        config = read_json(self.config_file) if self.config_file.exists() else None
+        if config is not None and not isinstance(config, dict):
+            raise ValueError(f"{self.config_file} is no JSON object.")
+        return config
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same arrays by other names.

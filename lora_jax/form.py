@@ -75,7 +75,7 @@ class Form:
                 common = common.replace(  # type: ignore[attr-defined]
                     alpha=float(common.rank), rslora=False, product=product
                 )
-            nothing = conformed(path, None, common, leaf, self._base)
+            nothing = conformed(path, None, common, leaf)
             self._nodes[key] = jax.tree.map(np.asarray, nothing)
         if not self._nodes:
             raise ValueError("like has no adapters in it: there is nothing to hold in a pool.")
@@ -129,7 +129,7 @@ class Form:
         if isinstance(node, Adapter) and isinstance(like, Adapter):
             node = _of_rank(path, _for_inference(node, "dora"), like)
         template(path, [like, node])  # errors where they differ in what nothing can hide
-        found = conformed(path, node, like, leaf, self._base)
+        found = conformed(path, node, like, leaf)
         return jax.tree.map(lambda x, like: _as(path, np.asarray(x), like.dtype), found, like)
 
     def _leaf(self, key: Key) -> Any:

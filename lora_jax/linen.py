@@ -9,14 +9,13 @@ cache of ``nn.jit`` sees it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import chex
@@ -244,16 +243,17 @@ def _apply(
     unused = [] if allow_unused else [key for key in nodes if path_of(key) not in calls.used]
     if unused and (key := _without_use(call, placed, unused)):
         raise ValueError(calls.unused(key, len(unused), model, kwargs.get("method")))
-    looked_at = {
+    unknown = {
         key: node
         for key, node in nodes.items()
         if not (node.adapter.untied or node.adapter.axes.alone == name_of_call(kwargs))
     }
-    if looked_at:
+    if unknown:
         given = (placed, {**variables, "params": None}, args, kwargs)
-        with _once(model, given) as anew:
-            if anew:
-                _check_ties(call, placed, looked_at, gives_variables(kwargs))
+        seen, this = _looked_at(model, given)
+        if this not in seen:
+            _check_ties(call, placed, unknown, gives_variables(kwargs))
+            seen.add(this)
     if not gives_variables(kwargs):
         return out
     return _restored(out, variables["params"], placed)
@@ -377,27 +377,25 @@ def _check_ties(
         )
 
 
-@contextlib.contextmanager
-def _once(model: Any, given: Any) -> Iterator[bool]:
-    """Whether such a call was not looked at before: of this model, with arrays of these shapes."""
+def _looked_at(model: Any, given: Any) -> tuple[set[Any], Hashable]:
+    """The calls of this model that were looked at, and this one: with arrays of these shapes."""
     leaves, structure = jax.tree.flatten(given)
     each = tuple((x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+    try:
+        hash(this := (structure, each))
+    except TypeError:  # an argument has none
+        return set(), None
     seen = _LOOKED_AT.get(id(model))
     if seen is None or seen[0]() is not model:  # models may have no hash
-        seen = (weakref.ref(model), set())
-    try:
-        anew = (structure, each) not in seen[1]
-    except TypeError:  # an argument has none
-        yield True
-        return
-    yield anew
-    if len(_LOOKED_AT) >= 1024 or len(seen[1]) >= 1024:
-        _LOOKED_AT.clear()
-    _LOOKED_AT[id(model)] = seen
-    seen[1].add((structure, each))
+        if len(_LOOKED_AT) >= 1024:
+            _LOOKED_AT.clear()
+        seen = _LOOKED_AT[id(model)] = (weakref.ref(model), set())
+    if len(seen[1]) >= 1024:
+        seen[1].clear()
+    return seen[1], this
 
 
-# The calls that :func:`_once` has seen, which were right, by their models.
+# The calls that were looked at for ties, and had none that matter, by their models.
 _LOOKED_AT: dict[int, tuple[weakref.ref[Any], set[Any]]] = {}
 # What JAX raises where a model needs the numbers that it computes.
 _UNTRACEABLE = (

@@ -21,7 +21,6 @@ from lora_jax.checks import (
     check_node,
     nodes_of,
 )
-from lora_jax.config import nearest
 from lora_jax.meshes import left_to_compiler, spec_of
 from lora_jax.paths import Key, flatten, path_of, unbox, unflatten
 from lora_jax.product import dense_norm
@@ -87,7 +86,7 @@ def stack(
     for key in dict.fromkeys(key for tree in trees for key in tree):
         nodes, leaf = [tree.get(key) for tree in trees], base.get(key)
         like = template(path_of(key), [node for node in nodes if node is not None])
-        same = [conformed(path_of(key), node, like, leaf, base) for node in nodes]
+        same = [conformed(path_of(key), node, like, leaf) for node in nodes]
         out[key] = jax.tree.map(_stacked, *same)
     return unflatten(out, adapters[0])
 
@@ -168,8 +167,8 @@ def nodes_of_each(
                 )
             if isinstance(node, Adapter):
                 check_factors(path_of(key), node, f"{what}[{i}]")
-            if base is not None and (key in base or isinstance(node, Adapter)):
-                _leaf(path_of(key), base.get(key), base)
+            if base is not None:
+                check_node(key, node, base, name="params")
     return trees
 
 
@@ -223,7 +222,7 @@ def template(path: str, nodes: Sequence[Any]) -> Any:
     )
 
 
-def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any]) -> Any:
+def conformed(path: str, node: Any, like: Any, leaf: Any) -> Any:
     """A node with the structure of ``like``, which computes the same.
 
     Args:
@@ -231,11 +230,10 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
       node: an adapter, a leaf trained whole, or ``None`` where there is neither.
       like: of :func:`template`.
       leaf: the parameter, or ``None``.
-      base: all parameters, for messages.
     """
     if not isinstance(like, Adapter):
         if node is None:
-            _leaf(path, leaf, base)  # or says that it is missing
+            _leaf(path, leaf)  # or says that it is missing
             node = raise_precision(path, leaf)
         wholes = [str(jax.tree.map(jnp.shape, x)) for x in (node, like)]
         if wholes[0] != wholes[1]:
@@ -272,14 +270,14 @@ def conformed(path: str, node: Any, like: Any, leaf: Any, base: Mapping[Key, Any
     if like.variant == node.variant and everywhere:
         return padded.replace(m=jnp.asarray(node.m))
     if like.variant == "scaled":
-        dtype = V.dtype if leaf is None else float32_or_more(_leaf(path, leaf, base).dtype)
+        dtype = V.dtype if leaf is None else float32_or_more(_leaf(path, leaf).dtype)
         m = jnp.ones((*V.shape[:-2], V.shape[-1]), dtype)
         if node.variant == "dora":
-            check_fits(path, _leaf(path, leaf, base), node)
-            node = _frozen(_leaf(path, leaf, base), node)
+            check_fits(path, _leaf(path, leaf), node)
+            node = _frozen(_leaf(path, leaf), node)
     else:
-        check_fits(path, _leaf(path, leaf, base), padded.replace(variant="lora"))
-        m = dense_norm(_leaf(path, leaf, base), padded)
+        check_fits(path, _leaf(path, leaf), padded.replace(variant="lora"))
+        m = dense_norm(_leaf(path, leaf), padded)
     if node.m is not None:
         own = jnp.asarray(node.m)
         m = own if everywhere else m.at[..., parts, :].set(own.astype(m.dtype))
@@ -327,17 +325,11 @@ def _frozen(kernel: chex.Array, adapter: Adapter) -> Adapter:
     return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
 
 
-def _leaf(path: str, leaf: Any, base: Mapping[Key, Any]) -> chex.Array:
-    if leaf is None and not base:
+def _leaf(path: str, leaf: Any) -> chex.Array:
+    if leaf is None:
         raise ValueError(
             f"Not all of the adapters have {path!r}, or they are of different variants there: pass "
             f"the model's parameters too, lora_jax.stack(adapters, params)."
-        )
-    if leaf is None:
-        paths = list(map(path_of, base))
-        raise ValueError(
-            f"There is an adapter for {path!r}, which the model's parameters lack. Nearest paths: "
-            f"{', '.join(nearest(path, paths)) or 'none'}."
         )
     check_floating(path, leaf, "params has")
     return jnp.asarray(unbox(leaf))

@@ -16,9 +16,9 @@ from flax.traverse_util import empty_node
 
 from lora_jax.adapter import Adapter, Shift, Whole
 from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.checks import base_of, nodes_of, pair_of
+from lora_jax.checks import pair_of
 from lora_jax.compat import is_traced
-from lora_jax.config import LoraConfig, assign, check_config, matched_by, nearest
+from lora_jax.config import LoraConfig, assign, check_config, matched_by
 from lora_jax.paths import path_of, unbox
 from lora_jax.table import text_table
 from lora_jax.variants import column_norm
@@ -223,13 +223,9 @@ def summary(
         check_config(config)
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
-    flat = base_of(frozen)
-    found = nodes_of(adapters, base=flat)
+    flat, found = pair_of(frozen, adapters)
     base = {path_of(k): unbox(leaf) for k, leaf in flat.items() if leaf is not empty_node}
     nodes = {path_of(key): node for key, node in sorted(found.items())}
-    for path, node in nodes.items():
-        _check_one(path, node, base)
-    pair_of(frozen, adapters)
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")
     stacks = axes.stacks if isinstance(axes, ModelAxes) else {}
@@ -273,20 +269,6 @@ def _rules(
         adapted = tuple(path for path in matched if path not in taken)
         reports.append(RuleReport(rule.pattern, adapted, taken))
     return tuple(reports)
-
-
-def _check_one(path: str, node: Any, base: Mapping[str, Any]) -> None:
-    """Errors for an adapter of another model, and for several."""
-    if isinstance(node, Adapter) and path not in base:
-        raise ValueError(
-            f"There is an adapter for {path!r}, but no such kernel in the base. Nearest paths: "
-            f"{', '.join(nearest(path, base)) or 'none'}."
-        )
-    if isinstance(node, Adapter) and node.count is not None:
-        raise ValueError(
-            f"The adapter of {path!r} is a stack of {node.count}: look at one alone, "
-            f"jax.tree.map(lambda x: x[i], stacked)."
-        )
 
 
 def _row(path: str, node: Any, kernel: Any) -> Row:

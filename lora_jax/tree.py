@@ -14,11 +14,9 @@ from flax.traverse_util import empty_node
 from lora_jax.adapter import Adapter, Shift, Whole, init_adapter
 from lora_jax.axes import KernelAxes, ModelAxes
 from lora_jax.checks import base_of, check_merges, check_trainable, is_finite, nodes_of, pair_of
-from lora_jax.checks import check_fits as check_fits
 from lora_jax.config import LoraConfig, assign, check_config
 from lora_jax.hints import key_comes_first, look_first
 from lora_jax.paths import Key, path_of, rebox, unbox, unflatten
-from lora_jax.paths import flatten as flatten
 from lora_jax.resolve import check_read, resolve_axes
 from lora_jax.rounding import Rounding, RoundingReport, key_for, measure, round_to
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import lora_jax
 from lora_jax import KernelAxes, LoraConfig, Rule, task_vectors
 from lora_jax.approximation import nearest, nearest_product
-from lora_jax.tree import check_fits, flatten, path_of
+from lora_jax.checks import check_fits
+from lora_jax.paths import flatten, path_of
 
 KEY = jax.random.key(0)
 # Kernels of all kinds: a path gives the shape, the axes of the stacks and of the inputs, and parts.

@@ -53,11 +53,11 @@ def serve(params, stacked, ids, x):
 def expected(adapters, x):
     if adapters is None:
         return MODEL.apply({"params": PARAMS}, x)
-    flat, nodes = (lora_jax.tree.flatten(tree, "") for tree in (PARAMS, adapters))
+    flat, nodes = (lora_jax.paths.flatten(tree, "") for tree in (PARAMS, adapters))
     for key, node in nodes.items():
         if not isinstance(node, lora_jax.Adapter):
             del flat[key]
-    frozen = lora_jax.tree.unflatten(flat, PARAMS)
+    frozen = lora_jax.paths.unflatten(flat, PARAMS)
     return MODEL.apply({"params": lora_jax.lora_merge(frozen, adapters)}, x)
 
 

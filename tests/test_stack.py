@@ -33,7 +33,7 @@ def merged(adapters):
 
 
 def paths(adapters):
-    flat = lora_jax.tree.flatten(adapters, "adapters")
+    flat = lora_jax.paths.flatten(adapters, "adapters")
     return ["/".join(key) for key, node in flat.items() if not isinstance(node, lora_jax.Adapter)]
 
 
@@ -152,13 +152,13 @@ def nearly_emptied(layer, left, variant="lora"):
         return random_like(lora_jax.lora_init(jax.random.key(1), params, config, axes=axes)[1])
 
     def with_kernel(matrix):
-        flat = lora_jax.tree.flatten(params, "params")
+        flat = lora_jax.paths.flatten(params, "params")
         flat[key] = node.axes.from_matrix(jnp.asarray(matrix, jnp.float32), flat[key])
-        return lora_jax.tree.unflatten(flat, params)
+        return lora_jax.paths.unflatten(flat, params)
 
     emptying, dora = adapters(2, variant), adapters(1, "dora")
-    node = lora_jax.tree.flatten(emptying, "adapters")[key]
-    W = np.array(node.axes.as_matrix(lora_jax.tree.flatten(params, "params")[key]), np.float64)
+    node = lora_jax.paths.flatten(emptying, "adapters")[key]
+    W = np.array(node.axes.as_matrix(lora_jax.paths.flatten(params, "params")[key]), np.float64)
     UV = np.asarray(node.U, np.float64) @ np.asarray(node.V, np.float64)
     rest = np.random.default_rng(0).standard_normal(W.shape)
     rest *= left * length(UV) / length(rest)
@@ -193,8 +193,8 @@ def test_a_frozen_norm_keeps_the_digits_of_a_dora_that_removes_a_column(layer):
     _, params, dora, _, adapted, _ = nearly_emptied(layer, 1e-3, "dora")
     expected = np.linalg.norm(adapted, axis=-2)
     for tree in (dora, lora_jax.stack([dora, dora])):
-        frozen = lora_jax.tree.flatten(lora_jax.freeze_norm(params, tree), "frozen")
-        for key, node in lora_jax.tree.flatten(tree, "adapters").items():
+        frozen = lora_jax.paths.flatten(lora_jax.freeze_norm(params, tree), "frozen")
+        for key, node in lora_jax.paths.flatten(tree, "adapters").items():
             ratio = np.asarray(node.m, np.float64) / np.asarray(frozen[key].m, np.float64)
             np.testing.assert_allclose(ratio, np.broadcast_to(expected, ratio.shape), rtol=1e-3)
 
@@ -234,7 +234,7 @@ ERRORS = {
         [one("layers_0/kernel"), one("layers_2/kernel", variant="dora")],
         OTHER,
         ValueError,
-        "'layers_2/kernel', which the model's parameters lack. Nearest paths: layers_0/kernel",
+        r"'layers_2/kernel', which params lacks\. .*Nearest paths: layers_0/kernel",
     ),
 }
 
@@ -286,3 +286,13 @@ def test_frozen_norms_are_for_inference(tmp_path):
     with pytest.raises(ValueError, match="'layers_0/kernel' is of freeze_norm: save the adapter"):
         lora_jax.peft.save(tmp_path / "b", PARAMS, frozen, base_model_name_or_path="x")
     assert not list(tmp_path.iterdir())
+
+
+def test_parameters_of_another_model():
+    rules = [lora_jax.Rule("kernel", rank=1)]
+    params = {"kernel": jnp.ones((3, 2))}
+    _, one = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig(rules))
+    with pytest.raises(ValueError, match=r"'kernel' does not fit the kernel \(5, 2\): U is"):
+        lora_jax.stack([one, one], {"kernel": jnp.ones((5, 2))})
+    with pytest.raises(ValueError, match="'kernel', which params lacks"):
+        lora_jax.stack([one, one], {"other": jnp.ones((3, 2))})

@@ -59,7 +59,7 @@ def test_abstract():
 def test_adapters_of_another_base():
     frozen, adapters = build()
     del frozen["a"]
-    with pytest.raises(ValueError, match=r"adapter for 'a/kernel', but no such kernel"):
+    with pytest.raises(ValueError, match=r"adapter for 'a/kernel', which frozen lacks"):
         lora_jax.summary(frozen, adapters)
 
 

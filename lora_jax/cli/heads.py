@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint
+from lora_jax.checkpoint import MODEL_CONFIG, Checkpoint, said_in
 from lora_jax.peft_config import CONFIG
 from lora_jax.peft_files import PeftFiles
 from lora_jax.tensors import read_json
@@ -119,19 +118,8 @@ def embedding_by(name: str, *models: Checkpoint) -> str:
     if _EMBEDDING.search(module.rpartition(".")[2]):
         return "name"
     tokens = {one.info[n].shape[:1] for one in models for n in one if is_head(_module(n))}
-    for one in models:
-        path = (one.path if one.path.is_dir() else one.path.parent) / MODEL_CONFIG
-        tokens |= {(n,) for n in _vocabularies(read_json(path))} if path.is_file() else set()
+    tokens |= {(n,) for one in models for n in said_in(one.config, "vocab_size")}
     return "size" if {one.info[name].shape[:1] for one in models} & tokens else ""
-
-
-def _vocabularies(said: Any) -> Iterator[int]:
-    """The numbers of tokens that a config has, of the model and of its parts."""
-    if isinstance(said, dict):
-        if isinstance(said.get("vocab_size"), int):
-            yield said["vocab_size"]
-        for one in said.values():
-            yield from _vocabularies(one)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,32 +143,25 @@ class Model:
 
     Attributes:
       path: of its ``config.json``.
+      config: what that says; ``None`` where there is none.
       trained: the class that the adapter was trained in, or how it ends; ``None`` where the adapter
         does not say it.
       tying: whether PEFT was asked to tie what it makes of an embedding and of its head.
     """
 
     path: Path
+    config: Mapping[str, Any] | None
     trained: str | None
     tying: bool = False
 
     @classmethod
     def of(cls, base: Checkpoint, adapter: Path) -> Model:
         """The model of a base, for an adapter of PEFT."""
-        path = (base.path if base.path.is_dir() else base.path.parent) / MODEL_CONFIG
         said = read_json(adapter / CONFIG) if (adapter / CONFIG).exists() else {}
         auto = said.get("auto_mapping")
         name = auto.get("base_model_class") if isinstance(auto, dict) else None
         trained = name if isinstance(name, str) else CLASSES.get(str(said.get("task_type")))
-        return cls(path, trained, said.get("ensure_weight_tying") is True)
-
-    @functools.cached_property
-    def config(self) -> Mapping[str, Any] | None:
-        """What the config says; ``None`` where there is none."""
-        config = read_json(self.path) if self.path.exists() else None
-        if config is not None and not isinstance(config, dict):
-            raise ValueError(f"{self.path} is no JSON object.")
-        return config
+        return cls(base.config_file, base.config, trained, said.get("ensure_weight_tying") is True)
 
     @property
     def architecture(self) -> str | None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from lora_jax.checkpoint import Checkpoint
+from lora_jax.checkpoint import Checkpoint, said_in
 from lora_jax.names import CONV1D_LAYERS
 from lora_jax.peft_config import PeftConfig
 from lora_jax.peft_files import PeftFiles
-from lora_jax.tensors import read_json
 from lora_jax.torch_layout import output_axis
 
 # Types of transformers' models, or the packages that they are in, which call layers as
@@ -159,17 +157,7 @@ def kinds_of(types: Iterable[str], layer: str) -> set[str]:
 
 def model_types(base: Checkpoint) -> frozenset[str]:
     """The types of the model, and of those in it, by the ``config.json`` beside its files."""
-    folder = base.path if base.path.is_dir() else base.path.parent
-    file = folder / "config.json"
-    return frozenset(_types_in(read_json(file))) if file.is_file() else frozenset()
-
-
-def _types_in(said: Any) -> Iterator[str]:
-    if isinstance(said, dict):
-        if isinstance(said.get("model_type"), str):
-            yield said["model_type"]
-        for one in said.values():
-            yield from _types_in(one)
+    return frozenset(one for one in said_in(base.config, "model_type") if isinstance(one, str))
 
 
 def _bias(name: str) -> str:
