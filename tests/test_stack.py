@@ -234,7 +234,7 @@ ERRORS = {
         [one("layers_0/kernel"), one("layers_2/kernel", variant="dora")],
         OTHER,
         ValueError,
-        r"'layers_2/kernel', which params lacks\. .*Nearest paths: layers_0/kernel",
+        r"'layers_0/kernel' does not fit the kernel .* Was it made for another model",
     ),
 }
 
