@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
 from lora_jax import Adapter, Shift, Whole
+from lora_jax.checkpoint import Checkpoint
+from lora_jax.cli.__main__ import main
 from lora_jax.tensors import Tensors
 
 
@@ -430,3 +433,81 @@ def test_an_optimizer_for_each_is_for_a_stack():
     for one in (TREES["lora"], {"kernel": square}, {"bias": np.float32(1)}):
         with pytest.raises(ValueError, match=r"each_adapter is for stacked .*lora_jax.stack\("):
             each(Case(adapters=one), None)
+
+
+# --- the commands, which take files ---
+
+
+def in_file(**leaves):
+    return flatten_dict(changed(PARAMS, **leaves), sep="/")
+
+
+FILES = {
+    "base": in_file(),
+    "int8": in_file(dense_kernel=CODES.astype(np.int8)),
+    "uint8": in_file(head_kernel=np.ones((4, 2), np.uint8)),
+    "shapes": in_file(dense_kernel=array(3, 5)),
+    "paths": in_file(dense_kernel=None, other_kernel=array(3, 4)),
+    "NaN": in_file(dense_kernel=array(3, 4) * np.nan),
+}
+NO_ADAPTER = ["no adapters in", "base"]
+# What is called, and what is said; the other arguments are files and folders of these names.
+COMMANDS = [
+    ("merge lora int8 out", ["'dense/kernel' is int8", "floating point"]),
+    ("merge dora int8 out", ["'dense/kernel' is int8", "floating point"]),
+    ("merge lora uint8 out", ["'head/kernel' is uint8", "floating point"]),
+    ("merge lora shapes out", ["'dense/kernel' does not fit the kernel (3, 5)", "another model"]),
+    ("merge lora paths out", ["'dense", "Nearest: ", "other/kernel"]),
+    ("merge dora NaN out", ["'dense/kernel' has NaN"]),
+    ("merge untied base out", ["'dense/kernel' has tied='untie'"]),
+    ("merge base lora out", NO_ADAPTER),
+    ("verify base", NO_ADAPTER),
+    ("verify verified --base int8", ["'dense/kernel'"]),
+    ("verify verified --base shapes", ["'dense/kernel'"]),
+    ("verify verified --base paths", ["'dense/kernel'"]),
+    ("verify verified --base NaN", ["'dense/kernel'", "NaN"]),
+    ("verify lora --base base", ["no hashes of its base"]),
+    ("inspect base", NO_ADAPTER),
+    ("convert base out", NO_ADAPTER),
+    ("diff base lora", NO_ADAPTER),
+    ("diff lora base", NO_ADAPTER),
+    ("diff lora dora", ["dense/kernel"]),
+    ("diff lora untied", ["dense/kernel", "untied"]),
+    ("extract int8 base out --rank 1", ["'dense/kernel'", "--allow-rest"]),
+    ("extract base int8 out --rank 1", ["'dense/kernel'", "--allow-rest"]),
+    ("extract shapes base out --rank 1", ["'dense/kernel'", "--match and --allow-rest"]),
+    ("extract paths base out --rank 1", ["'dense/kernel'", "--match"]),
+    ("extract NaN base out --rank 1", ["'dense/kernel' has NaN"]),
+    ("extract base NaN out --rank 1", ["'dense/kernel' has NaN"]),
+    ("extract lora base out --rank 1", ["'dense/kernel.U'"]),
+]
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    for name, arrays in FILES.items():
+        safetensors.numpy.save_file(arrays, tmp_path / name)
+    for name, adapters in {**TREES, "untied": UNTIED}.items():
+        lora_jax.save(tmp_path / name, adapters)
+    lora_jax.save(tmp_path / "verified", TREES["lora"], frozen=FROZEN)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(line):
+        words = [str(tmp_path / x) if x[0] != "-" and not x.isdigit() else x for x in line.split()]
+        monkeypatch.setattr("sys.argv", ["lora-jax", line.split()[0], *words[1:]])
+        try:
+            code = main()
+        except SystemExit as exit_:
+            code = exit_.code
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    for line, message in COMMANDS:
+        code, said = call(line)
+        assert code not in (0, None), (line, said)
+        assert not [part for part in message if part not in said], (line, said)
+        assert not (tmp_path / "out").exists(), line
+    for line in ("merge lora base out", "verify verified --base base", "diff lora lora"):
+        assert call(line)[0] == 0
+    merged = Checkpoint(tmp_path / "out")
+    expected = lora_jax.lora_merge(FROZEN, TREES["lora"])
+    assert np.allclose(merged["dense/kernel"], expected["dense"]["kernel"], atol=1e-6)

@@ -309,7 +309,10 @@ def extract(
             rest.append(name)
             continue
         if new.info[name].shape != old.info[name].shape:
-            raise ValueError(f"{name!r} is {old.info[name].shape} and {new.info[name].shape}.")
+            raise ValueError(
+                f"{name!r} is {old.info[name].shape} in {base}, and {new.info[name].shape} in "
+                f"{tuned}: leave it out by --match and --allow-rest."
+            )
         delta = new[name].astype(np.float32) - old[name].astype(np.float32)
         if not delta.any():
             continue
