@@ -130,9 +130,10 @@ def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayT
     """
     base = base_of(frozen)
     out = flatten(adapters, "adapters")
-    for key, node in nodes_of(adapters, base=base).items():
-        if isinstance(node, Adapter | Shift):
-            check_node(key, node, base, node.count if isinstance(node, Adapter) else None)
+    nodes = nodes_of(adapters, base=base)
+    count = next((node.count for node in nodes.values() if isinstance(node, Adapter)), None)
+    for key, node in nodes.items():
+        check_node(key, node, base, count)
         if isinstance(node, Adapter) and node.variant == "dora":
             out[key] = _frozen(jnp.asarray(unbox(base[key])), node)
     return unflatten(out, adapters)

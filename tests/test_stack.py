@@ -296,3 +296,6 @@ def test_parameters_of_another_model():
         lora_jax.stack([one, one], {"kernel": jnp.ones((5, 2))})
     with pytest.raises(ValueError, match="'kernel', which params lacks"):
         lora_jax.stack([one, one], {"other": jnp.ones((3, 2))})
+    adapters = {**one, "bias": jnp.ones(2)}
+    with pytest.raises(ValueError, match="'bias' was trained whole as"):
+        lora_jax.freeze_norm({**params, "bias": jnp.ones(3)}, adapters)
