@@ -26,7 +26,7 @@ help:
 	@echo "make test-oldest  what leans on jax and flax, with the oldest versions that are supported"
 	@echo "make test-newest  the tests on the newest Python, with its newest jax and flax (NEWEST_PYTHON=python3.13)"
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
-	@echo "make lint      ruff, its formatter, and mypy"
+	@echo "make lint      ruff, its formatter, mypy, and import-linter"
 	@echo "make notebook  run the notebooks"
 	@echo "make guard     count what a step costs, and compare with what it did"
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
@@ -54,16 +54,18 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
-NOT_OLDEST = fuzz cli smollm2 serve benchmarks benchmarks_gpu resume export peft rounding examples mixed hints entry_points config
+NOT_OLDEST = cli peft trees/test_rounding.py linen/test_mixed.py core/test_hints.py core/test_config.py \
+	test_fuzz.py test_smollm2.py test_serve.py test_benchmarks.py test_benchmarks_gpu.py test_resume.py \
+	test_examples.py test_entry_points.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
 VARIANTS = not rslora and not detached and not -lora]
 test-oldest: $(OLDEST_VENV)/.oldest
-	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/test_%.py) -k "$(VARIANTS)"
+	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/%) -k "$(VARIANTS)"
 
 # Without what neither jax nor Python can break unseen by `make test`.
-NOT_NEWEST = fuzz smollm2 benchmarks benchmarks_gpu rounding
+NOT_NEWEST = trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py
 test-newest: $(NEWEST_VENV)/.newest
-	$(NEWEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_NEWEST:%=--ignore tests/test_%.py) -k "$(VARIANTS)"
+	$(NEWEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_NEWEST:%=--ignore tests/%) -k "$(VARIANTS)"
 
 interop: $(INTEROP_VENV)/.interop
 	$(INTEROP_VENV)/bin/python -m pytest -m interop --numprocesses 2 tests/interop
@@ -72,6 +74,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -26,7 +26,7 @@ import tyro
 
 import lora_jax
 from examples import data, finetune, minilm
-from lora_jax.variants import VARIANTS
+from lora_jax.core._variants import VARIANTS
 
 STARTS: dict[str, dict[str, Any]] = {
     "U = 0, std 1/sqrt(r)": {"zero": "U", "std": 8**-0.5},

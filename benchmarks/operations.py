@@ -24,9 +24,9 @@ import tyro
 
 from benchmarks import cases, models, stats
 from benchmarks.cases import CASES, Case
-from lora_jax.adapter import Adapter
-from lora_jax.equation import Equation
-from lora_jax.product import adapted_einsum, factors_of, normalized
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._equation import Equation
+from lora_jax.core._product import adapted_einsum, factors_of, normalized
 
 Shapes = Sequence[tuple[int, ...]]
 PYTORCH = ", PyTorch"

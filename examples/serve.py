@@ -22,7 +22,7 @@ import lora_jax
 from examples import chat, generate, smollm2
 from examples.assets import MissingAsset
 from examples.styles_finetune import SAMPLES
-from lora_jax.pool import Lease
+from lora_jax.many._pool import Lease
 
 
 @dataclasses.dataclass(frozen=True)

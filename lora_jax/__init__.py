@@ -16,26 +16,25 @@ files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every
 """
 
 from lora_jax import peft
-from lora_jax.adapter import Adapter, Shift, Whole
-from lora_jax.approximation import Approximation, ApproximationReport
-from lora_jax.arithmetic import combine, compress
-from lora_jax.axes import KernelAxes, ModelAxes
-from lora_jax.config import LoraConfig, Rule
-from lora_jax.discover import kernel_axes
-from lora_jax.export import export
-from lora_jax.init_model import lora_init_model
-from lora_jax.kernel import AdaptedKernel
-from lora_jax.linen import lora_apply
-from lora_jax.optimizer import each_adapter
-from lora_jax.pool import AdapterPool
-from lora_jax.registry import register
-from lora_jax.rounding import Rounding, RoundingReport
-from lora_jax.stack import freeze_norm, stack
-from lora_jax.store import load, save
-from lora_jax.summary import Summary, summary
-from lora_jax.tree import lora_init, lora_merge, rounding
-
-__version__ = "0.1.0"
+from lora_jax._version import __version__ as __version__
+from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
+from lora_jax.arithmetic._combine import combine, compress
+from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._axes import KernelAxes, ModelAxes
+from lora_jax.core._config import LoraConfig, Rule
+from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.files._store import load, save
+from lora_jax.linen._apply import lora_apply
+from lora_jax.linen._discover import kernel_axes
+from lora_jax.linen._init_model import lora_init_model
+from lora_jax.linen._registry import register
+from lora_jax.many._optimizer import each_adapter
+from lora_jax.many._pool import AdapterPool
+from lora_jax.many._stack import freeze_norm, stack
+from lora_jax.peft._export import export
+from lora_jax.trees._rounding import Rounding, RoundingReport
+from lora_jax.trees._summary import Summary, summary
+from lora_jax.trees._tree import lora_init, lora_merge, rounding
 
 __all__ = [
     "AdaptedKernel",
@@ -70,3 +69,7 @@ __all__ = [
     "stack",
     "summary",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__version__"])

@@ -14,8 +14,9 @@ from helpers import random_like, random_variables, relative_error
 from jax.extend.core import Literal, Primitive
 
 import lora_jax
-from lora_jax import LoraConfig, Rule, compat
-from lora_jax.liveness import live_inputs
+from lora_jax import LoraConfig, Rule
+from lora_jax import _compat as compat
+from lora_jax.tracing._liveness import live_inputs
 
 KEY = jax.random.key(0)
 X = random_like(jnp.zeros((4, zoo.WIDTH)), seed=1, scale=1.0)
@@ -155,7 +156,7 @@ class Residual(nn.Module):
 def test_without_marks_it_is_asked_which_layers_are_heads(monkeypatch):
     variables = random_variables(Residual(), X)
     assert lora_jax.kernel_axes(Residual(), variables, X).unsure == set()
-    monkeypatch.setattr("lora_jax.liveness.mark_of", lambda eqn: None)
+    monkeypatch.setattr("lora_jax.tracing._liveness.mark_of", lambda eqn: None)
     axes = lora_jax.kernel_axes(Residual(), variables, X)
     assert (axes.heads, axes.unsure) == (set(), {"first/kernel", "second/kernel"})
 

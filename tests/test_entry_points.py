@@ -19,9 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
 from lora_jax import Adapter, Shift, Whole
-from lora_jax.checkpoint import Checkpoint
 from lora_jax.cli.__main__ import main
-from lora_jax.tensors import Tensors
+from lora_jax.files._checkpoint import Checkpoint
+from lora_jax.files._tensors import Tensors
 
 
 class Net(nn.Module):
@@ -107,7 +107,7 @@ def save(case, tmp):
 
 def save_alone(case, tmp):
     lora_jax.save(tmp / "a", case.adapters)
-    return lora_jax.store.read(tmp / "a").adapters
+    return lora_jax.files._store.read(tmp / "a").adapters
 
 
 def load(case, tmp):

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax import store
-from lora_jax.peft_config import read_config
-from lora_jax.tensors import Tensors
+from lora_jax.files import _store as store
+from lora_jax.files._tensors import Tensors
+from lora_jax.peft._config import read_config
 
 # What reading may raise. Anything else, or no end, is a failure.
 REFUSED = (ValueError, FileNotFoundError)

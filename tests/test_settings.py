@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import zoo
 from helpers import random_like, relative_error
-from test_mixed import KERNELS, NO_ROWS
+from zoo import KERNELS, NO_ROWS
 
 import lora_jax
 

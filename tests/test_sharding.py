@@ -18,8 +18,8 @@ import zoo
 from helpers import random_like, random_variables, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_mixed import KERNELS, NO_ROWS
-from test_models import Decoder
+from models import Decoder
+from zoo import KERNELS, NO_ROWS
 
 import lora_jax
 

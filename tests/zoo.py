@@ -454,3 +454,20 @@ CASES = {
         },
     ),
 }
+
+# Every kernel of them.
+KERNELS = r"(.*/)?(kernel|embedding)"
+# Where the rows of the batch are not the first axis of every layer's input.
+NO_ROWS = {
+    "vmap, axis 0",
+    "vmap, axis 1",
+    "vmap, shared",
+    "no batch",
+    "DenseGeneral, batch axes",
+    "Einsum at call, stacked",
+    "Conv, no batch",
+    "ConvTranspose, no batch, bfloat16",
+    "every layer, vmap, axis -1",
+    "every layer, scan, axis 1, remat",
+    "every layer, jit",
+}

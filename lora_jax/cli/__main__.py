@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from lora_jax import __version__
+from lora_jax._version import __version__
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     try:
         import tyro
 
-        from lora_jax.cli import commands
+        from lora_jax.cli import _commands as commands
     except ImportError as error:
         sys.exit(f"lora-jax needs {error.name}, which is not installed: pip install rich tyro")
     if sys.argv[1:] == ["--version"]:

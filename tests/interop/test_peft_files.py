@@ -14,9 +14,9 @@ from helpers import random_like, random_variables, relative_error
 
 import lora_jax
 from examples import minilm
-from lora_jax.cli import commands
-from lora_jax.peft_config import DEFAULTS
-from lora_jax.tensors import Tensors, encode
+from lora_jax.cli import _commands as commands
+from lora_jax.files._tensors import Tensors, encode
+from lora_jax.peft._config import DEFAULTS
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -1,0 +1,331 @@
+"""What the library leans on although nobody promises it.
+
+JAX and Flax may change any of this in any version. So it is read here and nowhere else: each part
+with its reason, and with what comes of it where it is gone, which is an error, a refusal, or an
+answer that is right and says less. ``tests/test_compat.py`` takes each part away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import chex
+import flax
+import flax.core.scope
+import flax.linen as nn
+import jax
+import jax.extend.core
+
+# --- arrays without a value ---
+
+
+def is_traced(x: Any) -> bool:
+    """Whether an array has no value yet, as inside ``jax.jit``.
+
+    Why: a value that is known is checked, and one that is not cannot be.
+    Gone: an array without a value is one that cannot say where it is.
+    """
+    if tracer := getattr(jax.core, "Tracer", None):
+        return isinstance(x, tracer)
+    try:
+        return isinstance(x, jax.Array) and not x.devices()
+    except jax.errors.ConcretizationTypeError:
+        return True
+
+
+# --- a barrier ---
+
+
+def defined_barrier() -> Callable[[chex.Array], chex.Array]:
+    """A ``jax.lax.optimization_barrier`` that is not there under ``jax.vmap``.
+
+    Why: XLA's compiler for CPUs fails a check of its own, and with it the process, on some batched
+    matrix products behind a barrier: it leaves an operand in a layout that it has no code for. What
+    JAX has in public for another meaning under ``vmap`` cannot be differentiated in reverse.
+    Gone: there is no barrier. On CPUs the gradient of ``U`` takes longer, and is the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def has_one(function):
+      ...     return "optimization_barrier" in jax.jit(function).lower(jnp.ones((2, 3))).as_text()
+      >>> has_one(barrier), has_one(jax.vmap(barrier))
+      (True, False)
+    """
+    try:
+        from jax.interpreters import ad, batching, mlir
+
+        p = jax.extend.core.Primitive("lora_jax_barrier")
+        p.def_impl(jax.lax.optimization_barrier)
+        p.def_abstract_eval(lambda x: x)
+        ad.deflinear2(p, lambda cotangent, _: [p.bind(cotangent)])
+        batching.primitive_batchers[p] = lambda args, axes: (args[0], axes[0])
+        lowering = mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+        mlir.register_lowering(p, lowering)
+    except (AttributeError, ImportError, TypeError):
+        return lambda x: x
+    return p.bind
+
+
+barrier = defined_barrier()
+
+# --- what jax.make_jaxpr gives ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """One of these functions is called, and what it gives is the result.
+
+    Attributes:
+      functions: their jaxprs.
+      deciding: how many inputs say which; the others are those of the functions.
+    """
+
+    functions: Sequence[Any]
+    deciding: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """``(consts of test, consts of body, carry, xs) -> (carry, ys)``.
+
+    Attributes:
+      body: a jaxpr, ``(consts, carry, x) -> (carry, y)``.
+      consts: how many.
+      carry: how many.
+      test: a jaxpr, ``(consts, carry) -> goes on``, of a loop that has one.
+    """
+
+    body: Any
+    consts: int
+    carry: int
+    test: Any = None
+
+
+def written(eqn: Any) -> Branches | Loop | None:
+    """What an equation of a jaxpr does with the functions in it; ``None`` where that is not known.
+
+    Why: ``kernel_axes`` must see through loops, branches and calls which parameters a model reads.
+    How they are written down changes: jax 0.11 did it for ``scan``. Each is known by its name, and
+    its functions must take and give just the types that they would if it were as it is known here.
+    Gone: ``None``, and every input counts as used (:func:`lora_jax.tracing._liveness.live_inputs`).
+    """
+    know = _KNOWN.get(eqn.primitive.name)
+    return know(eqn) if know else None
+
+
+def is_jit(eqn: Any) -> bool:
+    """Whether an equation of a jaxpr is a function under ``jax.jit``.
+
+    Why: a layer that ``nn.jit`` has in its cache is not called again, and its use is seen there.
+    Gone: only what the result depends on counts as used.
+    """
+    return eqn.primitive.name in ("jit", "pjit")
+
+
+def mark_of(eqn: Any) -> str | None:
+    """The name that ``jax.ad_checkpoint.checkpoint_name`` has given what an equation computes.
+
+    Why: what goes into a product is found by it, also in loops, to know which layers are last.
+    Gone: ``None``, and it is not known which layers are output heads.
+    """
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return name if isinstance(name, str) else None
+
+
+def is_literal(v: Any) -> bool:
+    """Whether an input in a jaxpr is a number that is written there."""
+    return isinstance(v, jax.extend.core.Literal)
+
+
+def only_converts(function: Callable[..., Any], *operands: Any) -> bool:
+    """Whether a function of arrays does nothing to them but convert their dtypes.
+
+    Why: a layer's own ``promote_dtype`` may compute with something else than the kernel.
+    Gone: ``False``, and the kernel is refused.
+    """
+    eqns = jax.make_jaxpr(function)(*operands).jaxpr.eqns
+    return all(eqn.primitive.name == "convert_element_type" for eqn in eqns)
+
+
+def _call(eqn: Any) -> Branches | None:
+    """One function, of all inputs, that gives all outputs."""
+    called = _functions(eqn.params.values())
+    # No types, as those inside shard_map are of one device.
+    return Branches(called) if len(called) == 1 and _sizes(called[0]) == _sizes(eqn) else None
+
+
+def _cond(eqn: Any) -> Branches | None:
+    """``index, operands -> results``, each branch from the operands to the results."""
+    branches = _functions(eqn.params.get("branches") or ())
+    takes, gives = _types(eqn.invars[1:]), _types(eqn.outvars)
+    fit = branches and all(_runs(branch, takes, gives) for branch in branches)
+    return Branches(branches, deciding=1) if fit else None
+
+
+def _scan(eqn: Any) -> Loop | None:
+    """``consts, carry, xs -> carry, ys``: the body has an axis less of ``xs`` and of ``ys``."""
+    called = _functions(eqn.params.values())
+    if len(called) != 1 or _sizes(called[0]) != _sizes(eqn):
+        return None
+    body = called[0]
+    carry = _alike(_types(body.outvars), _types(eqn.outvars))
+    kept = _alike(_types(body.invars), _types(eqn.invars))
+    consts = kept - carry
+    takes = _types(eqn.invars[:kept]) + _sliced(eqn.invars[kept:])
+    gives = _types(eqn.outvars[:carry]) + _sliced(eqn.outvars[carry:])
+    if consts < 0 or not _runs(body, takes, gives) or takes[consts:kept] != gives[:carry]:
+        return None
+    return Loop(body, consts, carry)
+
+
+def _while(eqn: Any) -> Loop | None:
+    """``consts of the condition, consts of the body, carry -> carry``."""
+    called = _functions(eqn.params.get(name) for name in ("cond_jaxpr", "body_jaxpr"))
+    if len(called) != 2:
+        return None
+    cond, body = called
+    carry = _types(eqn.outvars)
+    of_cond, of_body = (len(one.invars) - len(carry) for one in called)
+    if (
+        min(of_cond, of_body) < 0
+        or _types(cond.invars) != _types(eqn.invars[:of_cond]) + carry
+        or not _runs(body, _types(eqn.invars[of_cond:]), carry)
+    ):
+        return None
+    return Loop(body, of_body, len(carry), test=cond)
+
+
+# What only calls a function, in any version of jax that is supported.
+_CALLS = (
+    "jit pjit call closed_call core_call remat remat2 checkpoint compute_on xla_metadata_call "
+    "custom_jvp_call custom_vjp_call custom_vmap_call custom_dce_call shard_map"
+)
+_KNOWN: dict[str, Callable[[Any], Branches | Loop | None]] = {
+    **dict.fromkeys(_CALLS.split(), _call),
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+}
+
+
+def _functions(values: Iterable[Any]) -> list[Any]:
+    """The jaxprs in parameters of an equation."""
+    # With constants, which a closed one has, or without.
+    return [one for value in values if hasattr(one := getattr(value, "jaxpr", value), "eqns")]
+
+
+def _runs(function: Any, takes: list[Any], gives: list[Any]) -> bool:
+    return (_types(function.invars), _types(function.outvars)) == (takes, gives)
+
+
+def _sizes(eqn: Any) -> tuple[int, int]:
+    return len(eqn.invars), len(eqn.outvars)
+
+
+def _types(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
+    avals = (v.aval for v in variables)
+    return [(getattr(aval, "shape", None), getattr(aval, "dtype", None)) for aval in avals]
+
+
+def _sliced(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
+    return [(shape[1:] if shape else None, dtype) for shape, dtype in _types(variables)]
+
+
+def _alike(a: Sequence[Any], b: Sequence[Any]) -> int:
+    return sum(x == y for x, y in zip(a, b, strict=True))
+
+
+# --- Flax's scopes ---
+
+
+class Maps:
+    """Whether ``nn.map_variables`` is around a module, in one call of a model.
+
+    Why: it would map adapters as it maps kernels. Flax says what is around a scope in its
+    ``debug_path`` only, as in ``("block", "map_variables(dense)")``.
+    Gone: it may be around everything, where Flax does not say it of a probe that has it around.
+    """
+
+    @functools.cached_property
+    def _is_said(self) -> bool:
+        inside: list[nn.Module] = []
+        _MAPPED_PROBE(inside.append, parent=None).apply({})
+        return any(map(_says_mapped, inside))
+
+    def may_be_of_params(self, module: nn.Module) -> bool:
+        """Whether the parameters that a module sees may have gone through it.
+
+        Which collections are mapped stands nowhere but in Flax's own call of the map, further up.
+        Gone: every map is one of parameters.
+        """
+        is_around = not self._is_said or _says_mapped(module)
+        return is_around and not _maps_others_only()
+
+
+_MAPPED = "mapped_collections"  # what nn.map_variables calls them inside
+
+
+def _maps_others_only() -> bool:
+    found = []
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "flax.core.lift":
+            found.append(frame.f_locals.get(_MAPPED))
+        frame = frame.f_back
+    maps = [collections for collections in found if collections is not None]
+    return bool(maps) and not any(flax.core.scope.in_filter(one, "params") for one in maps)
+
+
+class Probe(nn.Module):
+    """Tells what it is while it is called, which is no call of the model."""
+
+    tell: Callable[[nn.Module], None]
+
+    def __call__(self) -> None:
+        """Tells."""
+        self.tell(self)
+
+
+_MAPPED_PROBE: Any = nn.map_variables(Probe, "params", lambda tree: tree)
+
+
+def _says_mapped(module: nn.Module) -> bool:
+    path = getattr(module.scope, "debug_path", None) or ()
+    return any("map_variables(" in str(part) for part in path)
+
+
+def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:
+    """A key of a module's own stream, which then goes on as if it had not been asked.
+
+    Why: with adapter dropout the model's own must drop what it dropped without.
+    Gone: an error.
+    """
+    counters = getattr(module.scope, "rng_counters", {})
+    before = counters.get(stream)
+    key = module.make_rng(stream)
+    if before is None or counters.get(stream) != before + 1:
+        _refuse("Scope.rng_counters", "the dropout of adapters would change that of the model")
+    counters[stream] = before
+    return key
+
+
+def _refuse(what: str, so: str) -> NoReturn:
+    raise RuntimeError(
+        f"Flax {flax.__version__} has no {what} as lora_jax knows it, so that {so}. Use a version "
+        f"of Flax that this version of lora_jax is tested with."
+    )
+
+
+# --- layers of packages, which are not imported ---
+
+# Why: a layer is known by its function, and theirs by its name, so that they need not be there.
+# Gone: the layer is unknown, and its adapter an error that names its class.
+GPT2_CONV1D = "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D.__call__"
+GEMMA_EINSUM = "gemma.gm.nn._layers.Einsum.__call__"
+GEMMA_ENCODE = "gemma.gm.nn._modules.Embedder.encode"
+GEMMA_DECODE = "gemma.gm.nn._modules.Embedder.decode"

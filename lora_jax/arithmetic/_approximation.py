@@ -1,0 +1,132 @@
+"""The nearest matrix of a lower rank, and what it leaves out.
+
+By singular values (Eckart and Young 1936), on the host, of a matrix or of a product of factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.trees._table import Report, text_table
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """How near an adapter comes to what was asked for.
+
+    Attributes:
+      rank: of the adapter; ``None`` for a leaf that is trained whole.
+      error: ``||wanted - got|| / ||wanted||`` of ``W' - W`` in the Frobenius norm, over all stacked
+        matrices; 0 where nothing is left out, which is exact but for float32's rounding.
+    """
+
+    rank: int | None
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ApproximationReport(Report[Approximation]):
+    """The rank and the error of every adapter by its path; as text, a table.
+
+    Attributes:
+      rows: the same as a dict.
+    """
+
+    @property
+    def largest(self) -> float:
+        """The largest error; 0 where there is nothing."""
+        return max((one.error for one in self.rows.values()), default=0.0)
+
+    def __str__(self) -> str:
+        """A table."""
+        body = [
+            (
+                path,
+                "whole" if one.rank is None else str(one.rank),
+                f"{one.error:.2g}" if one.error else "exact",
+            )
+            for path, one in self.rows.items()
+        ]
+        return "\n".join(text_table(("path", "rank", "relative error"), body, left=1))
+
+
+class Nearest(NamedTuple):
+    """Factors of the nearest matrix of a lower rank.
+
+    Attributes:
+      U: ``(d, r)``, with the roots of the singular values.
+      V: ``(r, k)``, likewise.
+      lost: the Frobenius norm of what is left out.
+      norm: that of what was wanted.
+    """
+
+    U: Array
+    V: Array
+    lost: float
+    norm: float
+
+    @property
+    def error(self) -> float:
+        """``||wanted - U V|| / ||wanted||``; 0 where nothing was wanted."""
+        return self.lost / self.norm if self.norm > 0 else 0.0
+
+
+def nearest(delta: Array, rank: int | None, energy: float | None) -> Nearest:
+    """The nearest matrix of a lower rank.
+
+    Args:
+      delta: ``(d, k)``.
+      rank: at most this one, and never above ``min(d, k)``; or
+      energy: the smallest that keeps this share of the squared norm.
+
+    Example:
+      >>> U, V, lost, norm = nearest(np.diag([4.0, 3.0]), 1, None)
+      >>> np.abs(U @ V).round(4).tolist(), round(lost, 4), round(norm, 4)
+      ([[4.0, 0.0], [0.0, 0.0]], 3.0, 5.0)
+    """
+    left, values, right = np.linalg.svd(np.asarray(delta, np.float32), full_matrices=False)
+    return _cut(left, values, right, rank, energy, None)
+
+
+def nearest_product(
+    U: Array, V: Array, rank: int | None, energy: float | None, norm: float | None = None
+) -> Nearest:
+    """The same of ``U V``, which is never formed: its factors' QR leaves a matrix of ``r`` columns.
+
+    Args:
+      U: ``(d, r)``.
+      V: ``(r, k)``.
+      rank: as for :func:`nearest`.
+      energy: likewise.
+      norm: that of all that was wanted, where ``U V`` is a part of it and the rest is kept.
+    """
+    Q, R = np.linalg.qr(U.astype(np.float64))
+    P, L = np.linalg.qr(V.astype(np.float64).T)
+    left, values, right = np.linalg.svd(R @ L.T, full_matrices=False)
+    return _cut(Q @ left, values, right @ P.T, rank, energy, norm)
+
+
+def _cut(
+    left: Array,
+    values: Array,
+    right: Array,
+    rank: int | None,
+    energy: float | None,
+    norm: float | None,
+) -> Nearest:
+    squares = np.square(values, dtype=np.float64)
+    total = float(squares.sum())
+    wanted = total if norm is None else norm**2
+    if rank is None:
+        assert energy is not None
+        may_lose = wanted * (1 - energy * (1 - 1e-12))
+        rank = int(np.searchsorted(np.cumsum(squares), total - may_lose)) + 1
+    rank = min(rank, len(values))
+    root = np.sqrt(values[:rank])
+    lost = float(np.sqrt(squares[rank:].sum()))
+    return Nearest(left[:, :rank] * root, root[:, None] * right[:rank], lost, float(wanted**0.5))

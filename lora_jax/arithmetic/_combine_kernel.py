@@ -1,0 +1,230 @@
+"""The adapters of one kernel as one, and the trained values of one leaf: a part of arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._compat import is_traced
+from lora_jax.arithmetic import _sums as sums
+from lora_jax.arithmetic import _task_vectors as task_vectors
+from lora_jax.arithmetic._approximation import Approximation, Nearest, nearest, nearest_product
+from lora_jax.arithmetic._sums import Sum
+from lora_jax.arithmetic._task_vectors import METHODS, RANDOM
+from lora_jax.core._adapter import Adapter, Whole
+from lora_jax.trees._paths import rebox, unbox
+from lora_jax.trees._rounding import key_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How adapters are combined.
+
+    Attributes:
+      method: of :data:`lora_jax.arithmetic._task_vectors.METHODS`.
+      density: share of the entries of each task vector that is kept; ``None`` for ``"linear"``.
+      key: for DARE.
+      rank: of the result, at most.
+      energy: instead of a rank.
+      as_lora: whether a sum with DoRAs in it becomes a LoRA.
+
+    Raises:
+      TypeError: an option of the wrong type.
+      ValueError: one that is out of range, missing, or without a use.
+    """
+
+    method: str = "linear"
+    density: float | None = None
+    key: chex.PRNGKey | None = None
+    rank: int | None = None
+    energy: float | None = None
+    as_lora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"There is no method {self.method!r}; there are {', '.join(METHODS)}.")
+        _check_type("rank", self.rank, numbers.Integral)
+        _check_type("energy", self.energy, numbers.Real)
+        _check_type("density", self.density, numbers.Real)
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("rank= and energy= exclude each other: pass one of the two.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+        for name in ("energy", "density"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}.")
+        if self.linear and self.density is not None:
+            raise ValueError(
+                f"method='linear' keeps every entry, so that density={self.density} has no use: "
+                f"leave it out, or choose another method."
+            )
+        if not self.linear and self.density is None:
+            raise ValueError(
+                f"method={self.method!r} needs density=, the share of entries to keep."
+            )
+        if self.method in RANDOM and self.key is None:
+            raise ValueError(f"method={self.method!r} drops entries at random: pass key=.")
+        if self.method not in RANDOM and self.key is not None:
+            raise ValueError(f"method={self.method!r} has nothing random: leave out key=.")
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a weighted sum."""
+        return self.method == "linear"
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is left out; else the host computes."""
+        return self.linear and self.rank is None and self.energy is None
+
+    def keys(self, path: str, which: Sequence[int], index: int = 0) -> list[chex.PRNGKey] | None:
+        """A key for each adapter, for one of the stacked matrices of a path."""
+        if self.key is None:
+            return None
+        one = jax.random.fold_in(key_for(self.key, path), index)
+        return [jax.random.fold_in(one, i) for i in which]
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        what = "an int" if kind is numbers.Integral else "a number"
+        raise TypeError(f"{name} must be {what}, got {value!r}.")
+
+
+def combine_kernel(
+    path: str, found: dict[int, Adapter], weights: Sequence[Any], W: chex.Array | None, plan: Plan
+) -> tuple[Adapter, Approximation]:
+    """The adapters of one kernel as one.
+
+    Args:
+      path: of the kernel.
+      found: its adapters, by their place among all.
+      weights: a number for each of these.
+      W: ``(*stack, d, k)`` in float32; ``None`` where all are LoRA.
+      plan: how.
+    """
+    nodes = list(found.values())
+    if not plan.linear:
+        total, error = _merged(path, found, weights, W, plan)
+    else:
+        total, error = sums.weighted(nodes, weights, W), 0.0
+        if plan.exact:
+            total = sums.folded(total)
+        else:
+            total, error = _cut(total, W, plan)
+    variants = ("lora",) if total.c is None else ("dora", "scaled")
+    alike = [node for variant in variants for node in nodes if node.variant == variant]
+    combined = sums.as_adapter(total, W, (alike or nodes)[0])
+    return combined, Approximation(combined.rank, error)
+
+
+def combine_whole(
+    path: str,
+    found: dict[int, Any],
+    weights: Sequence[Any],
+    leaf: Any,
+    complete: bool,
+    plan: Plan,
+) -> Any:
+    """One leaf that is trained whole: its base, and the combined changes.
+
+    Args:
+      path: of the leaf.
+      found: its trained values, by their place among all adapters.
+      weights: a number for each of these.
+      leaf: its base, or ``None`` where that is not known.
+      complete: whether all adapters have it.
+      plan: how.
+
+    Raises:
+      ValueError: the base is needed, but not known.
+    """
+    first = next(iter(found.values()))
+    values = [jnp.asarray(unbox(getattr(node, "value", node))) for node in found.values()]
+    if leaf is None:
+        known = complete and plan.linear and not is_traced(sum(weights))
+        if not (known and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
+            raise ValueError(
+                f"{path!r} is trained whole: unless method='linear', all adapters have it and the "
+                f"weights are numbers that sum to 1, its base is needed. Pass params=, all "
+                f"parameters that the adapters were trained on; the frozen tree lacks this one."
+            )
+        result = sum(w * value for w, value in zip(weights, values, strict=True))
+    else:
+        base = jnp.asarray(leaf).astype(values[0].dtype)
+        deltas = [value - base for value in values]
+        if plan.linear:
+            result = base + sum(w * delta for w, delta in zip(weights, deltas, strict=True))
+        else:
+            assert plan.density is not None
+            arrays, keys = list(map(np.asarray, deltas)), plan.keys(path, list(found))
+            result = base + task_vectors.merged(plan.method, arrays, weights, plan.density, keys)
+    result = jnp.asarray(result, values[0].dtype)
+    if isinstance(first, Whole):
+        return Whole(rebox(first.value, result), first.dtype)
+    return rebox(first, result)
+
+
+def _merged(
+    path: str, found: dict[int, Adapter], weights: Sequence[Any], W: chex.Array | None, plan: Plan
+) -> tuple[Sum, float]:
+    """Of dense task vectors, matrix by matrix, and its relative error."""
+    if plan.rank is None and plan.energy is None:
+        raise ValueError(
+            f"method={plan.method!r} makes the change of {path!r} dense: pass rank=, or energy=, "
+            f"of which 1.0 keeps all, and takes up to as many numbers as the kernel has."
+        )
+    assert plan.density is not None
+    stack = np.shape(next(iter(found.values())).U)[:-2]
+    near = []
+    for i, index in enumerate(np.ndindex(stack)):
+        deltas = []
+        for node in found.values():
+            m = None if node.m is None else node.m[index]
+            one = dataclasses.replace(node, U=node.U[index], V=node.V[index], m=m)
+            change = sums.delta(sums.weighted([one], [1.0], _at(W, index)), _at(W, index))
+            deltas.append(np.asarray(change, np.float32))
+        keys = plan.keys(path, list(found), i)
+        merged = task_vectors.merged(plan.method, deltas, weights, plan.density, keys)
+        near.append(nearest(merged, plan.rank, plan.energy))
+    return _stacked(near, stack, None)
+
+
+def _cut(total: Sum, W: chex.Array | None, plan: Plan) -> tuple[Sum, float]:
+    """A sum with a lower rank, and its relative error. A ``c`` stays, unless all becomes a LoRA."""
+    stack = np.shape(total.U)[:-2]
+    near = []
+    for index in np.ndindex(stack):
+        one = Sum(total.U[index], total.Z[index], _at(total.c, index))
+        U, Z, norm = np.asarray(one.U), np.asarray(one.Z), None
+        if one.c is not None:
+            dense = np.asarray(sums.delta(one, _at(W, index)))
+            if plan.as_lora:
+                near.append(nearest(dense, plan.rank, plan.energy))
+                continue
+            norm = float(np.linalg.norm(dense.astype(np.float64)))
+        near.append(nearest_product(U, Z, plan.rank, plan.energy, norm))
+    return _stacked(near, stack, None if plan.as_lora else total.c)
+
+
+def _at(array: Any, index: tuple[int, ...]) -> Any:
+    return None if array is None else array[index]
+
+
+def _stacked(near: list[Nearest], stack: tuple[int, ...], c: Any) -> tuple[Sum, float]:
+    """Factors of one rank, by zeros where a matrix needs less, and the error of all together."""
+    rank = max(one.U.shape[1] for one in near)
+    U = np.stack([np.pad(one.U, ((0, 0), (0, rank - one.U.shape[1]))) for one in near])
+    V = np.stack([np.pad(one.V, ((0, rank - len(one.V)), (0, 0))) for one in near])
+    lost, norm = math.hypot(*(one.lost for one in near)), math.hypot(*(one.norm for one in near))
+    total = Sum(U.reshape(*stack, *U.shape[1:]), V.reshape(*stack, *V.shape[1:]), c)
+    return total, lost / norm if norm > 0 else 0.0

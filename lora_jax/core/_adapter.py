@@ -1,0 +1,187 @@
+"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, a shift, a leaf trained whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._config import Rule, scale
+from lora_jax.core._meshes import left_to_compiler
+from lora_jax.core._variants import VARIANTS, float32_or_more
+
+
+@flax.struct.dataclass
+class Adapter:
+    """The trained arrays of one kernel, and what is static about them.
+
+    A pytree: its leaves are ``U``, ``V`` and, for DoRA, ``m``, all float32, but that ``m`` has the
+    precision of the kernel where that is more; the other fields are part of its structure, so that
+    ``jax.jit`` traces again when one of them changes.
+
+    Attributes:
+      U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, wherever the kernel has
+        its stack axes; alike below. Several adapters, as of :func:`lora_jax.stack`, have one axis
+        more in front.
+      V: ``(r, k)``, output side.
+      m: ``(k,)``, the magnitude of DoRA; ``None`` for LoRA.
+      variant: ``"lora"`` or ``"dora"``; ``"scaled"`` after :func:`lora_jax.freeze_norm`.
+      rank: ``r``.
+      alpha: numerator of the scale.
+      rslora: whether the scale is ``alpha / sqrt(r)``.
+      dropout: probability of dropping an input of the factors in training; ``None`` where several
+        adapters have several, so that it cannot be active.
+      detach_norm: whether DoRA's norm is a constant in the gradient.
+      axes: how the kernel is a matrix.
+      substitute: whether ``W'`` stands in place of the parameter itself.
+      untied: whether other readers of the parameter keep the base.
+      product: how the layer computes its product, as the rule says.
+    """
+
+    U: Any
+    V: Any
+    m: Any = None
+    variant: str = flax.struct.field(pytree_node=False, default="lora")
+    rank: int = flax.struct.field(pytree_node=False, default=1)
+    alpha: float = flax.struct.field(pytree_node=False, default=1.0)
+    rslora: bool = flax.struct.field(pytree_node=False, default=False)
+    dropout: float | None = flax.struct.field(pytree_node=False, default=0.0)
+    detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
+    axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
+    substitute: bool = flax.struct.field(pytree_node=False, default=False)
+    untied: bool = flax.struct.field(pytree_node=False, default=False)
+    product: str = flax.struct.field(pytree_node=False, default="auto")
+
+    @property
+    def scale(self) -> float:
+        """``s`` of ``W + s U V``."""
+        return scale(self.rank, self.alpha, self.rslora)
+
+    @property
+    def count(self) -> int | None:
+        """How many adapters are here, on the axis in front; ``None`` for one alone."""
+        return int(self.U.shape[0]) if self.U.ndim == self.ndim + 1 else None
+
+    @property
+    def ndim(self) -> int:
+        """How many axes ``U`` and ``V`` of one adapter have."""
+        return len(self.axes.stacks) + (self.axes.fused > 1) + 2
+
+    def shapes(self, kernel_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shapes that ``U``, ``V`` and ``m`` have for a kernel of this shape."""
+        d, k = self.axes.matrix_shape(kernel_shape)
+        stack = self.axes.stack_shape(kernel_shape)
+        shapes = {"U": (d, self.rank), "V": (self.rank, k), "m": (k,)}
+        if self.m is None:
+            del shapes["m"]
+        return {name: (*stack, *shape) for name, shape in shapes.items()}
+
+    def effective_kernel(self, kernel: chex.Array) -> chex.Array:
+        """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
+
+        def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
+            kernel = kernel.astype(float32_or_more(kernel.dtype))
+            W = self.axes.as_matrix(kernel)
+            U, V, m = jax.tree.map(lambda array: array.astype(W.dtype), (U, V, m))
+            adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
+            return self.axes.from_matrix(adapted, kernel)
+
+        whole: chex.Array = left_to_compiler(merged, kernel, self.U, self.V, self.m, like=kernel)
+        return whole
+
+
+@flax.struct.dataclass
+class Shift:
+    """What is added to a leaf that stays in the base: ``b' = b + s v``, as PEFT's ``lora_bias``.
+
+    With ``b`` the bias of an adapted layer it is ``x W + b + s ((x U) V + v)``. Kept apart from
+    ``b``, ``v`` comes back from a file and goes into one as it is, trained further or not.
+
+    Attributes:
+      value: ``v``, of the leaf's own shape, in float32.
+      scale: ``s``; of a bias, that of the adapter of its layer.
+    """
+
+    value: Any
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    def effective_kernel(self, leaf: chex.Array) -> chex.Array:
+        """``b'`` in float32."""
+        return leaf.astype(float32_or_more(leaf.dtype)) + self.scale * self.value
+
+
+@flax.struct.dataclass
+class Whole:
+    """A leaf that is trained whole, kept in float32 though the model has it in less.
+
+    An optimizer's small steps vanish in 16 bits. The leaf goes back to ``dtype`` where the model
+    uses it. A leaf that is float32 in the model stands in the tree as the plain array.
+
+    Attributes:
+      value: the leaf in float32.
+      dtype: name of the dtype that the model has it in.
+    """
+
+    value: Any
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")
+
+
+def default_std(d: int) -> float:
+    """Standard deviation of the Gaussian factor for a kernel with ``d`` inputs: ``1 / sqrt(d)``.
+
+    With ``V`` Gaussian and ``U`` at zero, all ``d`` entries of a column of ``U`` move by the
+    learning rate at once, so the larger ``V`` is, the lower is the learning rate at which
+    training breaks (Hayou et al. 2024). With this one, both orientations train alike over the
+    learning rates that papers use; ``benchmarks/learning_rates.py`` measures it.
+    """
+    return 1.0 / math.sqrt(d)
+
+
+def init_adapter(
+    key: chex.PRNGKey, kernel: chex.Array, rule: Rule, axes: KernelAxes, untied: bool = False
+) -> Adapter:
+    """An adapter that changes nothing yet.
+
+    Args:
+      key: for the Gaussian factor.
+      kernel: the kernel, stack axes included.
+      rule: rank, variant and initial values.
+      axes: how the kernel is a matrix.
+      untied: whether other readers of the kernel keep the base.
+    """
+    d, k = axes.matrix_shape(kernel.shape)
+    stack = axes.stack_shape(kernel.shape)
+    std = default_std(d) if rule.std is None else rule.std
+
+    def gaussian(shape: tuple[int, ...]) -> chex.Array:
+        return std * jax.random.normal(key, shape, jnp.float32)
+
+    shape_U, shape_V = (*stack, d, rule.rank), (*stack, rule.rank, k)
+    if rule.zero == "U":
+        U, V = jnp.zeros(shape_U, jnp.float32), gaussian(shape_V)
+    else:
+        U, V = gaussian(shape_U), jnp.zeros(shape_V, jnp.float32)
+    magnitude = VARIANTS[rule.variant].magnitude
+    m = None
+    if magnitude is not None:
+        m = magnitude(axes.as_matrix(kernel).astype(float32_or_more(kernel.dtype)))
+    return Adapter(
+        U=U,
+        V=V,
+        m=m,
+        variant=rule.variant,
+        rank=rule.rank,
+        alpha=float(rule.rank if rule.alpha is None else rule.alpha),
+        rslora=rule.rslora,
+        dropout=rule.dropout,
+        detach_norm=rule.detach_norm,
+        axes=axes,
+        substitute=rule.substitute,
+        untied=untied,
+        product=rule.product,
+    )

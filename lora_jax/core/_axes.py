@@ -1,0 +1,333 @@
+"""A kernel as a matrix: which of its axes are inputs, which are outputs, which only stack."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lora_jax.core._meshes import left_to_compiler, spec_of
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelAxes:
+    """How a kernel of any number of axes is a stack of ``(d, k)`` matrices.
+
+    Every axis of the kernel is in one of the three fields, counted from 0 and in ascending order.
+
+    Attributes:
+      inputs: axes that are contracted with the layer's input; ``d`` is the product of their sizes.
+      outputs: axes that are features of the layer's output; ``k`` is the product of their sizes.
+      stacks: axes that hold one matrix beside another: the layers of an ``nn.scan``, the experts
+        of a mixture. The arrays of an adapter have them in front.
+      fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
+        computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
+      parts: which of the fused kernels are adapted; all by default.
+      alone: of which call of the model it is known that only the kernel's layer reads it there, or
+        said what the others shall see. It has no part in equality, and is in no file.
+
+    Raises:
+      TypeError: a field that is no int, or no tuple of them.
+      ValueError: an axis that is in no field or in two, no inputs or no outputs, ``fused`` below 1,
+        parts that are not among the fused kernels, or named twice.
+
+    Example:
+      >>> axes = KernelAxes(inputs=(0,), outputs=(2, 3), stacks=(1,))
+      >>> axes.stack_shape((768, 12, 8, 64)), axes.matrix_shape((768, 12, 8, 64))
+      ((12,), (768, 512))
+      >>> axes.as_matrix(jnp.zeros((768, 12, 8, 64))).shape
+      (12, 768, 512)
+    """
+
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (1,)
+    stacks: tuple[int, ...] = ()
+    fused: int = 1
+    parts: tuple[int, ...] = ()
+    alone: str | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "outputs", "stacks", "parts"):
+            try:
+                value = tuple(map(_index, getattr(self, name)))
+            except TypeError:
+                raise TypeError(
+                    f"KernelAxes({name}=...) must be a tuple of ints, got {getattr(self, name)!r}."
+                ) from None
+            object.__setattr__(self, name, value if name == "parts" else tuple(sorted(value)))
+        try:
+            object.__setattr__(self, "fused", _index(self.fused))
+        except TypeError:
+            raise TypeError(f"KernelAxes(fused=...) must be an int, got {self.fused!r}.") from None
+        if self.fused < 1:
+            raise ValueError(f"KernelAxes(fused={self.fused}): fused must be at least 1.")
+        axes = sorted((*self.inputs, *self.outputs, *self.stacks))
+        if axes != list(range(len(axes))) or not self.inputs or not self.outputs:
+            raise ValueError(
+                f"KernelAxes(inputs={self.inputs}, outputs={self.outputs}, stacks={self.stacks}) "
+                f"must name every axis of the kernel once, counted from 0, some as inputs and some "
+                f"as outputs."
+            )
+        parts = self.parts or tuple(range(self.fused))
+        if len(set(parts)) < len(parts) or not all(0 <= part < self.fused for part in parts):
+            raise ValueError(
+                f"KernelAxes(fused={self.fused}, parts={self.parts}): parts must be some of 0 to "
+                f"{self.fused - 1}, each once."
+            )
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self.inputs) + len(self.outputs) + len(self.stacks)
+
+    def stack_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the axes in front of ``U``, ``V`` and ``m``: the stacks, and the parts."""
+        stacks = tuple(shape[axis] for axis in self.stacks)
+        return stacks if self.fused == 1 else (*stacks, len(self.parts))
+
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """``(d, k)`` of one matrix.
+
+        Raises:
+          ValueError: the outputs are not so many kernels side by side.
+        """
+        d, k = (math.prod(shape[i] for i in axes) for axes in (self.inputs, self.outputs))
+        if k % self.fused:
+            raise ValueError(
+                f"A kernel of shape {tuple(shape)} has {k} outputs, which are not {self.fused} "
+                f"kernels side by side."
+            )
+        return d, k // self.fused
+
+    def as_matrix(self, kernel: chex.Array) -> chex.Array:
+        """The adapted matrices of a kernel, ``(*stack, d, k)``."""
+
+        def matrices(kernel: chex.Array) -> chex.Array:
+            matrix = self._whole_matrix(kernel)
+            return matrix if self.fused == 1 else self._split(matrix)[..., self.parts, :, :]
+
+        # In a mesh, axes that are merged are sharded as the first of them, fused ones not at all.
+        spec = spec_of(kernel)
+        like = [spec[axis] for axis in (*self.stacks, self.inputs[0], self.outputs[0])]
+        if self.fused > 1:
+            like[-2:] = None, like[-2], None
+        adapted: chex.Array = left_to_compiler(matrices, kernel, like=PartitionSpec(*like))
+        return adapted
+
+    def from_matrix(self, matrix: chex.Array, kernel: chex.Array) -> chex.Array:
+        """The kernel, with other adapted matrices: ``as_matrix`` of it is ``matrix``."""
+        if self.fused > 1:
+            parts = self._split(self._whole_matrix(kernel)).astype(matrix.dtype)
+            parts = jnp.moveaxis(parts.at[..., self.parts, :, :].set(matrix), -3, -2)
+            matrix = jnp.reshape(parts, (*parts.shape[:-2], -1))
+        return self.as_kernel(matrix, kernel.shape)
+
+    def as_kernel(self, matrix: chex.Array, shape: Sequence[int]) -> chex.Array:
+        """A whole matrix ``(*stacks, d, k)`` in the layout of a kernel of that shape."""
+        order = (*self.stacks, *self.inputs, *self.outputs)
+        array = jnp.reshape(matrix, [shape[axis] for axis in order])
+        return jnp.moveaxis(array, range(len(order)), order)
+
+    def place(self, array: chex.Array, matrix_ndim: int) -> chex.Array:
+        """``U``, ``V`` or ``m`` with as many axes as the kernel, the stacks where it has them.
+
+        So whatever slices the kernel, at an axis counted from either end, slices it alike. Without
+        stacks nothing is sliced, and the array stays as it is.
+
+        Args:
+          array: ``(*stack, ...)``.
+          matrix_ndim: number of its axes without stacks: 2 for ``U`` and ``V``, 1 for ``m``.
+        """
+        if not self.stacks:
+            return array
+        flat = self._flat(array.shape, matrix_ndim)
+        ones = self.ndim - len(flat)
+        spec, stacks, merged = list(spec_of(array)), len(self.stacks), array.ndim - len(flat)
+        if merged:  # no axis of the merged ones stays sharded
+            spec[stacks : stacks + merged + 1] = [None]
+
+        def reshaped(array: chex.Array) -> chex.Array:
+            return jnp.reshape(array, flat + (1,) * ones)
+
+        like = PartitionSpec(*spec, *(None,) * ones)
+        array = left_to_compiler(reshaped, array, like=like)
+        return jnp.moveaxis(array, range(stacks), self.stacks)
+
+    def take(
+        self, array: chex.Array, matrix_ndim: int, shape: tuple[int, ...]
+    ) -> chex.Array | None:
+        """The inverse of :meth:`place`, if the result has this shape; else ``None``."""
+        if not self.stacks and array.shape == shape:
+            return array
+        if array.ndim < self.ndim:
+            return None
+        array = jnp.moveaxis(array, self.stacks, range(len(self.stacks)))
+        flat = self._flat(shape, matrix_ndim)
+        placed = flat + (1,) * (array.ndim - len(flat))
+        if array.shape != placed:
+            return None
+        # In two steps, as in a mesh with explicit axes a reshape does one thing at a time.
+        return jnp.reshape(jnp.reshape(array, flat), shape)
+
+    def _flat(self, shape: tuple[int, ...], matrix_ndim: int) -> tuple[int, ...]:
+        """``(*stacks, ...)`` with the parts in the first axis of the matrix."""
+        stacks, first = len(self.stacks), len(shape) - matrix_ndim + 1
+        return (*shape[:stacks], math.prod(shape[stacks:first]), *shape[first:])
+
+    def of_layers(self, ndim: int) -> Iterator[KernelAxes]:
+        """What remains in a layer that sees ``ndim`` axes, for each choice of stacks sliced off."""
+        for sliced in itertools.combinations(self.stacks, max(self.ndim - ndim, 0)):
+            kept = [axis for axis in range(self.ndim) if axis not in sliced]
+            yield dataclasses.replace(
+                self,
+                inputs=tuple(map(kept.index, self.inputs)),
+                outputs=tuple(map(kept.index, self.outputs)),
+                stacks=tuple(kept.index(axis) for axis in self.stacks if axis in kept),
+            )
+
+    def in_layer(self, layer: KernelAxes) -> KernelAxes | None:
+        """What remains in a layer that contracts these axes; ``None`` where it does not fit."""
+        return _in_layer(self, layer)
+
+    def _whole_matrix(self, kernel: chex.Array) -> chex.Array:
+        """``(*stacks, d, k)`` with all fused outputs in ``k``."""
+        order = (*self.stacks, *self.inputs, *self.outputs)
+        d, k = self.matrix_shape(kernel.shape)
+        stack = [kernel.shape[axis] for axis in self.stacks]
+        return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
+
+    def _split(self, matrix: chex.Array) -> chex.Array:
+        """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""
+        *lead, width = matrix.shape
+        return jnp.moveaxis(jnp.reshape(matrix, (*lead, self.fused, width // self.fused)), -2, -3)
+
+
+def _index(value: object) -> int:
+    """An int of any kind, but no bool."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_layer(whole: KernelAxes, layer: KernelAxes) -> KernelAxes | None:
+    for axes in whole.of_layers(layer.ndim):
+        if dataclasses.replace(axes, fused=1, parts=()) == layer:
+            return axes
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelAxes(Mapping[str, KernelAxes]):
+    """The kernels of a model that can be adapted in their layers: their paths, and their axes.
+
+    What :func:`lora_jax.kernel_axes` returns.
+
+    Attributes:
+      kernels: the axes of each kernel of a known layer, also of one that is refused.
+      layers: for each parameter of a module that was called, kernel or not, the module's class.
+      stacks: likewise, the axes that stack it.
+      refused: why a parameter of a known layer cannot be adapted in the layer.
+      read: parameters that the result depends on.
+      tied: kernels that the model also reads outside of their layer.
+      shared: kernels that several methods of their layer compute with, such as ``nn.Embed`` and its
+        ``attend``.
+      unlike: why PEFT would compute otherwise with an adapter of a convolution.
+      linear: kernels of linear layers: those that are contracted with the input in each of their
+        uses, so not embeddings and convolutions.
+      call: of the model, by :func:`lora_jax.linen._apply.name_of_call`.
+      find_heads: finds :attr:`heads` and :attr:`unsure`, when they are asked for.
+
+    Example:
+      >>> import flax.linen as nn, jax, lora_jax
+      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jnp.ones((1, 4))
+      >>> axes = lora_jax.kernel_axes(model, model.init(jax.random.key(0), x), x)
+      >>> sorted(axes.linear), sorted(axes.heads)
+      (['layers_0/kernel', 'layers_2/kernel'], ['layers_2/kernel'])
+    """
+
+    kernels: Mapping[str, KernelAxes]
+    layers: Mapping[str, str]
+    stacks: Mapping[str, tuple[int, ...]]
+    refused: Mapping[str, str]
+    read: frozenset[str]
+    tied: frozenset[str]
+    shared: frozenset[str] = frozenset()
+    unlike: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    linear: frozenset[str] = frozenset()
+    call: str | None = None
+    find_heads: Callable[[], tuple[frozenset[str], frozenset[str]]] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Kernels of output heads: a result of the model is computed behind them without another.
+
+        So a classifier is one, also with a bias, a softmax or a cap behind it, each of several
+        classifiers, and the last layer of a model that has no head. The last layers that add to a
+        residual stream are none, as the result has what was added before, too.
+
+        Raises:
+          ValueError: not known, as in a pickled copy.
+        """
+        return self._heads[0]
+
+    @property
+    def unsure(self) -> frozenset[str]:
+        """Kernels of which nobody can know whether they are output heads.
+
+        As where the model computes a loss from its logits and from others of its layers.
+
+        Raises:
+          ValueError: not known, as in a pickled copy.
+        """
+        return self._heads[1]
+
+    @functools.cached_property
+    def _heads(self) -> tuple[frozenset[str], frozenset[str]]:
+        if self.find_heads is None:
+            raise ValueError(
+                "Which layers are output heads is not known to this copy of the axes: call "
+                "lora_jax.kernel_axes anew."
+            )
+        return self.find_heads()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the function, which has the model in it."""
+        return {**vars(self), "find_heads": None}
+
+    def __getitem__(self, path: str) -> KernelAxes:
+        """The axes of the kernel at a path."""
+        if path in self.refused:
+            raise KeyError(path)
+        return self.kernels[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of the kernels."""
+        return (path for path in self.kernels if path not in self.refused)
+
+    def __len__(self) -> int:
+        """Number of kernels."""
+        return sum(1 for _ in self)
+
+    def __str__(self) -> str:
+        """One line for each kernel."""
+        width = max(map(len, self.kernels), default=0)
+        return "\n".join(
+            f"{path.ljust(width)}  inputs {axes.inputs}  outputs {axes.outputs}"
+            + (f"  stacks {axes.stacks}" if axes.stacks else "")
+            + ("  tied" if path in self.tied else "")
+            + (f"  refused, as {self.refused[path]}" if path in self.refused else "")
+            + f"  {self.layers[path]}"
+            for path, axes in self.kernels.items()
+        )

@@ -1,0 +1,335 @@
+"""A kernel as a layer's handler has it: it computes products with ``W'``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._equation import Equation
+from lora_jax.core._meshes import left_to_compiler
+from lora_jax.core._mixed import Ids, mixed_einsum, mixed_linear
+from lora_jax.core._product import Factors, Product, adapted_einsum, adapted_linear, factors_of
+
+
+class Observer(Protocol):
+    """Is told how a handler uses a kernel, when nothing is computed, as by ``kernel_axes``."""
+
+    def use(self, layer: KernelAxes, contracted: bool) -> None:
+        """The handler computes with the kernel, of which the layer sees these axes.
+
+        Contracted is a kernel that is multiplied by the input as in ``x W``, so not one that is
+        looked up, convolved, or used transposed.
+        """
+
+    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """What stands for the product with the kernel: of an input and the result."""
+
+    def refuse(self, reason: str) -> None:
+        """The handler cannot adapt the kernel."""
+
+
+class Unseen:
+    """An observer that looks away: the kernel is zeros, and no more."""
+
+    def use(self, layer: KernelAxes, contracted: bool) -> None:
+        """Does nothing."""
+
+    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """The result as it is."""
+        return y
+
+    def refuse(self, reason: str) -> None:
+        """Does nothing: the call itself refuses."""
+
+
+class AdaptedKernel:
+    """A kernel of a layer, in the hands of the layer's handler: it computes products with ``W'``.
+
+    A handler gets one for each of its kernels, adapted or not; without an adapter the products
+    are with ``W``.
+
+    Attributes:
+      value: the kernel ``W`` as it is stored.
+      dtype: its dtype.
+      ids: which of several adapters a row of the batch has, or ``None`` where there is one.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        value: chex.Array,
+        adapter: Adapter | None = None,
+        rng: chex.PRNGKey | None = None,
+        observer: Observer | None = None,
+        use: Callable[[], None] | None = None,
+        ids: Ids | None = None,
+    ) -> None:
+        self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
+        self._use, self.ids = use, ids
+        self._draws = 0
+        self.value = self._cut(value)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the stored kernel."""
+        return self.value.dtype
+
+    @property
+    def untied(self) -> bool:
+        """Whether only one use of the kernel is adapted, and the others keep the base."""
+        return self._adapter is not None and self._adapter.untied
+
+    def einsum(
+        self,
+        equation: str,
+        x: chex.Array,
+        W: chex.Array | None = None,
+        *,
+        base: Product | None = None,
+        transposed: bool = False,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> chex.Array:
+        """``jnp.einsum(equation, x, W')``.
+
+        Letters that ``W`` shares only with ``x`` are its inputs, those that it shares only with
+        the result are its outputs, and those in all three stack matrices, each with ``U`` and
+        ``V`` of its own.
+
+        Args:
+          equation: ``"x,W->y"``; ``...`` may stand in ``x`` and ``y``.
+          x: the input.
+          W: the kernel in the dtype to compute in; by default the stored one, promoted as
+            ``jnp.einsum`` would.
+          base: the layer's own product of ``x`` and ``W``, where it does more than the einsum.
+          transposed: this product is with the transposed matrix, as where an embedding gives the
+            logits: the letters that are contracted here are the *outputs* of the kernel.
+          precision: of the products.
+
+        Raises:
+          ValueError: an equation that is no product with a matrix, an adapter made for other
+            axes of the kernel.
+
+        Example:
+          >>> kernel = AdaptedKernel("w", jnp.ones((2, 3, 4)))
+          >>> kernel.einsum("btd,dhk->bthk", jnp.ones((1, 5, 2))).shape
+          (1, 5, 3, 4)
+        """
+        if W is None:
+            dtype = jnp.result_type(x, self.value)
+            x, W = x.astype(dtype), self.value.astype(dtype)
+        W = self._cut(W)
+
+        try:
+            eq = Equation.parse(equation, x.shape, W.shape)
+        except ValueError as error:
+            self.refuse(str(error))
+            own = base or functools.partial(jnp.einsum, equation, precision=precision)
+            return self._observed(x, own(x, W))
+        axes = eq.transposed_axes if transposed else eq.axes
+        factors, ids = self._factors(axes, W, contracted=not transposed)
+        if factors is None:
+            return self._observed(x, eq.product(x, W, precision) if base is None else base(x, W))
+        options: dict[str, Any] = {
+            "base": base,
+            "transposed": transposed,
+            "precision": precision,
+            "dropped_x": self._dropped(x),
+        }
+        if ids is not None:
+            return mixed_einsum(eq, x, W, factors, ids, **options)
+        return adapted_einsum(eq, x, W, factors, **options)
+
+    def linear(
+        self,
+        product: Product,
+        x: chex.Array,
+        W: chex.Array | None = None,
+        *,
+        inputs: tuple[int, ...],
+        base: Product | None = None,
+        stacks: tuple[int, ...] = (),
+        groups: int = 1,
+        batch: tuple[int, ...] | None = None,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> chex.Array:
+        """``product(x, W')`` for a product that is linear in the kernel, such as a convolution.
+
+        Args:
+          product: computes it from ``x`` and a kernel with any number of outputs; called with
+            ``W``, and with ``U`` in the kernel's layout, which has ``r`` outputs. The result's
+            last axes must be the stacks and the outputs.
+          x: the input.
+          W: the kernel in the dtype to compute in; by default the stored one, promoted with ``x``
+            where that is floating-point.
+          inputs: axes of the kernel that are contracted. One axis is left: the outputs.
+          base: the layer's own product, for ``W``; by default ``product``.
+          stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
+          groups: number of groups that the outputs are in, each with inputs of its own.
+          batch: sizes of the axes that the layer has made the first one of ``x`` from, if it has.
+          precision: of the product with ``V``, behind that with ``U``: the one of ``product``.
+
+        Raises:
+          ValueError: an adapter made for other axes of the kernel, more than one output axis.
+
+        Example:
+          >>> kernel = AdaptedKernel("embedding", jnp.ones((10, 4)))
+          >>> take = lambda ids, W: jnp.take(W, ids, axis=0)
+          >>> kernel.linear(take, jnp.array([1, 7]), inputs=(0,)).shape
+          (2, 4)
+        """
+        base = base or product
+        if W is None:
+            W = self.value
+            if jnp.issubdtype(x.dtype, jnp.inexact):
+                dtype = jnp.result_type(x, W)
+                x, W = x.astype(dtype), W.astype(dtype)
+        W = self._cut(W)
+        outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *stacks})
+        if len(outputs) != 1:
+            self.refuse(
+                f"its handler leaves {len(outputs)} axes of the kernel {W.shape} for the outputs, "
+                f"and linear() takes one; use einsum()"
+            )
+            return self._observed(x, base(x, W))
+        axes = KernelAxes(inputs, outputs, stacks)
+        factors, ids = self._factors(axes, W, contracted=False)
+        if factors is None:
+            return self._observed(x, base(x, W))
+        options: dict[str, Any] = {
+            "base": base,
+            "groups": groups,
+            "precision": precision,
+            "dropped_x": self._dropped(x),
+        }
+        if ids is not None:
+            ids = ids if batch is None else _spread(ids, batch)
+            return mixed_linear(product, x, W, factors, axes, ids, **options)
+        return adapted_linear(product, x, W, factors, axes, **options)
+
+    def check_batch(self, batch: tuple[int, ...]) -> None:
+        """Says which sizes of the input are of the batch, in a layer that mixes those behind them.
+
+        Raises:
+          ValueError: in a mixed batch positions in those have adapters of their own.
+        """
+        if self.ids is not None and len(self.ids.shape) > max(len(batch), 1):
+            raise ValueError(
+                f"Of one row adapter_ids is {self.ids.shape}, but the layer of {self._path!r} "
+                f"convolves the axes behind {batch}, so that no position in them can have an "
+                f"adapter of its own: give one number for each example."
+            )
+
+    def refuse(self, reason: str) -> None:
+        """Says that this layer cannot be adapted, in a handler that meets such a case.
+
+        Args:
+          reason: why.
+
+        Raises:
+          ValueError: if the kernel has an adapter.
+        """
+        if self._observer is not None:
+            self._observer.refuse(reason)
+        elif self._adapter is not None:
+            raise ValueError(
+                f"The kernel {self._path!r} cannot be adapted in its layer: {reason}. Give it a "
+                f"rule with substitute=True."
+            )
+
+    def _cut(self, W: chex.Array) -> chex.Array:
+        """Zeros where only the use of the kernel is observed."""
+        return W if self._observer is None else jnp.zeros_like(W)
+
+    def _observed(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        return y if self._observer is None else self._observer.product(x, y)
+
+    def _factors(
+        self, axes: KernelAxes, W: chex.Array, contracted: bool
+    ) -> tuple[Factors | None, chex.Array | None]:
+        """The factors of this layer, which must be for these axes of the kernel.
+
+        And the id, or those of the tokens, where there are several adapters: then the factors are
+        those of all of them, on an axis in front.
+        """
+        if self._observer is not None:
+            self._observer.use(axes, contracted)
+        if self._adapter is None:
+            return None, None
+        if self._use is not None:
+            self._use()
+        own = self._adapter.axes
+        layer = own.in_layer(axes)
+        if layer is not None:
+            adapter = self._sliced(layer, W)
+            ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
+            return factors_of(adapter, self._path), ids
+        raise ValueError(
+            f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
+            f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
+            f"to lora_init, or say input_axes and stack_axes in the rule."
+        )
+
+    def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
+        """The adapter in the layer, where transforms have sliced it like the kernel."""
+        assert self._adapter is not None
+        adapter = self._adapter
+        if axes != adapter.axes:
+            adapter = adapter.replace(axes=axes)  # type: ignore[attr-defined]
+        arrays = {}
+        behind = len(axes.stack_shape(W.shape))
+        for name, shape in adapter.shapes(W.shape).items():
+            if self.ids is not None:
+                shape = (*shape[:behind], self.ids.count, *shape[behind:])
+            array = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
+            if array is None:
+                raise ValueError(
+                    f"In the layer of {self._path!r} the kernel is {W.shape}, so {name} should be "
+                    f"{shape}, but a transform has left {jnp.shape(getattr(adapter, name))} of it. "
+                    f"The adapter has stack_axes={self._adapter.axes.stacks}: they must be those "
+                    f"on which nn.scan and nn.vmap stack the kernel "
+                    f"(variable_axes={{'params': ...}}). Correct them in the rule."
+                )
+            arrays[name] = array if self.ids is None else jnp.moveaxis(array, behind, 0)
+        if all(array is getattr(adapter, name) for name, array in arrays.items()):
+            return adapter
+        return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
+
+    def _dropped(self, x: chex.Array) -> chex.Array | None:
+        """The input of the factors with dropout; each product of the handler has its own mask."""
+        if self._rng is None or self._adapter is None:
+            return None
+        rate = self._adapter.dropout or 0.0
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"The adapter of {self._path!r} has dropout, but its layer looks up {x.dtype} "
+                f"numbers, which cannot be dropped. Give it a rule of its own with dropout=0."
+            )
+
+        def dropped(x: chex.Array, rng: chex.PRNGKey) -> chex.Array:
+            keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+            return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+        rng = jax.random.fold_in(self._rng, self._draws) if self._draws else self._rng
+        self._draws += 1
+        rest: chex.Array = left_to_compiler(dropped, x, rng, like=x)
+        return rest
+
+
+def _spread(ids: chex.Array, batch: tuple[int, ...]) -> chex.Array:
+    """The ids of the tokens, where more axes than those of the ids are made one."""
+    if ids.shape != batch[: ids.ndim]:
+        return ids  # which will not fit
+    ids = jnp.reshape(ids, (*ids.shape, *(1,) * (len(batch) - ids.ndim)))
+    return jnp.reshape(jnp.broadcast_to(ids, batch), -1)
+
+
+def _said(axes: KernelAxes) -> str:
+    stacks = f" and stack_axes={axes.stacks}" if axes.stacks else ""
+    return f"input_axes={axes.inputs}{stacks}"

@@ -1,0 +1,1 @@
+"""Files: tensors, checkpoints, and the folder that an adapter is saved in, without a model."""

@@ -1,0 +1,73 @@
+"""The short way: the adapters of a model, with the axes of its kernels found on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+
+from lora_jax.core._config import LoraConfig, check_config
+from lora_jax.core._hints import key_comes_first, look_first
+from lora_jax.linen._discover import kernel_axes
+from lora_jax.trees._tree import lora_init
+
+
+@look_first(key_comes_first("lora_init_model(key, model, variables, config, *args)"))
+def lora_init_model(
+    key: chex.PRNGKey,
+    model: Any,
+    variables: Mapping[str, Any],
+    config: LoraConfig,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """Splits the parameters of a model into a frozen base and the adapters to train.
+
+    It is :func:`lora_jax.lora_init` with ``axes`` from :func:`lora_jax.kernel_axes`, so that every
+    kernel of every known layer can be adapted, whatever its axes, rules may be for
+    ``"all-linear"``, and parameters that the model also reads outside of their layer are refused
+    where an adapter would change one use only. The model is evaluated abstractly, once or twice:
+    no memory, no arithmetic.
+
+    Args:
+      key: a JAX random key.
+      model: as for :func:`lora_jax.lora_apply`.
+      variables: its variables, ``{"params": params}`` and other collections that the call needs,
+        such as ``batch_stats`` and ``cache``.
+      config: which leaves are adapted and how, and which are trained whole.
+      *args: for ``model.apply``: a sample input, arrays or ``jax.ShapeDtypeStruct``.
+      **kwargs: for ``model.apply``: ``train=True``, ``rngs``, ``mutable``, ``method``. The call
+        must read every kernel that is adapted.
+
+    Returns:
+      ``(frozen, adapters)``, both nested like ``variables["params"]``; see
+      :func:`lora_jax.lora_init`.
+
+    Raises:
+      TypeError: arguments in another order, a model or a config that is none.
+      ValueError: ``variables`` without ``"params"``; and as :func:`lora_jax.lora_init`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model = nn.Sequential([nn.MultiHeadDotProductAttention(num_heads=2), nn.Dense(3)])
+      >>> x = jnp.ones((1, 5, 8))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("all-linear", rank=2, variant="dora")])
+      >>> frozen, adapters = lora_jax.lora_init_model(
+      ...     jax.random.key(1), model, variables, config, x
+      ... )
+      >>> sorted(adapters["layers_0"])  # and not the output head
+      ['key', 'out', 'query', 'value']
+      >>> lora_jax.lora_apply(model, {"params": frozen}, adapters, x).shape
+      (1, 5, 3)
+    """
+    check_config(config)
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(
+            f"The third argument is the model's variables, which have the collection 'params' and "
+            f"others beside it; got {type(variables).__name__}. Pass {{'params': params}}."
+        )
+    axes = kernel_axes(model, variables, *args, **kwargs)
+    return lora_init(key, variables["params"], config, axes=axes)

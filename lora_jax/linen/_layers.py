@@ -1,0 +1,269 @@
+"""How the layers of Flax compute with their kernels.
+
+Each handler gets the layer, its kernels, Flax's own call of it, and the arguments of the call.
+Where Flax lets the product be injected, all but the product stays Flax's: promotion of dtypes,
+bias, padding. Elsewhere the handler is the layer's method once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax._compat import only_converts
+from lora_jax.core._equation import Equation
+from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.core._variants import along
+from lora_jax.linen._registry import body, enter
+from lora_jax.trees._paths import unbox
+
+Kernels = tuple[AdaptedKernel, ...]
+Call = Callable[..., Any]
+
+
+def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
+    """``nn.Dense`` and ``nn.DenseGeneral``, through their ``dot_general``."""
+    (kernel,) = kernels
+    _check(layer, kernel)
+
+    def with_adapter(own_dot: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
+        def dot_general(x: chex.Array, W: chex.Array, dims: Any, **kwargs: Any) -> chex.Array:
+            # An injected dot_general quantizes, as a rule: it is for the base, not the factors.
+            plain = own_dot is jax.lax.dot_general and kwargs.keys() <= {"precision"}
+            return kernel.einsum(
+                _equation(x.ndim, W.ndim, dims),
+                x,
+                W,
+                base=None if plain else lambda x, W: own_dot(x, W, dims, **kwargs),
+                precision=kwargs.get("precision"),
+            )
+
+        return dot_general
+
+    with _injected(layer, "dot_general", jax.lax.dot_general, with_adapter):
+        return call(*args, **kwargs)
+
+
+def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
+    """The einsum of a ``dot_general``."""
+    (x_in, W_in), (x_stack, W_stack) = dims
+    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    x = [next(letters) for _ in range(x_ndim)]
+    shared = dict(zip((*W_in, *W_stack), (*x_in, *x_stack), strict=True))
+    W = [x[shared[i]] if i in shared else next(letters) for i in range(W_ndim)]
+    stack = [x[i] for i in x_stack]
+    free = [c for c in x if c not in W]
+    out = [c for c in W if c not in x]
+    return f"{''.join(x)},{''.join(W)}->{''.join(stack + free + out)}"
+
+
+def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
+    """``nn.Conv``, through its ``conv_general_dilated``: ``x`` convolved with ``U``; then ``V``."""
+    (kernel,) = kernels
+    _check(layer, kernel)
+    inputs = args[0] if args else kwargs["inputs"]
+    batch = _batch(kernel, inputs)
+    if not layer.shared_weights:
+        return _conv_local(layer, kernel, *args, **kwargs)
+
+    def with_adapter(own_conv: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
+        def conv(x: chex.Array, W: chex.Array, *args: Any, **kwargs: Any) -> chex.Array:
+            return kernel.linear(
+                lambda x, K: jax.lax.conv_general_dilated(x, K, *args, **kwargs),
+                x,
+                W,
+                base=lambda x, W: own_conv(x, W, *args, **kwargs),
+                inputs=tuple(range(W.ndim - 1)),
+                groups=kwargs.get("feature_group_count", 1),
+                batch=batch,
+                precision=kwargs.get("precision"),
+            )
+
+        return conv
+
+    with _injected(layer, "conv_general_dilated", jax.lax.conv_general_dilated, with_adapter):
+        return call(*args, **kwargs)
+
+
+def _batch(kernel: AdaptedKernel, inputs: chex.Array) -> tuple[int, ...]:
+    """The sizes in front of those that are convolved."""
+    batch = tuple(inputs.shape[: inputs.ndim - kernel.value.ndim + 1])
+    kernel.check_batch(batch)
+    return batch
+
+
+def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.Array:
+    """``nn.ConvLocal``: a matrix for every pixel, ``(*pixels, d, k)``."""
+    x, W, bias = _promoted(layer, kernel, inputs)
+    pixels = tuple(range(W.ndim - 2))
+    local = _bare(nn.ConvLocal, layer)
+    y = kernel.linear(local, x, W, inputs=(W.ndim - 2,), stacks=pixels, precision=layer.precision)
+    return y if bias is None else y + along(bias, y)
+
+
+def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
+    """``nn.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
+    del call
+    (kernel,) = kernels
+    _check(layer, kernel)
+    _batch(kernel, inputs)
+    x, W, bias = _promoted(layer, kernel, inputs)
+    out = W.ndim - 2 if layer.transpose_kernel else W.ndim - 1
+    contracted = tuple(axis for axis in range(W.ndim) if axis != out)
+    transposed = _bare(nn.ConvTranspose, layer, out)
+    y = kernel.linear(transposed, x, W, inputs=contracted, precision=layer.precision)
+    return y if bias is None else y + along(bias, y)
+
+
+def _einsum(
+    layer: Any, kernels: Kernels, call: Call, inputs: chex.Array, einsum_str: str | None = None
+) -> chex.Array:
+    """``nn.Einsum``."""
+    (kernel,) = kernels
+    _check(layer, kernel)
+    equation = nn.merge_param("einsum_str", layer.einsum_str, einsum_str)
+    x, W, bias = _promoted(layer, kernel, inputs)
+    try:
+        eq = Equation.parse(equation, x.shape, W.shape)
+    except ValueError as error:
+        kernel.refuse(str(error))
+        return call(inputs, einsum_str)
+
+    preferred = getattr(layer, "preferred_element_type", None)
+
+    def einsum(x: chex.Array, W: chex.Array) -> chex.Array:
+        return jnp.einsum(
+            equation, x, W, precision=layer.precision, preferred_element_type=preferred
+        )
+
+    base = None if preferred is None else einsum
+    y = kernel.einsum(equation, x, W, base=base, precision=layer.precision)
+    if bias is None:
+        return y
+    # The bias has the axes of the kernel that are left in the result, in the result's order.
+    return y + jnp.expand_dims(bias, [i for i, c in enumerate(eq.y) if c not in eq.W])
+
+
+def _embed(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
+    """``nn.Embed``: row ``i`` of ``W'`` is ``W_i + s U_i V``."""
+    del call
+    (embedding,) = kernels
+    _check(layer, embedding)
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+        raise ValueError("Input type must be an integer or unsigned integer.")
+    (W,) = layer.promote_dtype(embedding.value, dtype=layer.dtype, inexact=False)
+
+    def look_up(ids: chex.Array, W: chex.Array) -> chex.Array:
+        if layer.num_embeddings == 1:
+            return jnp.broadcast_to(W, (*ids.shape, W.shape[-1]))
+        return jnp.take(W, ids, axis=0)
+
+    return embedding.linear(look_up, inputs, W, inputs=(0,))
+
+
+def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex.Array:
+    """``nn.Embed.attend``: the product with the transposed matrix."""
+    del call
+    (embedding,) = kernels
+    _check(layer, embedding)
+    query, W = layer.promote_dtype(query, embedding.value, dtype=layer.dtype)
+    if embedding.untied:
+        return jnp.dot(query, W.T)
+    return embedding.einsum(
+        "...k,dk->...d", query, W, base=lambda q, W: jnp.dot(q, W.T), transposed=True
+    )
+
+
+assert body(nn.ConvLocal.__call__) is body(nn.Conv.__call__)
+enter(nn.Dense.__call__, "nn.Dense", "kernel", _dense)
+enter(nn.DenseGeneral.__call__, "nn.DenseGeneral", "kernel", _dense)
+enter(nn.Einsum.__call__, "nn.Einsum", "kernel", _einsum)
+enter(nn.Conv.__call__, "nn.Conv, nn.ConvLocal", "kernel", _conv)
+enter(nn.ConvTranspose.__call__, "nn.ConvTranspose", "kernel", _conv_transpose)
+enter(nn.Embed.__call__, "nn.Embed", "embedding", _embed)
+enter(nn.Embed.attend, "nn.Embed", "embedding", _attend)
+
+# --- Flax's layers, from inside and outside ---
+
+
+def _promoted(layer: Any, kernel: AdaptedKernel, x: chex.Array) -> Any:
+    """Input, kernel and bias (or ``None``) in the dtype that the layer computes in."""
+    bias = nn.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    return layer.promote_dtype(x, kernel.value, bias, dtype=layer.dtype)
+
+
+@contextlib.contextmanager
+def _injected(
+    layer: Any,
+    name: str,
+    default: Callable[..., chex.Array],
+    adapt: Callable[[Callable[..., chex.Array]], Callable[..., chex.Array]],
+) -> Iterator[None]:
+    """The layer with an adapted product, in the place where Flax lets it be injected."""
+    own_cls = getattr(layer, f"{name}_cls")
+    if own_cls is not None:
+        fields: Mapping[str, Any] = {f"{name}_cls": lambda: adapt(own_cls())}
+    else:
+        fields = {name: adapt(getattr(layer, name) or default)}
+    with _override(layer, fields):
+        yield
+
+
+@contextlib.contextmanager
+def _override(layer: nn.Module, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Sets fields of a bound module for the time of one call.
+
+    A bound module lives for one ``apply``, so nothing of this is seen outside. Python's own
+    ``object.__setattr__``, since a Flax module refuses its own.
+    """
+    before = {name: getattr(layer, name) for name in fields}
+    for name, value in fields.items():
+        object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(layer, name, value)
+
+
+def _bare(
+    cls: type[nn.Module], layer: nn.Module, out: int = -1
+) -> Callable[[chex.Array, chex.Array], chex.Array]:
+    """The product of Flax's own layer, without its bias: of an input and a kernel."""
+    fields = {
+        field.name: getattr(layer, field.name)
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in ("parent", "name")
+    }
+    fields |= {"use_bias": False, "dtype": None, "promote_dtype": nn.dtypes.promote_dtype}
+
+    def product(x: chex.Array, K: chex.Array) -> chex.Array:
+        plain = cls(**{**fields, "features": K.shape[out]}, parent=None)
+        y: chex.Array = plain.apply({"params": {"kernel": K}}, x)
+        return y
+
+    return product
+
+
+def _check(layer: Any, kernel: AdaptedKernel) -> None:
+    """Refuses a layer that computes with something else than the kernel that is stored."""
+    if getattr(layer, "mask", None) is not None:
+        kernel.refuse("its layer has a mask, and a masked U V is no product of two factors")
+    name = type(layer).__name__
+    if type(layer).param is not nn.Module.param:
+        kernel.refuse(f"{name} overrides param, and may compute with another kernel")
+    own_setup = isinstance(layer, nn.Embed) and body(type(layer).setup) is not body(nn.Embed.setup)
+    if own_setup and layer.embedding is not unbox(layer.get_variable("params", "embedding")):
+        kernel.refuse(f"{name} overrides setup, and computes with another kernel")
+    if layer.promote_dtype is not nn.dtypes.promote_dtype:
+        W = jax.ShapeDtypeStruct(kernel.value.shape, kernel.dtype)
+        operands = [W] if isinstance(layer, nn.Embed) else [W, W, W]
+        if not only_converts(lambda *a: layer.promote_dtype(*a, dtype=layer.dtype), *operands):
+            kernel.refuse("its promote_dtype does more to the kernel than to convert its dtype")

@@ -1,0 +1,13 @@
+"""Adapters to and from PEFT, the format of PyTorch's world.
+
+PEFT's ``lora_A`` is ``U`` transposed, its ``lora_B`` is ``V`` transposed, its
+``lora_magnitude_vector`` is ``m``, and its scale is not stored but follows from the config.
+
+    frozen, adapters = lora_jax.peft.load("my-adapter", params, axes=axes)
+    lora_jax.peft.save("my-adapter", frozen, adapters)
+"""
+
+from lora_jax.peft._names import FAMILIES, Name
+from lora_jax.peft._peft import load, save
+
+__all__ = ["FAMILIES", "Name", "load", "save"]

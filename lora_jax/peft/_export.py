@@ -1,0 +1,116 @@
+"""The merged model as a safetensors file, written one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._axes import KernelAxes
+from lora_jax.files._paths import named_pair
+from lora_jax.files._tensors import Info, StrPath, write_tensors
+from lora_jax.peft._names import Name, Torch, as_names
+from lora_jax.peft._torch_params import TorchParams
+from lora_jax.trees._checks import check_merges
+from lora_jax.trees._paths import unbox
+from lora_jax.trees._rounding import Rounding, RoundingReport, key_for, measure, round_to
+
+
+def export(
+    path: StrPath,
+    frozen: chex.ArrayTree,
+    adapters: chex.ArrayTree,
+    *,
+    names: str | Sequence[Name | tuple[Any, ...]] | None = None,
+    axes: Mapping[str, KernelAxes] | None = None,
+    dtype: Any = None,
+    key: chex.PRNGKey | None = None,
+) -> RoundingReport:
+    """Writes the merged model into a safetensors file, and says what rounding loses.
+
+    ``W'`` is formed in float32 and cast once, one parameter after another: no more than one merged
+    parameter is in memory beside the base. The model's other collections are not in the file.
+
+    Args:
+      path: the file, as ``"model.safetensors"``.
+      frozen: the base.
+      adapters: the adapters, trained.
+      names: the names and the layout of PyTorch, as for :func:`lora_jax.peft.load`; by default
+        those of Flax, with the paths as names.
+      axes: from :func:`lora_jax.kernel_axes`; with ``names`` needed where parameters are stacked.
+      dtype: of the floating-point parameters; by default each keeps its own.
+      key: round by chance, as for :func:`lora_jax.lora_merge`.
+
+    Returns:
+      The rounding of every parameter that was trained.
+
+    Raises:
+      ValueError: adapters that do not fit the base or cannot be merged, numbers that are not finite
+        in the new dtype, parameters that no name is for.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("dense/kernel", rank=1)])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> report = lora_jax.export(file, frozen, adapters, names="transformers")
+      >>> {name: x.shape for name, x in lora_jax.files._tensors.Tensors(file).items()}
+      {'dense.weight': (2, 3), 'dense.bias': (2,)}
+    """
+    base, found = named_pair(frozen, adapters)
+    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | Shift)}
+    for leaf_path, adapter in kernels.items():
+        check_merges(leaf_path, adapter)
+    whole = {p: node for p, node in found.items() if p not in kernels}
+    for leaf_path, leaf in base.items():
+        if not hasattr(unbox(leaf), "dtype"):
+            raise TypeError(
+                f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
+                f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
+            )
+    leaves = {p: unbox(leaf) for p, leaf in base.items()}
+    leaves |= {p: unbox(n.value if isinstance(n, Whole) else n) for p, n in whole.items()}
+    own = {p: node.dtype for p, node in whole.items() if isinstance(node, Whole)}
+
+    def dtype_of(leaf_path: str) -> np.dtype[Any]:
+        had = np.dtype(jnp.dtype(own.get(leaf_path, leaves[leaf_path].dtype)))
+        changes = dtype is not None and jnp.issubdtype(had, jnp.floating)
+        return jnp.dtype(dtype) if changes else had  # type: ignore[no-any-return]
+
+    if names is None:
+        model = TorchParams(leaves, (), None)
+        torches = {p: Torch(p, p, (), "plain") for p in leaves}
+    else:
+        model = TorchParams(leaves, as_names(names), axes)
+        torches = {torch.name: torch for p in leaves for torch in model.complete(p)}
+    rows: dict[str, Rounding] = {}
+    last: dict[str, Any] = {}  # what is stacked in one leaf is merged once
+
+    def merged(leaf_path: str) -> Any:
+        W, to = jnp.asarray(leaves[leaf_path]), dtype_of(leaf_path)
+        if leaf_path not in found:
+            return W.astype(to)
+        adapter = kernels.get(leaf_path)
+        exact = W if adapter is None else adapter.effective_kernel(W)
+        out = round_to(exact, to, None if key is None else key_for(key, leaf_path))
+        rows[leaf_path] = measure(exact, out, None if adapter is None else W.astype(to))
+        return out
+
+    def read(name: str) -> np.ndarray:
+        torch = torches[name]
+        if torch.path not in last:
+            last.clear()
+            last[torch.path] = merged(torch.path)
+        return model.from_leaf(torch, last[torch.path])
+
+    info = {n: Info(dtype_of(t.path), model.torch_shape(t)) for n, t in torches.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, info, read, {"format": "flax" if names is None else "pt"})
+    return RoundingReport({p: rows[p] for p in found})

@@ -1,0 +1,1 @@
+"""Pure functions over parameter trees: init, join, merge, resolve, summary, rounding."""

@@ -1,0 +1,154 @@
+"""What merging loses where the base has 16 bits: rounding, to nearest or by chance, and a report.
+
+An update below half a unit in the last place of ``W`` is rounded away: in bfloat16, which has eight
+bits, all that is smaller than about ``|W| / 512``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core._variants import float32_or_more
+from lora_jax.trees._table import Report, text_table
+
+MOST = 0.5  # an update of which more than this share vanishes is said to be lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What rounding does to one merged parameter.
+
+    Attributes:
+      dtype: of the merged parameter.
+      largest: the largest error of an entry, against ``W'`` in float32.
+      mean: the mean error of an entry.
+      vanished: share of the entries that the adapter changes and that come out as the base has
+        them; ``None`` for parameters that are trained whole, whose base is not kept.
+    """
+
+    dtype: str
+    largest: float
+    mean: float
+    vanished: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingReport(Report[Rounding]):
+    """The rounding of every merged parameter by its path; as text, a table.
+
+    Attributes:
+      rows: the same as a dict.
+    """
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The parameters of which most of the update vanishes."""
+        return tuple(p for p, one in self.rows.items() if (one.vanished or 0) > MOST)
+
+    def __str__(self) -> str:
+        """A table, and what to do where updates are lost."""
+        body = [
+            (
+                path,
+                one.dtype,
+                f"{one.largest:.2g}",
+                f"{one.mean:.2g}",
+                "" if one.vanished is None else f"{100 * one.vanished:.1f}",
+            )
+            for path, one in self.rows.items()
+        ]
+        lines = text_table(
+            ("path", "dtype", "largest error", "mean error", "vanished, %"), body, left=2
+        )
+        if self.lost:
+            lines.append(
+                f"Most of the update vanishes in {len(self.lost)} of {len(self)} parameters: keep "
+                f"the adapters apart, merge into a float32 base, or round by chance (key=...)."
+            )
+        return "\n".join(lines)
+
+
+def round_to(x: chex.Array, dtype: Any, key: chex.PRNGKey | None = None) -> chex.Array:
+    """An array in a dtype of less precision.
+
+    Args:
+      x: the array.
+      dtype: the dtype.
+      key: round by chance: to one of the two neighbours, so that the mean is ``x``. Without it, to
+        the nearest.
+
+    Example:
+      >>> x = jnp.full(10_000, 1.001)
+      >>> float(round_to(x, jnp.bfloat16).astype(jnp.float32).mean())
+      1.0
+      >>> round(float(round_to(x, jnp.bfloat16, jax.random.key(0)).astype(jnp.float32).mean()), 4)
+      1.001
+    """
+    near = x.astype(dtype)
+    if key is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return near
+    error = x - near.astype(x.dtype)
+    most = jnp.finfo(dtype)  # type: ignore[no-untyped-call]  # some of 8 bits have no infinity
+    toward = jnp.where(error > 0, most.max, most.min).astype(dtype)
+    other = jnp.nextafter(near, toward)
+    gap = jnp.abs(other.astype(x.dtype) - near.astype(x.dtype))
+    chance = jnp.abs(error) / gap
+    return jnp.where(jax.random.uniform(key, x.shape, x.dtype) < chance, other, near)
+
+
+def key_for(key: chex.PRNGKey, path: str) -> chex.PRNGKey:
+    """A key for every path."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def measure(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> Rounding:
+    """The rounding of one parameter.
+
+    Args:
+      exact: ``W'`` in float32.
+      rounded: ``W'`` as it comes out.
+      base: ``W``, where it is known.
+    """
+    return measure_parts([(exact, rounded, base)])
+
+
+def measure_parts(
+    parts: Iterable[tuple[chex.Array, chex.Array, chex.Array | None]],
+) -> Rounding:
+    """The rounding of one parameter of which parts of one size come one after another.
+
+    Args:
+      parts: of each, what :func:`measure` takes.
+    """
+    dtype, largest, means, vanished, changed = "", 0.0, [], 0, 0
+    known = True
+    for exact, rounded, base in parts:
+        dtype = jnp.dtype(rounded.dtype).name
+        most, mean, counts = _errors(exact, rounded, base)
+        largest = float(np.maximum(largest, most))  # NaN stays
+        means.append(float(mean))
+        if counts is None:
+            known = False
+        else:
+            vanished, changed = vanished + int(counts[0]), changed + int(counts[1])
+    share = vanished / max(changed, 1) if known else None
+    return Rounding(dtype, largest, sum(means) / len(means), share)
+
+
+@jax.jit  # so that nothing of the parameter's size is made
+def _errors(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> Any:
+    wide = float32_or_more(rounded.dtype)
+    error = jnp.abs(rounded.astype(wide) - exact)
+    counts = None
+    if base is not None:
+        changed = exact != base.astype(wide)
+        counts = jnp.sum(changed & (rounded == base)), jnp.sum(changed)
+    return jnp.max(error), jnp.mean(error), counts
