@@ -361,7 +361,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "lora": functools.partial(library, variant="lora"),
     "lora-factored": functools.partial(library, variant="lora", product="factored"),
     "lora-outer": functools.partial(library, variant="lora", product="outer"),
-    "lora-merged": functools.partial(library, variant="lora", product="merged"),
+    "lora-merged": functools.partial(library, variant="lora", product="dense"),
     "dora": functools.partial(library, variant="dora"),
     "dora-outer": functools.partial(library, variant="dora", product="outer"),
     "dora-detached": functools.partial(library, variant="dora", detach_norm=True),

@@ -101,7 +101,7 @@ def mixed(case: Case, counts: tuple[int, ...]) -> Jobs:
     for variant in ("lora", "dora"):
         for count in counts:
             stacked = lora_jax.stack(adapters(case, count, variant))
-            stacked = lora_jax.freeze_norm(params, stacked)
+            stacked = lora_jax.cache_norm(params, stacked)
             call = functools.partial(serve, params, stacked, tokens, ids_of(count))
             jobs[f"lora_jax, {variant}, {count}"] = timed(call)
     return jobs

@@ -18,7 +18,7 @@ TITLES = {
     "gemma-peft": "gemma.peft",
     "nnx-lora": "Flax NNX, `LoRALinear`",
     "lora-factored": '**lora_jax, LoRA, `product="factored"`**',
-    "lora-merged": '**lora_jax, LoRA, `product="merged"`**',
+    "lora-merged": '**lora_jax, LoRA, `product="dense"`**',
     "torch-full": "PyTorch, full fine-tuning",
     "torch-full-compiled": "PyTorch, full fine-tuning, `torch.compile`",
     "peft-lora": "PyTorch, PEFT, LoRA",

@@ -144,11 +144,11 @@ def of_merged(case: Case) -> Step:
 
 
 def of_library(case: Case, *, variant: str) -> Step:
-    """This library: `stack`, `freeze_norm`, `adapter_ids`."""
+    """This library: `stack`, `cache_norm`, `adapter_ids`."""
     params, rules = models.params(case), config(case, variant=variant)
 
     def many(count: int) -> Any:
-        return jax.jit(lora_jax.freeze_norm)(params, adapters(case, rules, params, count))
+        return jax.jit(lora_jax.cache_norm)(params, adapters(case, rules, params, count))
 
     return step(case, counts_of(case), adapted(models.make(case)), params, many)
 

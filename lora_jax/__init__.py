@@ -16,10 +16,11 @@ files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every
 """
 
 from lora_jax import peft
+from lora_jax._renamed import renamed_names
 from lora_jax._version import __version__ as __version__
 from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
 from lora_jax.arithmetic._combine import combine, compress
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.core._config import LoraConfig, Rule
 from lora_jax.core._kernel import AdaptedKernel
@@ -28,9 +29,9 @@ from lora_jax.linen._apply import lora_apply
 from lora_jax.linen._discover import kernel_axes
 from lora_jax.linen._init_model import lora_init_model
 from lora_jax.linen._registry import register
-from lora_jax.many._optimizer import each_adapter
+from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
-from lora_jax.many._stack import freeze_norm, stack
+from lora_jax.many._stack import cache_norm, stack
 from lora_jax.peft._export import export
 from lora_jax.trees._rounding import Rounding, RoundingReport
 from lora_jax.trees._summary import Summary, summary
@@ -42,20 +43,19 @@ __all__ = [
     "AdapterPool",
     "Approximation",
     "ApproximationReport",
+    "FullyTrained",
     "KernelAxes",
+    "LoraBias",
     "LoraConfig",
     "ModelAxes",
     "Rounding",
     "RoundingReport",
     "Rule",
-    "Shift",
     "Summary",
-    "Whole",
+    "cache_norm",
     "combine",
     "compress",
-    "each_adapter",
     "export",
-    "freeze_norm",
     "kernel_axes",
     "load",
     "lora_apply",
@@ -63,12 +63,23 @@ __all__ = [
     "lora_init_model",
     "lora_merge",
     "peft",
+    "per_adapter",
     "register",
     "rounding",
     "save",
     "stack",
     "summary",
 ]
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "Shift": LoraBias,
+        "Whole": FullyTrained,
+        "each_adapter": per_adapter,
+        "freeze_norm": cache_norm,
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -122,7 +122,7 @@ def test_no_input_is_lost_where_parameters_have_other_names(name):
     assert live == live_in_equation(name) or all(live)
 
 
-def test_an_unknown_loop_is_refused_and_can_be_substituted(monkeypatch):
+def test_an_unknown_loop_is_refused_and_can_be_materialized(monkeypatch):
     """As a jax that writes its scan down otherwise than all that are known would have it."""
     model, x = zoo.Scan(0), jnp.ones((2, zoo.WIDTH))
     variables = random_variables(model, x)
@@ -132,9 +132,9 @@ def test_an_unknown_loop_is_refused_and_can_be_substituted(monkeypatch):
     axes = lora_jax.kernel_axes(model, variables, x)
     assert axes.tied == set(axes) == {"blocks/up/kernel", "blocks/down/kernel"}
     pattern = "blocks/.*/kernel"
-    with pytest.raises(ValueError, match=r"'blocks/down/kernel'.*tied='substitute'"):
+    with pytest.raises(ValueError, match=r"'blocks/down/kernel'.*tied='materialize'"):
         lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule(pattern, 2)]), axes=axes)
-    config = LoraConfig([Rule(pattern, 2, tied="substitute")])
+    config = LoraConfig([Rule(pattern, 2, tied="materialize")])
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     adapters = random_like(adapters)
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
@@ -212,7 +212,7 @@ def no_debug_path(request, monkeypatch):
     monkeypatch.setattr(flax.core.scope.Scope, "debug_path", path, raising=False)
 
 
-REFUSED = r"kernel' .*mapped by nn\.map_variables.*substitute=True"
+REFUSED = r"kernel' .*mapped by nn\.map_variables.*materialize=True"
 
 
 def check_refused(model, *args):

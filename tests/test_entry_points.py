@@ -18,7 +18,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
-from lora_jax import Adapter, Shift, Whole
+from lora_jax import Adapter, FullyTrained, LoraBias
 from lora_jax.cli.__main__ import main
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Tensors
@@ -32,8 +32,8 @@ class Net(nn.Module):
 
 MODEL, X = Net(), np.ones((2, 3), np.float32)
 NAMES = [
-    lora_jax.peft.Name("{layer}/kernel", "m.{layer}.weight"),
-    lora_jax.peft.Name("{layer}/bias", "m.{layer}.bias", kind="plain"),
+    lora_jax.peft.KeyMapping("{layer}/kernel", "m.{layer}.weight"),
+    lora_jax.peft.KeyMapping("{layer}/bias", "m.{layer}.bias", kind="plain"),
 ]
 
 
@@ -138,7 +138,7 @@ def put(case, tmp):
 
 
 def each(case, tmp):
-    return lora_jax.each_adapter(optax.trace(0.9)).init(case.adapters)
+    return lora_jax.per_adapter(optax.trace(0.9)).init(case.adapters)
 
 
 ADAPTERS = {  # which take adapters, and a base
@@ -152,7 +152,7 @@ ADAPTERS = {  # which take adapters, and a base
     "stack": lambda case, tmp: lora_jax.stack([case.adapters, case.good], case.params),
     "combine": lambda case, tmp: lora_jax.combine([case.adapters], [1.0], params=case.params)[0],
     "compress": lambda case, tmp: lora_jax.compress(case.adapters, rank=2, params=case.params)[0],
-    "freeze_norm": lambda case, tmp: lora_jax.freeze_norm(case.frozen, case.adapters),
+    "cache_norm": lambda case, tmp: lora_jax.cache_norm(case.frozen, case.adapters),
     "AdapterPool": pool,
     "AdapterPool.put": put,
     "peft.save": peft_save,
@@ -215,7 +215,10 @@ WRONG_BASES = {
 }
 FILE = ["file has arrays only: load it into the tree that lora_init gives"]
 WRONG_ADAPTERS = {
-    "whole in int8": (nodes(head_kernel=Whole(HEAD["kernel"], "int8")), ["'head/kernel'", "int8"]),
+    "whole in int8": (
+        nodes(head_kernel=FullyTrained(HEAD["kernel"], "int8")),
+        ["'head/kernel'", "int8"],
+    ),
     "whole integers": (nodes(head_kernel=np.ones((4, 2), np.int32)), ["'head/kernel'", "int32"]),
     "factors in int8": (
         nodes(dense_kernel=LORA.replace(U=np.ones((3, 2), np.int8))),
@@ -224,7 +227,7 @@ WRONG_ADAPTERS = {
     "restored": (Case(adapters=restored(TREES["lora"])), ["'dense/kernel", *FILE]),
     "restored, DoRA": (Case(adapters=restored(TREES["dora"])), ["'dense/kernel", *FILE]),
     "restored head": (
-        Case(adapters={"head": restored({"kernel": Whole(HEAD["kernel"], "bfloat16")})}),
+        Case(adapters={"head": restored({"kernel": FullyTrained(HEAD["kernel"], "bfloat16")})}),
         ["'head/kernel", *FILE],
     ),
     "restored FrozenDict": (
@@ -245,7 +248,7 @@ OF_ANOTHER = {
         nodes(dense_kernel=LORA.replace(U=array(5, 2))),
         ["'dense/kernel'", "another model|for one model"],
     ),
-    "a shift of another": (nodes(dense_bias=Shift(array(5))), ["'dense/bias'"]),
+    "a shift of another": (nodes(dense_bias=LoraBias(array(5))), ["'dense/bias'"]),
     "above the base": (
         Case(adapters={"dense": array(3, 4), "head": HEAD}),
         ["'dense' as a leaf", "another model"],
@@ -265,7 +268,7 @@ for wrong in WRONG_BASES:
     # It asks for axes only, and a pool has a base of its own.
     del ERROR["kernel_axes", wrong], ERROR["AdapterPool.put", wrong]
 del ERROR["peft.load", "codes and a scale"]  # of which names know no shape
-ENTRIES = {**ADAPTERS, **ALONE, **BASES, "each_adapter": each}
+ENTRIES = {**ADAPTERS, **ALONE, **BASES, "per_adapter": each}
 
 
 @pytest.mark.parametrize("wrong", dict.fromkeys(wrong for _, wrong in ERROR))
@@ -292,7 +295,7 @@ def refusal(entry, case, message, folder):
 # --- what only some can take ---
 
 STACKED = jax.tree.map(lambda x: np.stack([x, 2 * x]), TREES["lora"])
-SCALED = lora_jax.freeze_norm(FROZEN, TREES["dora"])
+SCALED = lora_jax.cache_norm(FROZEN, TREES["dora"])
 UNTIED = {"dense": {"kernel": LORA.replace(untied=True)}, "head": HEAD}
 NAN = changed(TREES["lora"], dense_kernel=LORA.replace(V=array(2, 4) * np.nan))
 ON_DISK = {"save", "save, no base", "export", "peft.save"}
@@ -308,11 +311,11 @@ SOME = {
     "a stack": (
         Case(adapters=STACKED),
         ["'dense/kernel'", "stack of 2", "alone"],
-        {"freeze_norm"},
+        {"cache_norm"},
     ),
-    "freeze_norm": (
+    "cache_norm": (
         Case(adapters=SCALED, good=SCALED),
-        ["'dense/kernel'", "is of freeze_norm|pass params="],
+        ["'dense/kernel'", "is of cache_norm|pass params="],
         {*ADAPTERS, *ALONE} - {"save", "save, no base", "peft.save", *NEED_W},
     ),
     "untied": (
@@ -327,13 +330,13 @@ SOME = {
     ),
     "whole leaves in both": (
         Case(frozen=PARAMS),
-        ["'head/(bias|kernel)' is in the base and, trained whole"],
+        ["'head/(bias|kernel)' is in the base and, fully trained"],
         {*ADAPTERS, *ALONE} - {"lora_apply", "lora_merge", "rounding", "summary", "save", "export"},
     ),
     "NaN": (
         Case(adapters=NAN),
         ["dense[./](kernel|weight|lora)", "NaN or infinite"],
-        {"lora_apply", "lora_apply, ids", "lora_merge", "summary", "rounding", "freeze_norm"}
+        {"lora_apply", "lora_apply, ids", "lora_merge", "summary", "rounding", "cache_norm"}
         | {"stack", "stack, no base"},  # in which it reaches no other row
     ),
     "float16": (
@@ -431,7 +434,7 @@ def test_an_optimizer_for_each_is_for_a_stack():
     assert each(Case(adapters=STACKED), None).trace["head"]["bias"].shape == (2, 2)
     square = Adapter(array(2, 2), array(2, 2), rank=2)  # of which every size is the same
     for one in (TREES["lora"], {"kernel": square}, {"bias": np.float32(1)}):
-        with pytest.raises(ValueError, match=r"each_adapter is for stacked .*lora_jax.stack\("):
+        with pytest.raises(ValueError, match=r"per_adapter is for stacked .*lora_jax.stack\("):
             each(Case(adapters=one), None)
 
 

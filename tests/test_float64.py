@@ -54,7 +54,7 @@ def test_the_start_changes_nothing(fused):
     assert tree["kernel"].U.dtype == tree["kernel"].V.dtype == jnp.float32
     expected = model.apply({"params": params}, x)
     assert error(apply(model, params, tree, x), expected) < 1e-14
-    assert error(apply(model, params, lora_jax.freeze_norm(params, tree), x), expected) < 1e-14
+    assert error(apply(model, params, lora_jax.cache_norm(params, tree), x), expected) < 1e-14
     assert error(lora_jax.lora_merge(params, tree)["kernel"], params["kernel"]) < 1e-14
 
 
@@ -63,7 +63,7 @@ def test_in_a_stack_and_a_pool():
     dora, lora = random_like(dora), random_like(adapters(params, "lora"), seed=2)
     expected = [np.asarray(x) @ dense(params, tree) + params["bias"] for tree in (dora, lora)]
     stacked = lora_jax.stack([dora, lora], params)
-    frozen = lora_jax.freeze_norm(params, dora)
+    frozen = lora_jax.cache_norm(params, dora)
     pool = lora_jax.AdapterPool(params, like=[dora, lora], slots=2)
     pool.put("dora", dora)
     pool.put("lora", lora)
@@ -71,7 +71,7 @@ def test_in_a_stack_and_a_pool():
         in_pool = jax.tree.map(lambda array: array[ids], all_)
     for tree in (
         stacked,
-        lora_jax.freeze_norm(params, stacked),
+        lora_jax.cache_norm(params, stacked),
         lora_jax.stack([frozen, lora], params),
         lora_jax.stack([frozen, lora]),
         in_pool,

@@ -39,7 +39,7 @@ def write_adapter(folder, kind, biases=False):
     config = lora_jax.LoraConfig([lora_jax.Rule(".*/kernel", rank=2, **options)], trainable=[])
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), PARAMS, config)
     for name in adapters if biases else ():
-        adapters[name]["bias"] = lora_jax.Shift(PARAMS[name]["bias"])
+        adapters[name]["bias"] = lora_jax.LoraBias(PARAMS[name]["bias"])
     adapters = random_like(adapters)
     if kind == "own":
         lora_jax.save(folder, adapters)

@@ -31,7 +31,7 @@ KINDS = {"auto": [], "explicit": [NO_EXPLICIT]}
 DEFAULT = {
     ("explicit", 8, "batch", "attention"),
     ("explicit", 8, "both", "compact"),
-    ("explicit", "leaves trained whole"),
+    ("explicit", "fully trained leaves"),
 }
 
 
@@ -231,10 +231,10 @@ class Model(nn.Module):
 RULES = {
     "fused kernels": {"pattern": "qk/kernel", "fused": 2, "parts": (1,), "variant": "dora"},
     "dropout": {"pattern": "up/kernel", "dropout": 0.5},
-    "substituted": {"pattern": "down/kernel", "substitute": True, "variant": "dora"},
+    "materialized": {"pattern": "down/kernel", "materialize": True, "variant": "dora"},
 }
 MIXED = {
-    "leaves trained whole": ("norm/.*|down/bias", (8,)),
+    "fully trained leaves": ("norm/.*|down/bias", (8,)),
     "ids of tokens": (None, (8, 3)),
     "mapped over the rows": ("norm/.*", (8,)),
     "one for all": ("norm/.*", ()),

@@ -242,12 +242,12 @@ class Case:
     """A model, the shape of its input, and which axes of its kernels are what.
 
     `axes` has for the last part of a path `(inputs, outputs, stacks)`, said by hand; a kernel that
-    it does not name is a matrix, stacked on `stack_axes`.
+    it does not name is a matrix, stacked on `batch_axes`.
     """
 
     model: nn.Module
     shape: tuple[int, ...] = (4, WIDTH)
-    stack_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
     axes: dict[str, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
     freeze: bool = False
     x_dtype: Any = jnp.float32
@@ -267,7 +267,7 @@ class Case:
         for name, axes in self.axes.items():
             if path.endswith(name):
                 return axes
-        stacks = tuple(sorted(axis % ndim for axis in self.stack_axes))
+        stacks = tuple(sorted(axis % ndim for axis in self.batch_axes))
         inputs, outputs = (axis for axis in range(ndim) if axis not in stacks)
         return (inputs,), (outputs,), stacks
 
@@ -299,12 +299,12 @@ CASES = {
     "vmap, axis 0": Case(Vmap(0), (3, 4, WIDTH), (0,)),
     "vmap, axis 1": Case(Vmap(1), (3, 4, WIDTH), (1,)),
     "vmap, shared": Case(Vmap(None), (3, 4, WIDTH)),
-    "scan, axis 0": Case(Scan(0), stack_axes=(0,)),
-    "scan, axis 1": Case(Scan(1), stack_axes=(1,)),
-    "scan, axis -1": Case(Scan(-1), stack_axes=(-1,)),
-    "scan of remat": Case(Scan(0, remat=True), stack_axes=(0,)),
-    "scan of scan, axes 1, 1": Case(ScanOfScan(1, 1), stack_axes=(1, 2)),
-    "scan of scan, axes 0, 1": Case(ScanOfScan(0, 1), stack_axes=(0, 2)),
+    "scan, axis 0": Case(Scan(0), batch_axes=(0,)),
+    "scan, axis 1": Case(Scan(1), batch_axes=(1,)),
+    "scan, axis -1": Case(Scan(-1), batch_axes=(-1,)),
+    "scan of remat": Case(Scan(0, remat=True), batch_axes=(0,)),
+    "scan of scan, axes 1, 1": Case(ScanOfScan(1, 1), batch_axes=(1, 2)),
+    "scan of scan, axes 0, 1": Case(ScanOfScan(0, 1), batch_axes=(0, 2)),
     "share_scope": Case(SharesScope()),
     "boxed": Case(Compact(boxed)),
     "FrozenDict": Case(Compact(), freeze=True),

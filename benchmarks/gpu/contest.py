@@ -25,7 +25,7 @@ GROUP_SECONDS, READY_SECONDS, END_SECONDS = 12.0, 90.0, 3.0
 USABLE, CONTEXT = 0.93, 1.5 * 2**30
 # What is no failure: what is not there, not possible, or not in time.
 LEFT_OUT = re.compile(
-    r"not installed: |not profiled: |cut: |.*product='merged', which is not possible"
+    r"not installed: |not profiled: |cut: |.*product='dense', which is not possible"
 )
 
 

@@ -20,7 +20,7 @@ class Approximation:
     """How near an adapter comes to what was asked for.
 
     Attributes:
-      rank: of the adapter; ``None`` for a leaf that is trained whole.
+      rank: of the adapter; ``None`` for a leaf that is fully trained.
       error: ``||wanted - got|| / ||wanted||`` of ``W' - W`` in the Frobenius norm, over all stacked
         matrices; 0 where nothing is left out, which is exact but for float32's rounding.
     """
@@ -76,13 +76,13 @@ class Nearest(NamedTuple):
         return self.lost / self.norm if self.norm > 0 else 0.0
 
 
-def nearest(delta: Array, rank: int | None, energy: float | None) -> Nearest:
+def nearest(delta: Array, rank: int | None, explained_variance: float | None) -> Nearest:
     """The nearest matrix of a lower rank.
 
     Args:
       delta: ``(d, k)``.
       rank: at most this one, and never above ``min(d, k)``; or
-      energy: the smallest that keeps this share of the squared norm.
+      explained_variance: the smallest that keeps this share of the squared norm.
 
     Example:
       >>> U, V, lost, norm = nearest(np.diag([4.0, 3.0]), 1, None)
@@ -90,11 +90,15 @@ def nearest(delta: Array, rank: int | None, energy: float | None) -> Nearest:
       ([[4.0, 0.0], [0.0, 0.0]], 3.0, 5.0)
     """
     left, values, right = np.linalg.svd(np.asarray(delta, np.float32), full_matrices=False)
-    return _cut(left, values, right, rank, energy, None)
+    return _cut(left, values, right, rank, explained_variance, None)
 
 
 def nearest_product(
-    U: Array, V: Array, rank: int | None, energy: float | None, norm: float | None = None
+    U: Array,
+    V: Array,
+    rank: int | None,
+    explained_variance: float | None,
+    norm: float | None = None,
 ) -> Nearest:
     """The same of ``U V``, which is never formed: its factors' QR leaves a matrix of ``r`` columns.
 
@@ -102,13 +106,13 @@ def nearest_product(
       U: ``(d, r)``.
       V: ``(r, k)``.
       rank: as for :func:`nearest`.
-      energy: likewise.
+      explained_variance: likewise.
       norm: that of all that was wanted, where ``U V`` is a part of it and the rest is kept.
     """
     Q, R = np.linalg.qr(U.astype(np.float64))
     P, L = np.linalg.qr(V.astype(np.float64).T)
     left, values, right = np.linalg.svd(R @ L.T, full_matrices=False)
-    return _cut(Q @ left, values, right @ P.T, rank, energy, norm)
+    return _cut(Q @ left, values, right @ P.T, rank, explained_variance, norm)
 
 
 def _cut(
@@ -116,15 +120,15 @@ def _cut(
     values: Array,
     right: Array,
     rank: int | None,
-    energy: float | None,
+    explained_variance: float | None,
     norm: float | None,
 ) -> Nearest:
     squares = np.square(values, dtype=np.float64)
     total = float(squares.sum())
     wanted = total if norm is None else norm**2
     if rank is None:
-        assert energy is not None
-        may_lose = wanted * (1 - energy * (1 - 1e-12))
+        assert explained_variance is not None
+        may_lose = wanted * (1 - explained_variance * (1 - 1e-12))
         rank = int(np.searchsorted(np.cumsum(squares), total - may_lose)) + 1
     rank = min(rank, len(values))
     root = np.sqrt(values[:rank])

@@ -14,10 +14,11 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
+from lora_jax._renamed import renamed_arguments
 from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
 from lora_jax.arithmetic._combine_kernel import Plan, combine_kernel, combine_whole
 from lora_jax.arithmetic._sums import matrix_of
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._config import nearest
 from lora_jax.trees._checks import (
     base_of,
@@ -30,23 +31,24 @@ from lora_jax.trees._checks import (
 from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
 
 # What must be alike to be added; the rest of an adapter says how it is trained.
-_SAME = ("axes", "substitute", "untied")
+_SAME = ("axes", "materialize", "untied")
 _ON_HOST = (
-    "rank=, energy= and every method but 'linear' are computed on the host, and cannot be "
-    "jitted or differentiated."
+    "rank=, explained_variance= and every combination_type but 'linear' are computed on the host, "
+    "and cannot be jitted or differentiated."
 )
 
 
+@renamed_arguments(method="combination_type", energy="explained_variance")
 def combine(
     adapters: Sequence[chex.ArrayTree],
     weights: Sequence[Any],
     *,
     params: chex.ArrayTree | None = None,
-    method: str = "linear",
+    combination_type: str = "linear",
     density: float | None = None,
     key: chex.PRNGKey | None = None,
     rank: int | None = None,
-    energy: float | None = None,
+    explained_variance: float | None = None,
 ) -> tuple[chex.ArrayTree, ApproximationReport]:
     """Several adapters as one, whose ``W' - W`` is a weighted sum of theirs.
 
@@ -71,23 +73,25 @@ def combine(
         scales and variants may differ. What a tree has no adapter for, it does not change.
       weights: a number for each.
       params: the parameters that the adapters were trained on. DoRA needs its kernels, for which
-        ``frozen`` does; leaves that are trained whole need theirs, unless all trees have them and
+        ``frozen`` does; leaves that are fully trained need theirs, unless all trees have them and
         linear weights sum to 1.
-      method: as above.
+      combination_type: as above.
       density: in ``(0, 1]``, the share of the entries that is kept; not for ``"linear"``.
       key: for DARE.
       rank: of the result, at most; the nearest one by singular values. A DoRA stays one: what
         is cut is ``U V``, so that ``W'`` is nearest for the same ``m / ||W + s U V||_c``.
-      energy: in ``(0, 1]``, instead of a rank: the smallest that keeps this share of
-        ``||W' - W||^2``, so that the error is ``sqrt(1 - energy)`` at most. For stacked kernels the
-        rank is the largest of any matrix, and the others have zeros. 1 is exact but for rounding.
+      explained_variance: in ``(0, 1]``, instead of a rank: the smallest that keeps this share of
+        ``||W' - W||^2``, so that the error is ``sqrt(1 - explained_variance)`` at most. For stacked
+        kernels the rank is the largest of any matrix, and the others have zeros. 1 is exact but for
+        rounding.
 
     Returns:
       ``(adapters, report)``. The adapters have ``s = 1``, are a ``FrozenDict`` if the first tree is
       one, and would be trained on with the dropout, product and ``detach_norm`` of the first
       adapter of the same variant. The report has the rank and the relative error of every path; it
-      is no pytree, so that what is jitted returns the adapters alone. With ``rank``, ``energy``, or
-      another method than ``"linear"``, the host computes, in float64 where factors are cut.
+      is no pytree, so that what is jitted returns the adapters alone. With ``rank``,
+      ``explained_variance``, or another combination_type than ``"linear"``, the host computes, in
+      float64 where factors are cut.
 
     Raises:
       TypeError: arguments of the wrong type; traced arrays where the host computes.
@@ -109,16 +113,17 @@ def combine(
       kernel     3           exact
       ------  ----  --------------
     """
-    plan = Plan(method, density, key, rank, energy)
+    plan = Plan(combination_type, density, key, rank, explained_variance)
     trees = _checked_trees(adapters)
     return _combine(trees, _checked_weights(weights, len(trees)), params, plan)
 
 
+@renamed_arguments(energy="explained_variance")
 def compress(
     adapters: chex.ArrayTree,
     *,
     rank: int | None = None,
-    energy: float | None = None,
+    explained_variance: float | None = None,
     params: chex.ArrayTree | None = None,
     variant: str | None = None,
 ) -> tuple[chex.ArrayTree, ApproximationReport]:
@@ -127,7 +132,7 @@ def compress(
     Args:
       adapters: a tree as :func:`lora_jax.lora_init` or :func:`lora_jax.load` return it.
       rank: as for :func:`combine`; or
-      energy: likewise. One of the two is needed.
+      explained_variance: likewise. One of the two is needed.
       params: as for :func:`combine`; DoRA needs it.
       variant: ``"lora"`` makes every DoRA a LoRA, by the singular values of the dense ``W' - W``.
         It needs a far higher rank for the same error, as a change of magnitudes has all ranks.
@@ -137,22 +142,22 @@ def compress(
 
     Raises:
       TypeError: as :func:`combine`.
-      ValueError: likewise; neither a rank nor an energy, or both.
+      ValueError: likewise; neither a rank nor an explained_variance, or both.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
       >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=4)])
       >>> _, adapters = lora_jax.lora_init(jax.random.key(0), {"kernel": jnp.ones((8, 6))}, config)
       >>> adapters["kernel"] = adapters["kernel"].replace(U=jnp.eye(8, 4))
-      >>> adapters, report = lora_jax.compress(adapters, energy=0.9)
+      >>> adapters, report = lora_jax.compress(adapters, explained_variance=0.9)
       >>> adapters["kernel"].rank, report["kernel"].error < 0.1**0.5
       (2, True)
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("compress needs either rank= or energy=.")
+    if (rank is None) == (explained_variance is None):
+        raise ValueError("compress needs either rank= or explained_variance=.")
     if variant not in (None, "lora"):
         raise ValueError(f"compress(variant=...) must be 'lora' or left out, got {variant!r}.")
-    plan = Plan(rank=rank, energy=energy, as_lora=variant == "lora")
+    plan = Plan(rank=rank, explained_variance=explained_variance, as_lora=variant == "lora")
     return _combine(_checked_trees([adapters]), [1.0], params, plan)
 
 
@@ -178,7 +183,7 @@ def _combine(
         if not found:
             flat[key] = empty_node
             continue
-        if any(isinstance(node, Shift) for node in found.values()):
+        if any(isinstance(node, LoraBias) for node in found.values()):
             raise ValueError(
                 f"Something is added to {path!r} (PEFT's lora_bias), of which there is no "
                 f"arithmetic: merge such an adapter into its base."
@@ -270,7 +275,7 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
     for j, node in rest:
         if isinstance(first, Adapter) != isinstance(node, Adapter):
             ways = [
-                "an adapter" if isinstance(one, Adapter) else "the leaf trained whole"
+                "an adapter" if isinstance(one, Adapter) else "the fully trained leaf"
                 for one in (first, node)
             ]
             raise ValueError(
@@ -295,10 +300,10 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
 
 
 def _leaf_facts(node: Any) -> tuple[Any, ...]:
-    """Shape and dtypes of a leaf trained whole, in the tree and in the model."""
-    array = unbox(node.value if isinstance(node, Whole) else node)
+    """Shape and dtypes of a fully trained leaf, in the tree and in the model."""
+    array = unbox(node.value if isinstance(node, FullyTrained) else node)
     dtype = jnp.dtype(array.dtype).name
-    return (*array.shape, dtype, node.dtype if isinstance(node, Whole) else dtype)
+    return (*array.shape, dtype, node.dtype if isinstance(node, FullyTrained) else dtype)
 
 
 def _base_leaf(path: str, key: Key, base: Mapping[Key, Any] | None) -> Any:
@@ -342,6 +347,6 @@ def _check_whole_leaf(path: str, found: Mapping[int, Any], leaf: Any) -> None:
     shape, *_ = (unbox(getattr(node, "value", node)).shape for node in found.values())
     if (there := tuple(unbox(leaf).shape)) != tuple(shape):
         raise ValueError(
-            f"{path!r} is trained whole as {tuple(shape)}, but params has {there} there. Are they "
+            f"{path!r} is fully trained as {tuple(shape)}, but params has {there} there. Are they "
             f"of another model?"
         )

@@ -19,7 +19,7 @@ from lora_jax.arithmetic import _task_vectors as task_vectors
 from lora_jax.arithmetic._approximation import Approximation, Nearest, nearest, nearest_product
 from lora_jax.arithmetic._sums import Sum
 from lora_jax.arithmetic._task_vectors import METHODS, RANDOM
-from lora_jax.core._adapter import Adapter, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained
 from lora_jax.trees._paths import rebox, unbox
 from lora_jax.trees._rounding import key_for
 
@@ -29,11 +29,11 @@ class Plan:
     """How adapters are combined.
 
     Attributes:
-      method: of :data:`lora_jax.arithmetic._task_vectors.METHODS`.
+      combination_type: of :data:`lora_jax.arithmetic._task_vectors.METHODS`.
       density: share of the entries of each task vector that is kept; ``None`` for ``"linear"``.
       key: for DARE.
       rank: of the result, at most.
-      energy: instead of a rank.
+      explained_variance: instead of a rank.
       as_lora: whether a sum with DoRAs in it becomes a LoRA.
 
     Raises:
@@ -41,50 +41,60 @@ class Plan:
       ValueError: one that is out of range, missing, or without a use.
     """
 
-    method: str = "linear"
+    combination_type: str = "linear"
     density: float | None = None
     key: chex.PRNGKey | None = None
     rank: int | None = None
-    energy: float | None = None
+    explained_variance: float | None = None
     as_lora: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"There is no method {self.method!r}; there are {', '.join(METHODS)}.")
+        if self.combination_type not in METHODS:
+            raise ValueError(
+                f"There is no combination_type {self.combination_type!r}; there are "
+                f"{', '.join(METHODS)}."
+            )
         _check_type("rank", self.rank, numbers.Integral)
-        _check_type("energy", self.energy, numbers.Real)
+        _check_type("explained_variance", self.explained_variance, numbers.Real)
         _check_type("density", self.density, numbers.Real)
-        if self.rank is not None and self.energy is not None:
-            raise ValueError("rank= and energy= exclude each other: pass one of the two.")
+        if self.rank is not None and self.explained_variance is not None:
+            raise ValueError(
+                "rank= and explained_variance= exclude each other: pass one of the two."
+            )
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}.")
-        for name in ("energy", "density"):
+        for name in ("explained_variance", "density"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value}.")
         if self.linear and self.density is not None:
             raise ValueError(
-                f"method='linear' keeps every entry, so that density={self.density} has no use: "
-                f"leave it out, or choose another method."
+                f"combination_type='linear' keeps every entry, so that density={self.density} has "
+                f"no use: leave it out, or choose another combination_type."
             )
         if not self.linear and self.density is None:
             raise ValueError(
-                f"method={self.method!r} needs density=, the share of entries to keep."
+                f"combination_type={self.combination_type!r} needs density=, the share of entries "
+                "to keep."
             )
-        if self.method in RANDOM and self.key is None:
-            raise ValueError(f"method={self.method!r} drops entries at random: pass key=.")
-        if self.method not in RANDOM and self.key is not None:
-            raise ValueError(f"method={self.method!r} has nothing random: leave out key=.")
+        if self.combination_type in RANDOM and self.key is None:
+            raise ValueError(
+                f"combination_type={self.combination_type!r} drops entries at random: pass key=."
+            )
+        if self.combination_type not in RANDOM and self.key is not None:
+            raise ValueError(
+                f"combination_type={self.combination_type!r} has nothing random: leave out key=."
+            )
 
     @property
     def linear(self) -> bool:
         """Whether it is a weighted sum."""
-        return self.method == "linear"
+        return self.combination_type == "linear"
 
     @property
     def exact(self) -> bool:
         """Whether nothing is left out; else the host computes."""
-        return self.linear and self.rank is None and self.energy is None
+        return self.linear and self.rank is None and self.explained_variance is None
 
     def keys(self, path: str, which: Sequence[int], index: int = 0) -> list[chex.PRNGKey] | None:
         """A key for each adapter, for one of the stacked matrices of a path."""
@@ -135,7 +145,7 @@ def combine_whole(
     complete: bool,
     plan: Plan,
 ) -> Any:
-    """One leaf that is trained whole: its base, and the combined changes.
+    """One leaf that is fully trained: its base, and the combined changes.
 
     Args:
       path: of the leaf.
@@ -154,9 +164,9 @@ def combine_whole(
         known = complete and plan.linear and not is_traced(sum(weights))
         if not (known and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
             raise ValueError(
-                f"{path!r} is trained whole: unless method='linear', all adapters have it and the "
-                f"weights are numbers that sum to 1, its base is needed. Pass params=, all "
-                f"parameters that the adapters were trained on; the frozen tree lacks this one."
+                f"{path!r} is fully trained: unless combination_type='linear', all adapters have "
+                f"it and the weights are numbers that sum to 1, its base is needed. Pass params=, "
+                f"all parameters that the adapters were trained on; the frozen tree lacks this one."
             )
         result = sum(w * value for w, value in zip(weights, values, strict=True))
     else:
@@ -167,10 +177,12 @@ def combine_whole(
         else:
             assert plan.density is not None
             arrays, keys = list(map(np.asarray, deltas)), plan.keys(path, list(found))
-            result = base + task_vectors.merged(plan.method, arrays, weights, plan.density, keys)
+            result = base + task_vectors.merged(
+                plan.combination_type, arrays, weights, plan.density, keys
+            )
     result = jnp.asarray(result, values[0].dtype)
-    if isinstance(first, Whole):
-        return Whole(rebox(first.value, result), first.dtype)
+    if isinstance(first, FullyTrained):
+        return FullyTrained(rebox(first.value, result), first.dtype)
     return rebox(first, result)
 
 
@@ -178,10 +190,11 @@ def _merged(
     path: str, found: dict[int, Adapter], weights: Sequence[Any], W: chex.Array | None, plan: Plan
 ) -> tuple[Sum, float]:
     """Of dense task vectors, matrix by matrix, and its relative error."""
-    if plan.rank is None and plan.energy is None:
+    if plan.rank is None and plan.explained_variance is None:
         raise ValueError(
-            f"method={plan.method!r} makes the change of {path!r} dense: pass rank=, or energy=, "
-            f"of which 1.0 keeps all, and takes up to as many numbers as the kernel has."
+            f"combination_type={plan.combination_type!r} makes the change of {path!r} dense: pass "
+            f"rank=, or explained_variance=, of which 1.0 keeps all, and takes up to as many "
+            "numbers as the kernel has."
         )
     assert plan.density is not None
     stack = np.shape(next(iter(found.values())).U)[:-2]
@@ -194,8 +207,8 @@ def _merged(
             change = sums.delta(sums.weighted([one], [1.0], _at(W, index)), _at(W, index))
             deltas.append(np.asarray(change, np.float32))
         keys = plan.keys(path, list(found), i)
-        merged = task_vectors.merged(plan.method, deltas, weights, plan.density, keys)
-        near.append(nearest(merged, plan.rank, plan.energy))
+        merged = task_vectors.merged(plan.combination_type, deltas, weights, plan.density, keys)
+        near.append(nearest(merged, plan.rank, plan.explained_variance))
     return _stacked(near, stack, None)
 
 
@@ -209,10 +222,10 @@ def _cut(total: Sum, W: chex.Array | None, plan: Plan) -> tuple[Sum, float]:
         if one.c is not None:
             dense = np.asarray(sums.delta(one, _at(W, index)))
             if plan.as_lora:
-                near.append(nearest(dense, plan.rank, plan.energy))
+                near.append(nearest(dense, plan.rank, plan.explained_variance))
                 continue
             norm = float(np.linalg.norm(dense.astype(np.float64)))
-        near.append(nearest_product(U, Z, plan.rank, plan.energy, norm))
+        near.append(nearest_product(U, Z, plan.rank, plan.explained_variance, norm))
     return _stacked(near, stack, None if plan.as_lora else total.c)
 
 

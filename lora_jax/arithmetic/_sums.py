@@ -9,7 +9,7 @@ with ``a_i = m_i / ||W + s_i U_i V_i||_c``, and 1 for LoRA, an adapter changes `
 
 and this is the DoRA of ``U``, ``V = Z / c`` and ``m = c ||W + U V||_c``: a number ``a`` or ``c``
 for each column. No singular value is needed, and the rank is the sum of the ranks. (After
-:func:`lora_jax.freeze_norm` ``a`` is there already, and if it is for all, ``c`` takes its place.)
+:func:`lora_jax.cache_norm` ``a`` is there already, and if it is for all, ``c`` takes its place.)
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ RANDOM = ("dare_linear", "dare_ties")
 
 
 def merged(
-    method: str,
+    combination_type: str,
     deltas: Sequence[Array],
     weights: Sequence[float],
     density: float,
@@ -30,8 +30,9 @@ def merged(
     """Task vectors as one.
 
     Args:
-      method: ``"magnitude_prune"`` is ``sum_i w_i prune(delta_i)``; ``"ties"`` elects signs of what
-        is pruned (:func:`elected`); ``"dare_linear"`` and ``"dare_ties"`` drop at random instead.
+      combination_type: ``"magnitude_prune"`` is ``sum_i w_i prune(delta_i)``; ``"ties"`` elects
+        signs of what is pruned (:func:`elected`); ``"dare_linear"`` and ``"dare_ties"`` drop at
+        random instead.
       deltas: the task vectors, of one shape.
       weights: a number for each.
       density: share of the entries of each that is kept.
@@ -42,12 +43,12 @@ def merged(
       >>> merged("ties", [a, b], [1.0, 1.0], density=0.7).tolist()  # the second one is pruned
       [3.0, 0.0, -4.0]
     """
-    if method in RANDOM:
+    if combination_type in RANDOM:
         assert keys is not None
         sparse = [dropped(x, density, key) for x, key in zip(deltas, keys, strict=True)]
     else:
         sparse = [pruned(delta, density) for delta in deltas]
-    if method.endswith("ties"):
+    if combination_type.endswith("ties"):
         return elected(sparse, weights)
     return np.asarray(sum(w * x for w, x in zip(weights, sparse, strict=True)))
 
@@ -66,7 +67,7 @@ def pruned(delta: Array, density: float) -> Array:
 
 
 def dropped(delta: Array, density: float, key: chex.PRNGKey) -> Array:
-    """DARE (Yu et al. 2024, equation 1): each entry is kept by chance, and divided by that chance.
+    """DARE (Yu et al. 2024, equation 1): each entry is kept at random, and divided by that chance.
 
     So the mean over keys is ``delta``.
     """

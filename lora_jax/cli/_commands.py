@@ -82,7 +82,7 @@ def inspect(path: Adapter) -> int:
             shape = " x ".join(map(str, array.shape))
             arrays.setdefault((_pattern(name), shape, array.dtype.name), []).append(name)
         whole = [(_name(pattern, names), *facts) for (pattern, *facts), names in arrays.items()]
-        _show(("trained whole", "shape", "dtype"), whole)
+        _show(("fully trained", "shape", "dtype"), whole)
     facts = {"format": adapter.format, **adapter.facts}
     trained = sum(_size(one) for one in adapter.factors.values())
     trained += sum(array.size for array in adapter.whole.values())
@@ -153,7 +153,7 @@ def merge(
         out: the new file or folder; it must not exist.
         names: a family of names (transformers, gemma), or a JSON file, as for convert; used where
             the adapter is lora_jax's and the base PyTorch's.
-        seed: round by chance with this seed; by default to the nearest.
+        seed: round stochastically with this seed; by default to the nearest.
         experts: where PEFT's adapter is for parameters (target_parameters) whose shapes are alike:
             their names in their module, in the order in which its class makes them.
         layout: whether these are stored (experts, in, out) or (experts, out, in), where their
@@ -253,7 +253,7 @@ def diff(first: Adapter, second: Other, names: Names = "transformers") -> int:
             body.append((name, f"only in {first if name in a.whole else second}", *[""] * 4))
             differs = True
         elif not _same(a.whole[name], b.whole[name]):
-            body.append((name, "trained whole, differs", *[""] * 4))
+            body.append((name, "fully trained, differs", *[""] * 4))
             differs = True
     _show(head, body)
     console.print("They differ." if differs else "They are the same.")
@@ -265,7 +265,9 @@ def extract(
     base: Base,
     out: Out,
     rank: Number = None,
-    energy: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None,
+    explained_variance: Annotated[
+        float | None, tyro.conf.arg(metavar="SHARE", aliases=["--energy"])
+    ] = None,
     match: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = ".*",
     allow_rest: bool = False,
     layout: Literal["in-out", "out-in"] | None = None,
@@ -279,20 +281,20 @@ def extract(
         base: those of its base, with the same names.
         out: the new folder; it must not exist. Names that end in ".weight" give an adapter of
             PEFT, Flax's paths one of lora_jax.
-        rank: the rank of every matrix; either this or energy.
-        energy: keep this share of the squared norm of every difference.
+        rank: the rank of every matrix; either this or explained_variance.
+        explained_variance: keep this share of the squared norm of every difference.
         match: only matrices whose whole name matches this regular expression; in PyTorch's names
             it must leave out embeddings, which look like linear layers in a file.
         allow_rest: leave out what differs and is no matrix that matches; else it is an error.
         layout: as for merge: whether PyTorch stores square weights of layers (in, out), as GPT-2's
             Conv1D does, or (out, in), where neither other shapes nor the base's config.json say it.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError("extract needs either --rank or --energy.")
+    if (rank is None) == (explained_variance is None):
+        raise ValueError("extract needs either --rank or --explained_variance.")
     if rank is not None and rank < 1:
         raise ValueError(f"--rank must be at least 1, got {rank}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"--energy must be in (0, 1], got {energy}.")
+    if explained_variance is not None and not 0 < explained_variance <= 1:
+        raise ValueError(f"--explained_variance must be in (0, 1], got {explained_variance}.")
     _new(out)
     new, old = Checkpoint(tuned), Checkpoint(base)
     pattern = re.compile(match)
@@ -336,7 +338,7 @@ def extract(
         if layouts.asked and layout is None:
             continue
         axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
-        low = nearest(delta.T if axes == CONV1D else delta, rank, energy)
+        low = nearest(delta.T if axes == CONV1D else delta, rank, explained_variance)
         kinds[name], found[name] = kind, trees.adapter(low.U, low.V, axes)
         body.append((name, str(low.U.shape[1]), f"{low.error:.3g}"))
     layouts.check()
@@ -488,7 +490,7 @@ def _size(one: Factors) -> int:
 
 
 def _count(opened: Opened) -> str:
-    return f"{len(opened.factors)} matrices, {len(opened.whole)} parameters trained whole"
+    return f"{len(opened.factors)} matrices, {len(opened.whole)} parameters fully trained"
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax.cli._start import Start
 from lora_jax.peft._files import PeftFiles
-from lora_jax.peft._names import EXPERTS, Name
+from lora_jax.peft._names import EXPERTS, KeyMapping
 from lora_jax.peft._torch_layout import factor_shapes
 
 _BELOW = ".base_layer"
@@ -57,7 +57,7 @@ def alone_in(
     return found
 
 
-def order_of(names: Sequence[Name]) -> dict[str, bool | None]:
+def order_of(names: Sequence[KeyMapping]) -> dict[str, bool | None]:
     """The order that names have, for :func:`alone_in`."""
     order: dict[str, bool | None] = {}
     for name in names:

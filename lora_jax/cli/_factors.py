@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, Shift
+from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._config import scale
 from lora_jax.files import _store as store
 from lora_jax.files._tensors import StrPath
@@ -72,7 +72,7 @@ class Opened:
     Attributes:
       format: ``"lora_jax"`` or ``"PEFT"``.
       factors: by path, or by the name of the module in PyTorch; of stacked kernels each.
-      whole: parameters that were trained whole; and what is added to one of the base's, its scale
+      whole: parameters that were fully trained; and what is added to one of the base's, its scale
         multiplied, by a name that says so.
       facts: what else the files say.
     """
@@ -103,7 +103,7 @@ def _open_own(path: StrPath) -> Opened:
     factors: dict[str, Factors] = {}
     for name, node in stored.adapters.items():
         if isinstance(node, Adapter):
-            how = {field: getattr(node, field) for field in ("variant", "substitute", "untied")}
+            how = {field: getattr(node, field) for field in ("variant", "materialize", "untied")}
             how |= dataclasses.asdict(node.axes)
             del how["alone"]
             for index in itertools.product(*map(range, node.U.shape[:-2])):
@@ -113,10 +113,10 @@ def _open_own(path: StrPath) -> Opened:
     whole = {
         name: np.asarray(getattr(node, "value", node))
         for name, node in stored.adapters.items()
-        if not isinstance(node, Adapter | Shift)
+        if not isinstance(node, Adapter | LoraBias)
     }
     for name, node in stored.adapters.items():
-        if isinstance(node, Shift):
+        if isinstance(node, LoraBias):
             whole[name + ADDED] = node.scale * node.value
     for name, arrays in stored.collections.items():
         whole |= {f"{name}: {path}": array for path, array in arrays.items()}

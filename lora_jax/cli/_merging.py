@@ -16,7 +16,7 @@ from lora_jax.cli._experts import alone_in
 from lora_jax.cli._heads import grown, is_head, is_vocabulary
 from lora_jax.cli._layouts import Layouts
 from lora_jax.cli._start import Start, check_floats, head_biases
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._config import nearest
 from lora_jax.core._variants import VARIANTS
 from lora_jax.files import _store as store
@@ -106,18 +106,18 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
     whole: dict[str, np.ndarray] = {}
     for name, node in store.read(path).adapters_alone(path).items():
         _has(base, name, path)
-        if isinstance(node, Adapter | Shift):
+        if isinstance(node, Adapter | LoraBias):
             check_merges(name, node)
             check_fits(name, np.broadcast_to(np.float32(0), base.info[name].shape), node)
             exact[name] = functools.partial(_effective, node)
         else:
-            array = np.asarray(node.value if isinstance(node, Whole) else node)
+            array = np.asarray(node.value if isinstance(node, FullyTrained) else node)
             _check_shape(name, Info(array.dtype, array.shape), base, path)
             whole[name] = array
     return Updates(base, exact, whole, base.info)
 
 
-def _effective(node: Adapter | Shift, W: np.ndarray) -> _Parts:
+def _effective(node: Adapter | LoraBias, W: np.ndarray) -> _Parts:
     yield (), jax.jit(type(node).effective_kernel)(node, W)
 
 
@@ -271,7 +271,7 @@ def _shifted(
         )
 
     def merged(b: np.ndarray) -> _Parts:
-        shift = Shift(jnp.asarray(files.tensors[key].astype(np.float32)), files.scale(module))
+        shift = LoraBias(jnp.asarray(files.tensors[key].astype(np.float32)), files.scale(module))
         yield (), shift.effective_kernel(jnp.asarray(b))
 
     return merged

@@ -14,12 +14,12 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft
 from lora_jax.cli._layouts import kinds_of
-from lora_jax.core._adapter import Adapter, Shift
+from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files import _store as store
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft import _files as peft_files
-from lora_jax.peft._names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, find
+from lora_jax.peft._names import CONV1D, CONV1D_LAYERS, EXPERTS, KeyMapping, find
 from lora_jax.peft._torch_params import TorchParams
 from lora_jax.trees._paths import flatten, path_of
 
@@ -39,14 +39,14 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
     """A shape that the kernel of an adapter may have: what several axes share stands in one."""
     axes, stack = node.axes, list(node.U.shape[:-2])
     shape = [1] * axes.ndim
-    for axis, size in zip(axes.stacks, stack, strict=False):
+    for axis, size in zip(axes.batch, stack, strict=False):
         shape[axis] = size
     shape[axes.inputs[0]] = node.U.shape[-2]
     shape[axes.outputs[0]] = node.V.shape[-1] * axes.fused
     return tuple(shape)
 
 
-def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any, dict[str, KernelAxes]]:
+def from_own(path: StrPath, names: Sequence[KeyMapping]) -> tuple[Any, Any, dict[str, KernelAxes]]:
     """``(frozen, adapters)`` of an adapter of ours, and its axes; the base is only shapes."""
     found = store.read(path).adapters_alone(path)
     base = {}
@@ -59,13 +59,15 @@ def from_own(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any, dict[str, 
                     f"convert it in Python, with lora_jax.peft.save and the model."
                 )
             base[name] = jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32)
-        elif isinstance(node, Shift):
+        elif isinstance(node, LoraBias):
             base[name] = jax.ShapeDtypeStruct(node.value.shape, jnp.float32)
     axes = {name: node.axes for name, node in found.items() if isinstance(node, Adapter)}
     return nested(base), nested(found), axes
 
 
-def _kinds(frozen: Any, names: Sequence[Name], axes: Mapping[str, KernelAxes]) -> dict[str, str]:
+def _kinds(
+    frozen: Any, names: Sequence[KeyMapping], axes: Mapping[str, KernelAxes]
+) -> dict[str, str]:
     """How PyTorch stores what an adapter of ours is for, by PyTorch's names."""
     leaves = {path_of(key): leaf for key, leaf in flatten(frozen, "frozen").items()}
     model = TorchParams(leaves, names, axes, axes)
@@ -73,7 +75,7 @@ def _kinds(frozen: Any, names: Sequence[Name], axes: Mapping[str, KernelAxes]) -
 
 
 def as_peft(
-    path: StrPath, names: Sequence[Name], scratch: StrPath
+    path: StrPath, names: Sequence[KeyMapping], scratch: StrPath
 ) -> tuple[peft_files.PeftFiles, dict[str, str]]:
     """An adapter of ours in PEFT's format, and how PyTorch stores what it is for.
 
@@ -97,7 +99,7 @@ def as_peft(
     return files, _kinds(frozen, names, axes)
 
 
-def from_peft(path: StrPath, names: Sequence[Name]) -> tuple[Any, Any]:
+def from_peft(path: StrPath, names: Sequence[KeyMapping]) -> tuple[Any, Any]:
     """``(frozen, adapters)`` of an adapter of PEFT; the base is only shapes."""
     files = peft_files.read(path)
     base: dict[str, Any] = {}
@@ -154,7 +156,7 @@ def _axes_in(files: peft_files.PeftFiles, module: str, flax: str) -> KernelAxes:
     return CONV1D if said == {"conv1d"} else KernelAxes()
 
 
-def _flax_path(torch: str, names: Sequence[Name], where: str) -> tuple[str, Name]:
+def _flax_path(torch: str, names: Sequence[KeyMapping], where: str) -> tuple[str, KeyMapping]:
     """The path in Flax that a name in PyTorch is of: the first of names that fits."""
     for name in names:
         parts = re.split(r"\{([^{}]*)\}", name.torch)

@@ -1,4 +1,4 @@
-"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, a shift, a leaf trained whole."""
+"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, a shift, a fully trained leaf."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lora_jax._renamed import renamed_fields
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._config import Rule, scale
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._variants import VARIANTS, float32_or_more
 
 
+@renamed_fields(substitute="materialize")
 @flax.struct.dataclass
 class Adapter:
     """The trained arrays of one kernel, and what is static about them.
@@ -30,7 +32,7 @@ class Adapter:
         more in front.
       V: ``(r, k)``, output side.
       m: ``(k,)``, the magnitude of DoRA; ``None`` for LoRA.
-      variant: ``"lora"`` or ``"dora"``; ``"scaled"`` after :func:`lora_jax.freeze_norm`.
+      variant: ``"lora"`` or ``"dora"``; ``"scaled"`` after :func:`lora_jax.cache_norm`.
       rank: ``r``.
       alpha: numerator of the scale.
       rslora: whether the scale is ``alpha / sqrt(r)``.
@@ -38,7 +40,7 @@ class Adapter:
         adapters have several, so that it cannot be active.
       detach_norm: whether DoRA's norm is a constant in the gradient.
       axes: how the kernel is a matrix.
-      substitute: whether ``W'`` stands in place of the parameter itself.
+      materialize: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
       product: how the layer computes its product, as the rule says.
     """
@@ -53,7 +55,7 @@ class Adapter:
     dropout: float | None = flax.struct.field(pytree_node=False, default=0.0)
     detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
     axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
-    substitute: bool = flax.struct.field(pytree_node=False, default=False)
+    materialize: bool = flax.struct.field(pytree_node=False, default=False)
     untied: bool = flax.struct.field(pytree_node=False, default=False)
     product: str = flax.struct.field(pytree_node=False, default="auto")
 
@@ -70,12 +72,12 @@ class Adapter:
     @property
     def ndim(self) -> int:
         """How many axes ``U`` and ``V`` of one adapter have."""
-        return len(self.axes.stacks) + (self.axes.fused > 1) + 2
+        return len(self.axes.batch) + (self.axes.fused > 1) + 2
 
     def shapes(self, kernel_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shapes that ``U``, ``V`` and ``m`` have for a kernel of this shape."""
         d, k = self.axes.matrix_shape(kernel_shape)
-        stack = self.axes.stack_shape(kernel_shape)
+        stack = self.axes.batch_shape(kernel_shape)
         shapes = {"U": (d, self.rank), "V": (self.rank, k), "m": (k,)}
         if self.m is None:
             del shapes["m"]
@@ -96,7 +98,7 @@ class Adapter:
 
 
 @flax.struct.dataclass
-class Shift:
+class LoraBias:
     """What is added to a leaf that stays in the base: ``b' = b + s v``, as PEFT's ``lora_bias``.
 
     With ``b`` the bias of an adapted layer it is ``x W + b + s ((x U) V + v)``. Kept apart from
@@ -116,8 +118,8 @@ class Shift:
 
 
 @flax.struct.dataclass
-class Whole:
-    """A leaf that is trained whole, kept in float32 though the model has it in less.
+class FullyTrained:
+    """A leaf that is fully trained, kept in float32 though the model has it in less.
 
     An optimizer's small steps vanish in 16 bits. The leaf goes back to ``dtype`` where the model
     uses it. A leaf that is float32 in the model stands in the tree as the plain array.
@@ -155,7 +157,7 @@ def init_adapter(
       untied: whether other readers of the kernel keep the base.
     """
     d, k = axes.matrix_shape(kernel.shape)
-    stack = axes.stack_shape(kernel.shape)
+    stack = axes.batch_shape(kernel.shape)
     std = default_std(d) if rule.std is None else rule.std
 
     def gaussian(shape: tuple[int, ...]) -> chex.Array:
@@ -181,7 +183,7 @@ def init_adapter(
         dropout=rule.dropout,
         detach_norm=rule.detach_norm,
         axes=axes,
-        substitute=rule.substitute,
+        materialize=rule.materialize,
         untied=untied,
         product=rule.product,
     )

@@ -14,9 +14,11 @@ import chex
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lora_jax._renamed import renamed_fields
 from lora_jax.core._meshes import left_to_compiler, spec_of
 
 
+@renamed_fields(stacks="batch")
 @dataclasses.dataclass(frozen=True)
 class KernelAxes:
     """How a kernel of any number of axes is a stack of ``(d, k)`` matrices.
@@ -26,8 +28,9 @@ class KernelAxes:
     Attributes:
       inputs: axes that are contracted with the layer's input; ``d`` is the product of their sizes.
       outputs: axes that are features of the layer's output; ``k`` is the product of their sizes.
-      stacks: axes that hold one matrix beside another: the layers of an ``nn.scan``, the experts
-        of a mixture. The arrays of an adapter have them in front.
+      batch: axes that hold one matrix beside another: the layers of an ``nn.scan``, the experts
+        of a mixture, the ``batch_axis`` of ``jax.nn.initializers``. The arrays of an adapter have
+        them in front.
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
         computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
       parts: which of the fused kernels are adapted; all by default.
@@ -41,7 +44,7 @@ class KernelAxes:
 
     Example:
       >>> axes = KernelAxes(inputs=(0,), outputs=(2, 3), stacks=(1,))
-      >>> axes.stack_shape((768, 12, 8, 64)), axes.matrix_shape((768, 12, 8, 64))
+      >>> axes.batch_shape((768, 12, 8, 64)), axes.matrix_shape((768, 12, 8, 64))
       ((12,), (768, 512))
       >>> axes.as_matrix(jnp.zeros((768, 12, 8, 64))).shape
       (12, 768, 512)
@@ -49,13 +52,13 @@ class KernelAxes:
 
     inputs: tuple[int, ...] = (0,)
     outputs: tuple[int, ...] = (1,)
-    stacks: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
     fused: int = 1
     parts: tuple[int, ...] = ()
     alone: str | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "outputs", "stacks", "parts"):
+        for name in ("inputs", "outputs", "batch", "parts"):
             try:
                 value = tuple(map(_index, getattr(self, name)))
             except TypeError:
@@ -69,10 +72,10 @@ class KernelAxes:
             raise TypeError(f"KernelAxes(fused=...) must be an int, got {self.fused!r}.") from None
         if self.fused < 1:
             raise ValueError(f"KernelAxes(fused={self.fused}): fused must be at least 1.")
-        axes = sorted((*self.inputs, *self.outputs, *self.stacks))
+        axes = sorted((*self.inputs, *self.outputs, *self.batch))
         if axes != list(range(len(axes))) or not self.inputs or not self.outputs:
             raise ValueError(
-                f"KernelAxes(inputs={self.inputs}, outputs={self.outputs}, stacks={self.stacks}) "
+                f"KernelAxes(inputs={self.inputs}, outputs={self.outputs}, batch={self.batch}) "
                 f"must name every axis of the kernel once, counted from 0, some as inputs and some "
                 f"as outputs."
             )
@@ -87,11 +90,11 @@ class KernelAxes:
     @property
     def ndim(self) -> int:
         """Number of axes of the kernel."""
-        return len(self.inputs) + len(self.outputs) + len(self.stacks)
+        return len(self.inputs) + len(self.outputs) + len(self.batch)
 
-    def stack_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def batch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the axes in front of ``U``, ``V`` and ``m``: the stacks, and the parts."""
-        stacks = tuple(shape[axis] for axis in self.stacks)
+        stacks = tuple(shape[axis] for axis in self.batch)
         return stacks if self.fused == 1 else (*stacks, len(self.parts))
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -117,7 +120,7 @@ class KernelAxes:
 
         # In a mesh, axes that are merged are sharded as the first of them, fused ones not at all.
         spec = spec_of(kernel)
-        like = [spec[axis] for axis in (*self.stacks, self.inputs[0], self.outputs[0])]
+        like = [spec[axis] for axis in (*self.batch, self.inputs[0], self.outputs[0])]
         if self.fused > 1:
             like[-2:] = None, like[-2], None
         adapted: chex.Array = left_to_compiler(matrices, kernel, like=PartitionSpec(*like))
@@ -133,7 +136,7 @@ class KernelAxes:
 
     def as_kernel(self, matrix: chex.Array, shape: Sequence[int]) -> chex.Array:
         """A whole matrix ``(*stacks, d, k)`` in the layout of a kernel of that shape."""
-        order = (*self.stacks, *self.inputs, *self.outputs)
+        order = (*self.batch, *self.inputs, *self.outputs)
         array = jnp.reshape(matrix, [shape[axis] for axis in order])
         return jnp.moveaxis(array, range(len(order)), order)
 
@@ -147,11 +150,11 @@ class KernelAxes:
           array: ``(*stack, ...)``.
           matrix_ndim: number of its axes without stacks: 2 for ``U`` and ``V``, 1 for ``m``.
         """
-        if not self.stacks:
+        if not self.batch:
             return array
         flat = self._flat(array.shape, matrix_ndim)
         ones = self.ndim - len(flat)
-        spec, stacks, merged = list(spec_of(array)), len(self.stacks), array.ndim - len(flat)
+        spec, stacks, merged = list(spec_of(array)), len(self.batch), array.ndim - len(flat)
         if merged:  # no axis of the merged ones stays sharded
             spec[stacks : stacks + merged + 1] = [None]
 
@@ -160,17 +163,17 @@ class KernelAxes:
 
         like = PartitionSpec(*spec, *(None,) * ones)
         array = left_to_compiler(reshaped, array, like=like)
-        return jnp.moveaxis(array, range(stacks), self.stacks)
+        return jnp.moveaxis(array, range(stacks), self.batch)
 
     def take(
         self, array: chex.Array, matrix_ndim: int, shape: tuple[int, ...]
     ) -> chex.Array | None:
         """The inverse of :meth:`place`, if the result has this shape; else ``None``."""
-        if not self.stacks and array.shape == shape:
+        if not self.batch and array.shape == shape:
             return array
         if array.ndim < self.ndim:
             return None
-        array = jnp.moveaxis(array, self.stacks, range(len(self.stacks)))
+        array = jnp.moveaxis(array, self.batch, range(len(self.batch)))
         flat = self._flat(shape, matrix_ndim)
         placed = flat + (1,) * (array.ndim - len(flat))
         if array.shape != placed:
@@ -180,18 +183,18 @@ class KernelAxes:
 
     def _flat(self, shape: tuple[int, ...], matrix_ndim: int) -> tuple[int, ...]:
         """``(*stacks, ...)`` with the parts in the first axis of the matrix."""
-        stacks, first = len(self.stacks), len(shape) - matrix_ndim + 1
+        stacks, first = len(self.batch), len(shape) - matrix_ndim + 1
         return (*shape[:stacks], math.prod(shape[stacks:first]), *shape[first:])
 
     def of_layers(self, ndim: int) -> Iterator[KernelAxes]:
         """What remains in a layer that sees ``ndim`` axes, for each choice of stacks sliced off."""
-        for sliced in itertools.combinations(self.stacks, max(self.ndim - ndim, 0)):
+        for sliced in itertools.combinations(self.batch, max(self.ndim - ndim, 0)):
             kept = [axis for axis in range(self.ndim) if axis not in sliced]
             yield dataclasses.replace(
                 self,
                 inputs=tuple(map(kept.index, self.inputs)),
                 outputs=tuple(map(kept.index, self.outputs)),
-                stacks=tuple(kept.index(axis) for axis in self.stacks if axis in kept),
+                batch=tuple(kept.index(axis) for axis in self.batch if axis in kept),
             )
 
     def in_layer(self, layer: KernelAxes) -> KernelAxes | None:
@@ -200,9 +203,9 @@ class KernelAxes:
 
     def _whole_matrix(self, kernel: chex.Array) -> chex.Array:
         """``(*stacks, d, k)`` with all fused outputs in ``k``."""
-        order = (*self.stacks, *self.inputs, *self.outputs)
+        order = (*self.batch, *self.inputs, *self.outputs)
         d, k = self.matrix_shape(kernel.shape)
-        stack = [kernel.shape[axis] for axis in self.stacks]
+        stack = [kernel.shape[axis] for axis in self.batch]
         return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
 
     def _split(self, matrix: chex.Array) -> chex.Array:
@@ -226,6 +229,7 @@ def _in_layer(whole: KernelAxes, layer: KernelAxes) -> KernelAxes | None:
     return None
 
 
+@renamed_fields(stacks="batch")
 @dataclasses.dataclass(frozen=True)
 class ModelAxes(Mapping[str, KernelAxes]):
     """The kernels of a model that can be adapted in their layers: their paths, and their axes.
@@ -235,7 +239,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
     Attributes:
       kernels: the axes of each kernel of a known layer, also of one that is refused.
       layers: for each parameter of a module that was called, kernel or not, the module's class.
-      stacks: likewise, the axes that stack it.
+      batch: likewise, the axes that stack it.
       refused: why a parameter of a known layer cannot be adapted in the layer.
       read: parameters that the result depends on.
       tied: kernels that the model also reads outside of their layer.
@@ -257,7 +261,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
 
     kernels: Mapping[str, KernelAxes]
     layers: Mapping[str, str]
-    stacks: Mapping[str, tuple[int, ...]]
+    batch: Mapping[str, tuple[int, ...]]
     refused: Mapping[str, str]
     read: frozenset[str]
     tied: frozenset[str]
@@ -325,7 +329,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
         width = max(map(len, self.kernels), default=0)
         return "\n".join(
             f"{path.ljust(width)}  inputs {axes.inputs}  outputs {axes.outputs}"
-            + (f"  stacks {axes.stacks}" if axes.stacks else "")
+            + (f"  batch {axes.batch}" if axes.batch else "")
             + ("  tied" if path in self.tied else "")
             + (f"  refused, as {self.refused[path]}" if path in self.refused else "")
             + f"  {self.layers[path]}"

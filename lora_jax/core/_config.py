@@ -1,4 +1,4 @@
-"""What the user says: which parameters are adapted and how, and which are trained whole."""
+"""What the user says: which parameters are adapted and how, and which are fully trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from lora_jax._renamed import renamed_fields
 from lora_jax.core._axes import ModelAxes
 from lora_jax.core._hints import OF_A_RULE, as_glob, meant, refuse_words
 from lora_jax.core._variants import VARIANTS
@@ -17,6 +18,11 @@ from lora_jax.core._variants import VARIANTS
 ALL_LINEAR = "all-linear"
 
 
+@renamed_fields(
+    {"product": {"merged": "dense"}, "tied": {"substitute": "materialize"}},
+    stack_axes="batch_axes",
+    substitute="materialize",
+)
 @refuse_words(OF_A_RULE)
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -49,7 +55,7 @@ class Rule:
         :func:`lora_jax.core._adapter.default_std`.
       detach_norm: DoRA only. Treat the column norm as a constant in the gradient (section 4.3
         of the DoRA paper, and what PEFT does). The default is the exact gradient.
-      stack_axes: axes of the kernel that only stack several kernels, such as the layers of an
+      batch_axes: axes of the kernel that only stack several kernels, such as the layers of an
         ``nn.scan``: ``(0,)`` for ``variable_axes={"params": 0}``. Negative ones count from the
         end. Not needed with :func:`lora_jax.kernel_axes`.
       input_axes: axes of the kernel that are contracted with the layer's input; by default the
@@ -59,19 +65,19 @@ class Rule:
         blocks of the flattened outputs, one after another, not interleaved within heads.
       parts: which of the fused kernels are adapted: ``fused=3, parts=(0, 2)`` leaves the keys
         frozen. All by default.
-      substitute: put ``W'`` in place of the parameter before the model runs, instead of
+      materialize: put ``W'`` in place of the parameter before the model runs, instead of
         computing ``x W'`` in the layer. It is right for every parameter of every model, read by
         whatever code, but ``W'`` and its gradient are formed in full: the memory and the time of
         full fine-tuning for that parameter, and ``W'`` is rounded to the parameter's dtype.
       tied: what to do with a matched parameter that the model also reads outside of its layer, as
         tied embeddings are, which :func:`lora_jax.kernel_axes` finds. ``None``: an error.
-        ``"substitute"``: as ``substitute=True``, for these parameters only, so that all uses see
+        ``"materialize"``: as ``materialize=True``, for these parameters only, so that all uses see
         ``W'``. ``"untie"``: the layer's own use is adapted and the others keep the base; such an
         adapter cannot be merged.
       product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"outer"``,
-        the same as ``x W + s sum_r (x U)_r V_r``, meant for TPUs and small ranks; ``"merged"``,
+        the same as ``x W + s sum_r (x U)_r V_r``, meant for TPUs and small ranks; ``"dense"``,
         ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there;
-        or ``"auto"``: merged where that is exact and faster, else factored. Outputs and gradients
+        or ``"auto"``: dense where that is exact and faster, else factored. Outputs and gradients
         are the same to rounding. (Second derivatives in a magnitude of zero need
         ``"factored"`` or ``"outer"``.)
 
@@ -100,11 +106,11 @@ class Rule:
     zero: str = "U"
     std: float | None = None
     detach_norm: bool = False
-    stack_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
     input_axes: tuple[int, ...] | None = None
     fused: int = 1
     parts: tuple[int, ...] | None = None
-    substitute: bool = False
+    materialize: bool = False
     tied: str | None = None
     product: str = "auto"
 
@@ -133,7 +139,7 @@ class Rule:
                     f"{where}: {name} must be positive and finite, got {value}. Leave it out for "
                     f"{default}."
                 )
-        for name in ("rslora", "detach_norm", "substitute"):
+        for name in ("rslora", "detach_norm", "materialize"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}.")
         trained = sorted(name for name, variant in VARIANTS.items() if variant.trained)
@@ -149,7 +155,7 @@ class Rule:
             raise ValueError(f"{where}: dropout must be in [0, 1), got {self.dropout}.")
         if self.detach_norm and self.variant != "dora":
             raise ValueError(f"{where}: detach_norm is for variant='dora'; LoRA has no norm.")
-        for name in ("stack_axes", "input_axes", "parts"):
+        for name in ("batch_axes", "input_axes", "parts"):
             value = getattr(self, name)
             try:
                 ints = None if value is None else tuple(map(operator.index, value))
@@ -167,35 +173,37 @@ class Rule:
                 f"{where}: parts must be some of 0 to {self.fused - 1}, each once, as fused is "
                 f"{self.fused}; got {self.parts}."
             )
-        if self.substitute and self.dropout:
+        if self.materialize and self.dropout:
             raise ValueError(
-                f"{where}: substitute=True has no dropout, as the factors have no input of their "
+                f"{where}: materialize=True has no dropout, as the factors have no input of their "
                 f"own: W' stands in place of the parameter."
             )
-        if self.tied not in (None, "substitute", "untie"):
+        if self.tied not in (None, "materialize", "untie"):
             raise ValueError(
-                f"{where}: tied must be 'substitute', 'untie' or None, got {self.tied!r}."
+                f"{where}: tied must be 'materialize', 'untie' or None, got {self.tied!r}."
             )
-        if self.product not in (ways := ("auto", "factored", "outer", "merged")):
+        if self.product not in (ways := ("auto", "factored", "outer", "dense")):
             raise ValueError(f"{where}: product must be one of {ways}, got {self.product!r}.")
-        if self.substitute and self.product != "auto":
+        if self.materialize and self.product != "auto":
             raise ValueError(
-                f"{where}: with substitute=True the layer computes with W' as it is, so that there "
-                f"is no product={self.product!r} to choose; leave it out."
+                f"{where}: with materialize=True the layer computes with W' as it is, so that "
+                f"there is no product={self.product!r} to choose; leave it out."
             )
-        if self.product == "merged" and self.dropout:
+        if self.product == "dense" and self.dropout:
             raise ValueError(
-                f"{where}: product='merged' has no dropout, as the factors have no input of their "
+                f"{where}: product='dense' has no dropout, as the factors have no input of their "
                 f"own."
             )
-        if self.substitute and self.tied == "untie":
+        if self.materialize and self.tied == "untie":
             raise ValueError(
-                f"{where}: tied='untie' adapts one use of a parameter, substitute=True all of them."
+                f"{where}: tied='untie' adapts one use of a parameter, materialize=True all of "
+                "them."
             )
-        if self.tied == "substitute" and self.dropout:
+        if self.tied == "materialize" and self.dropout:
             raise ValueError(
-                f"{where}: tied='substitute' would substitute W' for some parameters, where there "
-                f"can be no dropout. Give tied parameters a rule of their own, with dropout=0."
+                f"{where}: tied='materialize' would materialize W' for some parameters, where "
+                f"there can be no dropout. Give tied parameters a rule of their own, with "
+                "dropout=0."
             )
 
     @property
@@ -221,14 +229,14 @@ _IN_A_RULE = {
 @refuse_words(_IN_A_RULE, "a rule says it, LoraConfig([Rule(pattern, rank=8)])")
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which leaves of a parameter tree are adapted, and which are trained whole.
+    """Which leaves of a parameter tree are adapted, and which are fully trained.
 
     Attributes:
       rules: for each leaf the first rule that matches wins; a leaf that no rule matches stays
         frozen.
-      trainable: regular expressions (fullmatch on the path) of leaves that are trained whole,
+      trainable: regular expressions (fullmatch on the path) of leaves that are fully trained,
         such as a new head. They are exceptions to the rules: a leaf that is matched by both is
-        trained whole.
+        fully trained.
 
     Raises:
       TypeError: a rule that is no :class:`Rule`, a pattern that is no string.
@@ -315,7 +323,7 @@ def _check_regex(pattern: object, where: str) -> None:
 def assign(
     config: LoraConfig, paths: Sequence[str], axes: object = None
 ) -> tuple[dict[str, Rule], set[str]]:
-    """Says which rule each path has, and which paths are trained whole.
+    """Says which rule each path has, and which paths are fully trained.
 
     Args:
       config: the user's rules and trainable patterns.
@@ -428,7 +436,7 @@ def _never_wins(rule: Rule, taken: Mapping[str, str]) -> str:
     more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
     owners = set(taken.values())
     if all(owner.startswith("trainable") for owner in owners):
-        advice = "Those leaves would be both adapted and trained whole: remove one of the two"
+        advice = "Those leaves would be both adapted and fully trained: remove one of the two"
     else:
         advice = "The first match wins: put the more special rule first, or remove this one"
     return f"Rule({rule.pattern!r}) never has a leaf of its own: {'; '.join(some)}{more}. {advice}."

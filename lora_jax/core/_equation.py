@@ -98,7 +98,7 @@ class Equation:
         return KernelAxes(
             inputs=tuple(i for i, c in enumerate(self.W) if c in x and c not in y),
             outputs=tuple(i for i, c in enumerate(self.W) if c in y and c not in x),
-            stacks=tuple(i for i, c in enumerate(self.W) if c in x and c in y),
+            batch=tuple(i for i, c in enumerate(self.W) if c in x and c in y),
         )
 
     @functools.cached_property
@@ -160,7 +160,7 @@ class Equation:
 
     @functools.cached_property
     def _stack(self) -> str:
-        return "".join(self.W[axis] for axis in self.axes.stacks)
+        return "".join(self.W[axis] for axis in self.axes.batch)
 
     @functools.cached_property
     def _in(self) -> str:

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from lora_jax._renamed import renamed_arguments
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._equation import Equation
@@ -146,6 +147,7 @@ class AdaptedKernel:
             return mixed_einsum(eq, x, W, factors, ids, **options)
         return adapted_einsum(eq, x, W, factors, **options)
 
+    @renamed_arguments(stacks="batch_axes", batch="batch_shape")
     def linear(
         self,
         product: Product,
@@ -154,9 +156,9 @@ class AdaptedKernel:
         *,
         inputs: tuple[int, ...],
         base: Product | None = None,
-        stacks: tuple[int, ...] = (),
+        batch_axes: tuple[int, ...] = (),
         groups: int = 1,
-        batch: tuple[int, ...] | None = None,
+        batch_shape: tuple[int, ...] | None = None,
         precision: jax.lax.PrecisionLike = None,
     ) -> chex.Array:
         """``product(x, W')`` for a product that is linear in the kernel, such as a convolution.
@@ -170,9 +172,10 @@ class AdaptedKernel:
             where that is floating-point.
           inputs: axes of the kernel that are contracted. One axis is left: the outputs.
           base: the layer's own product, for ``W``; by default ``product``.
-          stacks: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
+          batch_axes: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
           groups: number of groups that the outputs are in, each with inputs of its own.
-          batch: sizes of the axes that the layer has made the first one of ``x`` from, if it has.
+          batch_shape: sizes of the axes that the layer has made the first one of ``x`` from, if it
+            has.
           precision: of the product with ``V``, behind that with ``U``: the one of ``product``.
 
         Raises:
@@ -191,14 +194,14 @@ class AdaptedKernel:
                 dtype = jnp.result_type(x, W)
                 x, W = x.astype(dtype), W.astype(dtype)
         W = self._cut(W)
-        outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *stacks})
+        outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *batch_axes})
         if len(outputs) != 1:
             self.refuse(
                 f"its handler leaves {len(outputs)} axes of the kernel {W.shape} for the outputs, "
                 f"and linear() takes one; use einsum()"
             )
             return self._observed(x, base(x, W))
-        axes = KernelAxes(inputs, outputs, stacks)
+        axes = KernelAxes(inputs, outputs, batch_axes)
         factors, ids = self._factors(axes, W, contracted=False)
         if factors is None:
             return self._observed(x, base(x, W))
@@ -209,7 +212,7 @@ class AdaptedKernel:
             "dropped_x": self._dropped(x),
         }
         if ids is not None:
-            ids = ids if batch is None else _spread(ids, batch)
+            ids = ids if batch_shape is None else _spread(ids, batch_shape)
             return mixed_linear(product, x, W, factors, axes, ids, **options)
         return adapted_linear(product, x, W, factors, axes, **options)
 
@@ -240,7 +243,7 @@ class AdaptedKernel:
         elif self._adapter is not None:
             raise ValueError(
                 f"The kernel {self._path!r} cannot be adapted in its layer: {reason}. Give it a "
-                f"rule with substitute=True."
+                f"rule with materialize=True."
             )
 
     def _cut(self, W: chex.Array) -> chex.Array:
@@ -273,7 +276,7 @@ class AdaptedKernel:
         raise ValueError(
             f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
             f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
-            f"to lora_init, or say input_axes and stack_axes in the rule."
+            f"to lora_init, or say input_axes and batch_axes in the rule."
         )
 
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
@@ -283,7 +286,7 @@ class AdaptedKernel:
         if axes != adapter.axes:
             adapter = adapter.replace(axes=axes)  # type: ignore[attr-defined]
         arrays = {}
-        behind = len(axes.stack_shape(W.shape))
+        behind = len(axes.batch_shape(W.shape))
         for name, shape in adapter.shapes(W.shape).items():
             if self.ids is not None:
                 shape = (*shape[:behind], self.ids.count, *shape[behind:])
@@ -292,7 +295,7 @@ class AdaptedKernel:
                 raise ValueError(
                     f"In the layer of {self._path!r} the kernel is {W.shape}, so {name} should be "
                     f"{shape}, but a transform has left {jnp.shape(getattr(adapter, name))} of it. "
-                    f"The adapter has stack_axes={self._adapter.axes.stacks}: they must be those "
+                    f"The adapter has batch_axes={self._adapter.axes.batch}: they must be those "
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
@@ -331,5 +334,5 @@ def _spread(ids: chex.Array, batch: tuple[int, ...]) -> chex.Array:
 
 
 def _said(axes: KernelAxes) -> str:
-    stacks = f" and stack_axes={axes.stacks}" if axes.stacks else ""
+    stacks = f" and batch_axes={axes.batch}" if axes.batch else ""
     return f"input_axes={axes.inputs}{stacks}"

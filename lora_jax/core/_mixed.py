@@ -119,13 +119,13 @@ class Ids:
         cls, ids: chex.Array, count: int, axes: KernelAxes, kernel_shape: Sequence[int]
     ) -> Ids:
         """The ids in the place for a kernel of that shape."""
-        stacks = (kernel_shape[axis] for axis in axes.stacks)
+        stacks = (kernel_shape[axis] for axis in axes.batch)
         repeated = jnp.broadcast_to(jnp.reshape(ids, -1), (*stacks, ids.size))
         return cls(axes.place(repeated, 1), ids.shape, count)
 
     def in_layer(self, axes: KernelAxes, kernel_shape: Sequence[int]) -> chex.Array:
         """The ids, in a layer that sees these axes of the kernel."""
-        stacks = tuple(kernel_shape[axis] for axis in axes.stacks)
+        stacks = tuple(kernel_shape[axis] for axis in axes.batch)
         ids = axes.take(self.ids, 1, (*stacks, math.prod(self.shape)))
         assert ids is not None  # as the factors, which are taken before, were
         return jnp.reshape(ids[(0,) * len(stacks)], self.shape)
@@ -209,7 +209,7 @@ def mixed_einsum(
       precision: as there.
       dropped_x: as there.
     """
-    if factors.way == "merged":
+    if factors.way == "dense":
         refuse(factors, "the rows of the batch have different adapters")
     n = ids.ndim
     rows = tuple(range(n))

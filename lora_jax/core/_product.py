@@ -4,17 +4,17 @@
 ``a = 1`` for LoRA there are two ways to compute it:
 
     factored    y = a (x W + s (x U) V)
-    merged      y = x K,   K = a (W + s U V)
+    dense       y = x K,   K = a (W + s U V)
 
 and in both the gradient has the skinny products only, never ``x^T g``:
 
     dU = s x^T (g (a V)^T)    dV = s a (x U)^T g    dx = g K^T    da = sum_n g y / a
 
 **factored** reads and writes the activations once more, ``n (d + k)`` numbers, which costs more
-than its arithmetic. **merged** reads and writes the kernel instead, ``d k`` numbers, so it is
+than its arithmetic. **dense** reads and writes the kernel instead, ``d k`` numbers, so it is
 better with many rows ``n``. (Without rematerialisation ``K`` is kept for the gradient.) But ``K``
 is rounded: in 16 bits an update below half a unit in the last place of ``W`` would vanish, and so
-it would on an accelerator that multiplies float32 numbers in less. So ``"auto"`` merges where the
+it would on an accelerator that multiplies float32 numbers in less. So ``"auto"`` is dense where the
 product is computed in float32 or more and ``n >= d``. ``docs/benchmarks.md`` has the numbers.
 
 **outer** is factored with ``(x U) V`` written as a sum of ``r`` outer products, which a compiler
@@ -145,11 +145,11 @@ def adapted_einsum(
     static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": on_cpu()}
     dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
     way = chosen(factors, dtype, equation.rows, precision, reasons)
-    if way == "merged":
-        merged = functools.partial(_merged_product, **static)
+    if way == "dense":
+        dense = functools.partial(_dense_product, **static)
         plain = functools.partial(equation.product, precision=precision)
         like = functools.partial(jax.eval_shape, plain, x, W)
-        return left_to_compiler(merged, x, W, U, V, a, like=like)
+        return left_to_compiler(dense, x, W, U, V, a, like=like)
     dropped_x = x if dropped_x is None else dropped_x
     if transposed:
         U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
@@ -248,8 +248,8 @@ def low_rank_linear(
     if groups > 1:
         V = jnp.reshape(V, (rank, groups, -1))
         delta = jnp.einsum("...gr,rgk->...gk", xU, V, precision=precision)
-    elif axes.stacks:
-        stacks = "abcdefgh"[: len(axes.stacks)]
+    elif axes.batch:
+        stacks = "abcdefgh"[: len(axes.batch)]
         equation = f"...{stacks}r,{stacks}rk->...{stacks}k"
         delta = jnp.einsum(equation, xU, V, precision=precision)
     else:
@@ -296,19 +296,19 @@ def chosen(
     wrong = [reason for reason, is_so in reasons.items() if is_so]
     if jnp.dtype(dtype).itemsize < 4:
         wrong.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
-    if factors.way == "merged":
+    if factors.way == "dense":
         if wrong:
             refuse(factors, wrong[0])
         return factors.way
     exact = on_cpu() or precision in _EXACT
     # A symbolic number of rows, of jax.export, is no int and cannot be compared.
     many = isinstance(rows, int) and rows >= factors.U.shape[-2]
-    return "merged" if exact and not wrong and many else "factored"
+    return "dense" if exact and not wrong and many else "factored"
 
 
 def refuse_ways(factors: Factors) -> None:
     """Errors where the rule wants a way that is for products of two matrices only."""
-    if factors.way in ("merged", "outer"):
+    if factors.way in ("dense", "outer"):
         refuse(factors, "the layer is no product of two matrices")
 
 
@@ -352,7 +352,7 @@ def factored_product(
 ) -> chex.Array:
     """``a (y + s (x U) V)``; with a mask ``(r,)``, ``a (y + s (mask (x U)) V)``."""
     U, V = U.astype(x.dtype), V.astype(x.dtype)
-    x = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
+    x = _rows(equation.operand(x), len(equation.axes.batch), on_cpu)
     xU = _skinny(x, U, precision, on_cpu)
     if mask is not None:
         xU = xU * along(mask, xU).astype(xU.dtype)
@@ -422,11 +422,11 @@ def _outer_jvp(
     return _outer(xU, V, precision), derivative
 
 
-# --- merged ---
+# --- dense ---
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _merged_product(
+def _dense_product(
     x: chex.Array,
     W: chex.Array,
     U: chex.Array,
@@ -444,11 +444,11 @@ def _merged_product(
         a = (a + jax.lax.stop_gradient(tiny)).astype(W.dtype)
     # Not all backends multiply float32 numbers as such unless they are told to.
     precision = jax.lax.Precision.HIGHEST if precision is None else precision
-    return _merged(x, W, U, V, a, s, equation, precision, on_cpu)
+    return _dense(x, W, U, V, a, s, equation, precision, on_cpu)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7, 8))
-def _merged(
+def _dense(
     x: chex.Array,
     W: chex.Array,
     U: chex.Array,
@@ -479,7 +479,7 @@ def _times(a: chex.Array | None, K: chex.Array) -> chex.Array:
     return K if a is None else a[..., None, :] * K
 
 
-def _merged_jvp(
+def _dense_jvp(
     s: float,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
@@ -490,8 +490,8 @@ def _merged_jvp(
     """The derivative; JAX transposes it to the gradient at the top of this file."""
     x, W, U, V, a = primals
     dx, dW, dU, dV, da = (_known(t) for t in tangents)
-    y = _merged(x, W, U, V, a, s, equation, precision, on_cpu)
-    rows = _rows(equation.operand(x), len(equation.axes.stacks), on_cpu)
+    y = _dense(x, W, U, V, a, s, equation, precision, on_cpu)
+    rows = _rows(equation.operand(x), len(equation.axes.batch), on_cpu)
     terms, low_rank = [], []
     if dx is not None:
         K = _kernel(W, U, V, a, s, equation)
@@ -513,7 +513,7 @@ def _merged_jvp(
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
 
-_merged.defjvp(_merged_jvp, symbolic_zeros=True)
+_dense.defjvp(_dense_jvp, symbolic_zeros=True)
 
 
 def _known(tangent: Any) -> Any:

@@ -104,7 +104,7 @@ def scaled_kernel(
 ) -> chex.Array:
     """DoRA with its norm computed before: ``W' = a (W + s U V)``, and ``m`` holds ``a``.
 
-    :func:`lora_jax.freeze_norm` makes it, ``a = m / ||W + s U V||_c``, for inference.
+    :func:`lora_jax.cache_norm` makes it, ``a = m / ||W + s U V||_c``, for inference.
     """
     assert m is not None
     return m[..., None, :] * lora_kernel(W, U, V, None, s, detach_norm)

@@ -20,7 +20,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
 from lora_jax._version import __version__
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._config import Rule, nearest
 from lora_jax.core._variants import VARIANTS
@@ -45,7 +45,10 @@ INDEX = "adapter.json"
 FORMAT = "lora_jax adapter"
 VERSION = 1
 
-# The fields of an Adapter beside its arrays, and those of its axes, with their types in JSON.
+# The fields of an Adapter beside its arrays, and those of its axes, with their types in JSON. What
+# has another name here than in files, where names stay:
+_NAMES_IN_FILES = {"materialize": "substitute", "batch": "stacks"}
+_PRODUCTS_IN_FILES = {"dense": "merged"}
 _FIELDS = {
     "variant": str,
     "rank": int,
@@ -58,7 +61,11 @@ _FIELDS = {
     "product": str,
     "axes": dict,
 }
-_AXES = tuple(field.name for field in dataclasses.fields(KernelAxes) if field.compare)
+_AXES = tuple(
+    _NAMES_IN_FILES.get(field.name, field.name)
+    for field in dataclasses.fields(KernelAxes)
+    if field.compare
+)
 _INDEX = {
     "format": str,
     "version": int,
@@ -80,8 +87,8 @@ class Stored:
     """What a folder holds.
 
     Attributes:
-      adapters: every :class:`Adapter` and :class:`Shift`, and every leaf that was trained whole, by
-        its path; leaves that the model has in another dtype are :class:`Whole`.
+      adapters: every :class:`Adapter` and :class:`LoraBias`, and every leaf that was fully trained,
+        by its path; leaves that the model has in another dtype are :class:`FullyTrained`.
       base: a hash of every frozen parameter by its path; empty where none were taken.
       metadata: what the user gave to :func:`save`.
       library: version of lora_jax that wrote it.
@@ -159,7 +166,7 @@ def save(
     else:
         base, nodes = named_pair(frozen, adapters)
     for leaf_path, node in nodes.items():
-        if isinstance(node, Shift):
+        if isinstance(node, LoraBias):
             shifts[leaf_path] = float(node.scale)
             found = {leaf_path: node.value}
         elif isinstance(node, Adapter):
@@ -167,8 +174,8 @@ def save(
             entries[leaf_path] = _said(node)
             found = {f"{leaf_path}.{name}": getattr(node, name) for name in _names(node.variant)}
         else:
-            value = unbox(node.value if isinstance(node, Whole) else node)
-            dtype = node.dtype if isinstance(node, Whole) else value.dtype
+            value = unbox(node.value if isinstance(node, FullyTrained) else node)
+            dtype = node.dtype if isinstance(node, FullyTrained) else value.dtype
             whole[leaf_path] = jnp.dtype(dtype).name
             found = {leaf_path: value}
         for name, array in found.items():
@@ -296,7 +303,7 @@ def load(
                 f"another model? Nearest paths: {', '.join(nearest(leaf_path, keys)) or 'none'}."
             )
         key = keys[leaf_path]
-        if isinstance(node, Adapter | Shift):
+        if isinstance(node, Adapter | LoraBias):
             try:
                 check_fits(leaf_path, flat[key], node)
             except ValueError as error:
@@ -400,8 +407,8 @@ def check_alone(path: str, adapter: Adapter) -> None:
         )
     if not VARIANTS[adapter.variant].trained:
         raise ValueError(
-            f"The adapter of {path!r} is of freeze_norm: save the adapter as it was before, from "
-            f"which freeze_norm makes it again."
+            f"The adapter of {path!r} is of cache_norm: save the adapter as it was before, from "
+            f"which cache_norm makes it again."
         )
 
 
@@ -411,9 +418,15 @@ def _names(variant: str) -> tuple[str, ...]:
 
 def _said(adapter: Adapter) -> dict[str, Any]:
     """The fields of an adapter, as JSON has them."""
-    said = {name: getattr(adapter, name) for name in _FIELDS if name != "axes"}
+    said = {name: getattr(adapter, _name_here(name)) for name in _FIELDS if name != "axes"}
     said["alpha"], said["dropout"] = float(adapter.alpha), float(adapter.dropout or 0.0)
-    return said | {"axes": {name: getattr(adapter.axes, name) for name in _AXES}}
+    said["product"] = _PRODUCTS_IN_FILES.get(adapter.product, adapter.product)
+    return said | {"axes": {name: getattr(adapter.axes, _name_here(name)) for name in _AXES}}
+
+
+def _name_here(name: str) -> str:
+    """The field that has a name in files."""
+    return next((here for here, there in _NAMES_IN_FILES.items() if there == name), name)
 
 
 def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,7 +522,7 @@ def _stored(index: Mapping[str, Any], tensors: Tensors, file: Path) -> Stored:
         adapters[path] = _adapter(said, arrays, path, f"{file}: {path!r}")
     for path, dtype in index["whole"].items():
         array = tensors[path]
-        adapters[path] = array if array.dtype.name == dtype else Whole(array, dtype)
+        adapters[path] = array if array.dtype.name == dtype else FullyTrained(array, dtype)
     for path, s in shifts.items():
         adapters[path] = _shift(s, tensors[path], path, f"{file}: {path!r}", adapters)
     collections: dict[str, dict[str, np.ndarray]] = {}
@@ -536,21 +549,25 @@ def _adapter(
             raise ValueError(f"{where}: axes: {name!r} must be integers, got {axes[name]!r}.")
     if not axes["parts"]:  # by default all are, but who says that there are not 10**12?
         raise ValueError(f"{where}: axes: of fused={axes['fused']} kernels no parts are named.")
-    options = {name: said[name] for name in _FIELDS if name not in ("rank", "untied", "axes")}
+    products = {there: here for here, there in _PRODUCTS_IN_FILES.items()}
+    fields = {_name_here(name): said[name] for name in _FIELDS if name != "axes"}
+    fields["product"] = products.get(said["product"], said["product"])
+    options = {name: fields[name] for name in fields if name not in ("rank", "untied")}
     try:
         Rule(re.escape(path), said["rank"], **options)
-        kernel_axes = KernelAxes(**axes)
+        kernel_axes = KernelAxes(**{_name_here(name): value for name, value in axes.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     if said["untied"] and said["substitute"]:
-        raise ValueError(f"{where} is both untied and substituted.")
-    fields: dict[str, Any] = {name: said[name] for name in _FIELDS if name != "axes"}
+        raise ValueError(f"{where} is both untied and materialized.")
     adapter = Adapter(**(fields | dict(arrays)), axes=kernel_axes)
     _check_arrays(adapter, where)
     return adapter
 
 
-def _shift(s: object, array: np.ndarray, path: str, where: str, others: Mapping[str, Any]) -> Shift:
+def _shift(
+    s: object, array: np.ndarray, path: str, where: str, others: Mapping[str, Any]
+) -> LoraBias:
     """A shift, when what is said of it makes sense."""
     if type(s) is not float or not (math.isfinite(s) and s > 0):
         raise ValueError(f"{where}: the scale of a shift must be a positive number, got {s!r}.")
@@ -558,13 +575,13 @@ def _shift(s: object, array: np.ndarray, path: str, where: str, others: Mapping[
         raise ValueError(f"{where}: a shift is of dtype {array.dtype}.")
     if path in others:
         raise ValueError(f"{where} is described twice.")
-    return Shift(array, s)
+    return LoraBias(array, s)
 
 
 def _check_arrays(adapter: Adapter, where: str) -> None:
     """Errors where U, V and m are not those of one rank and one stack of matrices."""
     axes, U, V = adapter.axes, adapter.U, adapter.V
-    stacks = len(axes.stacks) + (axes.fused > 1)
+    stacks = len(axes.batch) + (axes.fused > 1)
     shapes = {name: getattr(adapter, name).shape for name in _names(adapter.variant)}
     fits = (
         U.ndim == V.ndim == stacks + 2
@@ -586,17 +603,19 @@ def _check_arrays(adapter: Adapter, where: str) -> None:
 
 
 def whole_leaf(path: str, node: Any, leaf: Any, file: str) -> Any:
-    """A leaf that was trained whole, in the box of the model's leaf."""
+    """A leaf that was fully trained, in the box of the model's leaf."""
     check_floating(path, leaf, "params has")
     array = unbox(leaf)
-    value, dtype = (node.value, node.dtype) if isinstance(node, Whole) else (node, node.dtype.name)
+    value, dtype = (
+        (node.value, node.dtype) if isinstance(node, FullyTrained) else (node, node.dtype.name)
+    )
     if tuple(array.shape) != value.shape or jnp.dtype(array.dtype).name != dtype:
         raise ValueError(
-            f"{file} has {path!r} trained whole as {dtype} {value.shape}, but params has "
+            f"{file} has {path!r} fully trained as {dtype} {value.shape}, but params has "
             f"{jnp.dtype(array.dtype).name} {tuple(array.shape)} there. Is it of another model?"
         )
     boxed = rebox(leaf, _to_jax(value, file))
-    return Whole(boxed, dtype) if isinstance(node, Whole) else boxed
+    return FullyTrained(boxed, dtype) if isinstance(node, FullyTrained) else boxed
 
 
 def _to_jax(array: np.ndarray, file: str) -> jax.Array:

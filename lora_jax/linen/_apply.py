@@ -27,7 +27,7 @@ import numpy as np
 
 from lora_jax import _compat as compat
 from lora_jax._compat import is_traced
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._kernel import AdaptedKernel, Unseen
 from lora_jax.core._mixed import BASE, Ids, checked_ids, taken
 from lora_jax.core._product import normalized
@@ -75,7 +75,7 @@ def lora_apply(
     """``model.apply(variables, *args, **kwargs)`` of the adapted model.
 
     Every layer that has an adapter computes ``x W'`` in place of ``x W``, in its own dtype; the
-    model's code is not changed and the base is not copied. (With ``Rule(substitute=True)`` the
+    model's code is not changed and the base is not copied. (With ``Rule(materialize=True)`` the
     parameter itself is replaced by ``W'``.) Differentiate with respect to
     ``adapters``, and pass the base as an argument to the jitted function: what a jitted function
     closes over is compiled into it as a constant.
@@ -106,7 +106,7 @@ def lora_apply(
       adapter_ids: integers, ``(batch,)`` for one adapter for each example, ``(batch, tokens)`` for
         one for each token, where these are the axes behind the batch of every adapted layer's
         input; or one number, for one adapter for all. With it ``adapters`` are stacked, and
-        ``variables`` may have all parameters: a leaf that was trained whole is there for the rows
+        ``variables`` may have all parameters: a leaf that was fully trained is there for the rows
         with the base alone.
       in_axes: where arguments have the rows of ``adapter_ids``, as for ``jax.vmap``: an axis for
         all, with ``None`` for what is one for all rows; or a tuple with one for each of ``args``,
@@ -219,11 +219,11 @@ def _apply(
     """:func:`lora_apply` with one adapter, or of one row of the batch."""
     nodes: dict[Key, _Placed] = {}
 
-    def place(key: Key, leaf: Any, node: Adapter | Shift) -> dict[Key, Any]:
-        if isinstance(node, Shift):  # never stacked
+    def place(key: Key, leaf: Any, node: Adapter | LoraBias) -> dict[Key, Any]:
+        if isinstance(node, LoraBias):  # never stacked
             return {key: merged_kernel(leaf, node)}
-        if node.substitute:
-            return {key: _substituted(path_of(key), leaf, node, which)}
+        if node.materialize:
+            return {key: _materialized(path_of(key), leaf, node, which)}
         nodes[key] = _placed(path_of(key), unbox(leaf), node, which, dropout)
         return {key: leaf, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
 
@@ -262,7 +262,7 @@ def _apply(
 
 
 def _own_leaf(key: Key, leaf: Any, node: Any, ids: chex.Array, *, known: bool) -> dict[Key, Any]:
-    """A leaf that was trained whole, such as a head or a bias: that of the id.
+    """A leaf that was fully trained, such as a head or a bias: that of the id.
 
     Args:
       key: of the parameter.
@@ -277,28 +277,28 @@ def _own_leaf(key: Key, leaf: Any, node: Any, ids: chex.Array, *, known: bool) -
     path = path_of(key)
     if ids.ndim > 0:
         raise ValueError(
-            f"{path!r} was trained whole, so that adapter_ids must be one number for each example, "
+            f"{path!r} was fully trained, so that adapter_ids must be one number for each example, "
             f"not for each token."
         )
-    dtype = node.dtype if isinstance(node, Whole) else unbox(node).dtype
-    box = node.value if isinstance(node, Whole) else node
+    dtype = node.dtype if isinstance(node, FullyTrained) else unbox(node).dtype
+    box = node.value if isinstance(node, FullyTrained) else node
     shape = jnp.shape(unbox(box))
     if leaf is not None and jnp.shape(unbox(leaf)) != shape[1:]:
         raise ValueError(
-            f"{path!r} was trained whole: its stack is {shape}, but the base has "
+            f"{path!r} was fully trained: its stack is {shape}, but the base has "
             f"{jnp.shape(unbox(leaf))} there. Was it made for another model?"
         )
     base = (0.0 if known else jnp.nan) if leaf is None else unbox(leaf)
     return {key: jax.tree.map(lambda array: taken(array, ids, base).astype(dtype), box)}
 
 
-def _substituted(path: str, kernel: Any, adapter: Adapter, which: _Which | None) -> Any:
+def _materialized(path: str, kernel: Any, adapter: Adapter, which: _Which | None) -> Any:
     """``W'`` in the place of the parameter."""
     if which is None:
         return merged_kernel(kernel, adapter)
     if which.ids.ndim > 0:
         raise ValueError(
-            f"The adapters of {path!r} have substitute=True, and W' cannot be another one for "
+            f"The adapters of {path!r} have materialize=True, and W' cannot be another one for "
             f"every token: give one id for each row."
         )
     adapter = jax.tree.map(lambda array: taken(array, which.ids, 0.0), adapter)
@@ -324,7 +324,7 @@ def _placed(path: str, W: Any, adapter: Adapter, which: _Which | None, dropout: 
     if which is not None and which.mapped:
         # All adapters are there, and each layer takes the row's own from them.
         ids = Ids.beside(which.ids, which.count, adapter.axes, W.shape)
-        behind = len(adapter.axes.stack_shape(W.shape))
+        behind = len(adapter.axes.batch_shape(W.shape))
         arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in arrays.items()}
     arrays = {name: adapter.axes.place(x, 1 if name == "m" else 2) for name, x in arrays.items()}
     # With dropout off it is off in the tree's structure, so that nn.jit traces again.
@@ -341,10 +341,10 @@ def _check_base(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> 
     if is_traced(ids) or not ids.is_fully_addressable:
         return False
     for key, node in nodes.items():
-        whole = not isinstance(node, Adapter | Shift)
+        whole = not isinstance(node, Adapter | LoraBias)
         if whole and key not in base and bool((np.asarray(ids) == BASE).any()):
             raise ValueError(
-                f"{path_of(key)!r} was trained whole, and the base lacks it, so no row can have "
+                f"{path_of(key)!r} was fully trained, and the base lacks it, so no row can have "
                 f"the base alone (id {BASE}): pass all of the model's parameters as "
                 f"{{'params': params}}."
             )
@@ -405,7 +405,7 @@ def _check_ties(
         raise ValueError(
             f"The model also reads {tied[0]!r}{more} outside of its layer, as tied embeddings are, "
             f"where its adapter would not be: the merged model would compute something else. Say "
-            f"in the rule tied='substitute', so that all uses see W', or tied='untie', and make "
+            f"in the rule tied='materialize', so that all uses see W', or tied='untie', and make "
             f"the adapters with lora_jax.lora_init_model."
         )
 
@@ -640,7 +640,7 @@ class _Calls:
             reason = f"there is no handler for {name}; there are handlers for {known_layers()}"
         return (
             f"The adapter of {path!r}{others} was not used: {reason}. Register a handler with "
-            f"lora_jax.register, give the parameter a rule with substitute=True, or narrow the "
+            f"lora_jax.register, give the parameter a rule with materialize=True, or narrow the "
             f"rule."
         )
 
@@ -659,5 +659,5 @@ def _refuse_mapped(module: nn.Module) -> None:
         path = path_of((*module.path, *found[0])).removesuffix(SUFFIX)
         raise ValueError(
             f"The adapter of {path!r} cannot be used: {MAPPED}. Give it a rule with "
-            f"substitute=True, so that W' is mapped."
+            f"materialize=True, so that W' is mapped."
         )

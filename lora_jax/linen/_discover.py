@@ -140,7 +140,7 @@ def kernel_axes(
     matrices = {  # of no layer that is known
         label.path
         for key, label in labels.items()
-        if key[:-1] not in layers and label.ndim - len(observer.stacks.get(label.path, ())) > 1
+        if key[:-1] not in layers and label.ndim - len(observer.batch.get(label.path, ())) > 1
     }
 
     def find_heads() -> tuple[frozenset[str], frozenset[str]]:
@@ -160,7 +160,7 @@ def kernel_axes(
     return ModelAxes(
         kernels=dict(sorted(observer.kernels.items())),
         layers=observer.layers,
-        stacks=observer.stacks,
+        batch=observer.batch,
         refused={**observer.refused, **unused},
         read=frozenset(read | observer.kernels.keys()),
         tied=tied,
@@ -201,7 +201,7 @@ class _Label(nn.meta.AxisMetadata[Any]):
     nonce: int = flax.struct.field(pytree_node=False)
 
     @property
-    def stacks(self) -> tuple[int, ...]:
+    def batch(self) -> tuple[int, ...]:
         """The axes that were sliced off."""
         return tuple(axis for axis in range(self.ndim) if axis not in self.axes)
 
@@ -229,7 +229,7 @@ class _Observer:
 
     kernels: dict[str, KernelAxes] = dataclasses.field(default_factory=dict)
     layers: dict[str, str] = dataclasses.field(default_factory=dict)
-    stacks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    batch: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     handled: dict[str, str] = dataclasses.field(default_factory=dict)
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -261,7 +261,7 @@ class _Observer:
         }
         for label in labels.values():
             self.layers.setdefault(label.path, _name(module))
-            self.stacks.setdefault(label.path, label.stacks)
+            self.batch.setdefault(label.path, label.batch)
         entry = entry_of(context.orig_method)
         names = entry.names(module) if entry else ()
         ours = {name: labels[name + _SUFFIX] for name in names if name + _SUFFIX in labels}
@@ -310,7 +310,7 @@ class _OneKernel:
         axes = KernelAxes(
             inputs=tuple(label.axes[i] for i in layer.inputs),
             outputs=tuple(label.axes[i] for i in layer.outputs),
-            stacks=(*label.stacks, *(label.axes[i] for i in layer.stacks)),
+            batch=(*label.batch, *(label.axes[i] for i in layer.batch)),
         )
         shape = self.observer.given[label.path].shape
         k, last = axes.matrix_shape(shape)[1], shape[axes.outputs[-1]]

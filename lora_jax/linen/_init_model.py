@@ -36,7 +36,7 @@ def lora_init_model(
       model: as for :func:`lora_jax.lora_apply`.
       variables: its variables, ``{"params": params}`` and other collections that the call needs,
         such as ``batch_stats`` and ``cache``.
-      config: which leaves are adapted and how, and which are trained whole.
+      config: which leaves are adapted and how, and which are fully trained.
       *args: for ``model.apply``: a sample input, arrays or ``jax.ShapeDtypeStruct``.
       **kwargs: for ``model.apply``: ``train=True``, ``rngs``, ``mutable``, ``method``. The call
         must read every kernel that is adapted.

@@ -82,7 +82,7 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
                 base=lambda x, W: own_conv(x, W, *args, **kwargs),
                 inputs=tuple(range(W.ndim - 1)),
                 groups=kwargs.get("feature_group_count", 1),
-                batch=batch,
+                batch_shape=batch,
                 precision=kwargs.get("precision"),
             )
 
@@ -104,7 +104,9 @@ def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.A
     x, W, bias = _promoted(layer, kernel, inputs)
     pixels = tuple(range(W.ndim - 2))
     local = _bare(nn.ConvLocal, layer)
-    y = kernel.linear(local, x, W, inputs=(W.ndim - 2,), stacks=pixels, precision=layer.precision)
+    y = kernel.linear(
+        local, x, W, inputs=(W.ndim - 2,), batch_axes=pixels, precision=layer.precision
+    )
     return y if bias is None else y + along(bias, y)
 
 

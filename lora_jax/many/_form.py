@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.core._adapter import Adapter, Shift
+from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._config import nearest
 from lora_jax.many._stack import conformed, nodes_of_each, template
 from lora_jax.trees._checks import base_of, check_node, nodes_of
@@ -31,7 +31,7 @@ class Form:
     Args:
       params: the model's parameters, all of them.
       like: adapters that together have the targets, the largest rank, the variants and the leaves
-        trained whole.
+        fully trained.
 
     Attributes:
       nbytes: of one adapter.
@@ -71,7 +71,7 @@ class Form:
             leaf = self._leaf(key)
             common = template(path, list(map(_for_inference, nodes)))
             if isinstance(common, Adapter):
-                product = "auto" if common.product == "merged" else common.product
+                product = "auto" if common.product == "dense" else common.product
                 common = common.replace(  # type: ignore[attr-defined]
                     alpha=float(common.rank), rslora=False, product=product
                 )
@@ -102,7 +102,7 @@ class Form:
         try:
             nodes = nodes_of(adapters, "it", self._base)
             for key, node in nodes.items():
-                if isinstance(node, Shift):
+                if isinstance(node, LoraBias):
                     raise ValueError(
                         f"it adds something to {path_of(key)!r} (PEFT's lora_bias), which cannot "
                         f"be stacked: serve it apart."

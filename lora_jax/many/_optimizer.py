@@ -12,10 +12,10 @@ import optax
 from lora_jax.core._mixed import checked_ids
 from lora_jax.trees._checks import stack_size
 
-_WHAT = "each_adapter is"
+_WHAT = "per_adapter is"
 
 
-def each_adapter(
+def per_adapter(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Gives each of the stacked adapters an optimizer of its own, with a state of its own.
@@ -39,7 +39,7 @@ def each_adapter(
 
     Example:
       >>> import jax.numpy as jnp, lora_jax, optax
-      >>> optimizer = lora_jax.each_adapter(optax.inject_hyperparams(optax.sgd)(learning_rate=0.0))
+      >>> optimizer = lora_jax.per_adapter(optax.inject_hyperparams(optax.sgd)(learning_rate=0.0))
       >>> stacked = {"U": jnp.zeros((3, 2))}  # of three adapters
       >>> state = optimizer.init(stacked)
       >>> state.hyperparams["learning_rate"] = jnp.array([1.0, 10.0, 100.0])

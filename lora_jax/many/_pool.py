@@ -31,9 +31,9 @@ class AdapterPool:
     Args:
       params: the model's parameters, all of them.
       like: adapters, or a list of them, that the others are like: together they have every target,
-        every leaf trained whole, the largest rank, and DoRA if any has it. Any scale, smaller rank
+        every fully trained leaf, the largest rank, and DoRA if any has it. Any scale, smaller rank
         and part of the targets fits then. What was not in ``like`` is refused when it is loaded.
-        DoRA's norm is computed once, as by :func:`lora_jax.freeze_norm`, and adapter dropout is
+        DoRA's norm is computed once, as by :func:`lora_jax.cache_norm`, and adapter dropout is
         off: the pool is for inference.
       slots: how many adapters are in memory at most.
       max_bytes: or how many bytes the stack may have. While a slot is changed there are two stacks,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lora_jax.core._adapter import Adapter, Shift
+from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.core._product import dense_norm
 from lora_jax.core._variants import float32_or_more, magnitude_ratio
@@ -36,7 +36,7 @@ def stack(
     So one program serves them all, by ``lora_apply(..., adapter_ids=ids)``, or trains them all, by
     ``jax.vmap``. Each computes what it computed alone. Ranks are padded with zeros, which stay zero
     in training. An adapter that lacks a kernel that another one adapts gets a zero adapter there,
-    and one that lacks a leaf that another one trained whole gets the base's. Beside DoRA, LoRA gets
+    and one that lacks a leaf that another one fully trained gets the base's. Beside DoRA, LoRA gets
     the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``.
 
     That is for what they compute. How they train is one way for all: beside DoRA, LoRA trains its
@@ -103,7 +103,7 @@ def _stacked(first: chex.Array, *others: chex.Array) -> chex.Array:
     return whole
 
 
-def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
+def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
     """Computes DoRA's norm once, for inference: ``m`` becomes ``a = m / ||W + s U V||_c``.
 
     Outputs stay the same, and a call of the model no longer computes a norm of every kernel, for
@@ -125,7 +125,7 @@ def freeze_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayT
       >>> params = {"kernel": jnp.ones((4, 2))}
       >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1, variant="dora")])
       >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
-      >>> lora_jax.freeze_norm(frozen, adapters)["kernel"].m
+      >>> lora_jax.cache_norm(frozen, adapters)["kernel"].m
       Array([1., 1.], dtype=float32)
     """
     base = base_of(frozen)
@@ -156,7 +156,7 @@ def nodes_of_each(
         raise ValueError("There is nothing to stack: the list of adapters is empty.")
     for i, tree in enumerate(trees):
         for key, node in tree.items():
-            if isinstance(node, Shift):
+            if isinstance(node, LoraBias):
                 raise ValueError(
                     f"{what}[{i}] adds something to {path_of(key)!r} (PEFT's lora_bias), which "
                     f"cannot be stacked: serve it apart."
@@ -174,20 +174,20 @@ def nodes_of_each(
 
 
 # Facts of an adapter that are part of what it computes, and that nothing can hide.
-_ALIKE = ("substitute", "untied")
+_ALIKE = ("materialize", "untied")
 
 
 def template(path: str, nodes: Sequence[Any]) -> Any:
-    """What adapters of one kernel can all be brought to; nodes of leaves trained whole as they are.
+    """What adapters of one kernel can all be brought to; nodes of fully trained leaves as they are.
 
     Returns:
       The static fields that they shall have, as an :class:`Adapter` whose ``U`` and ``V`` are of
-      the shapes of one; or, for a leaf trained whole, any of the nodes.
+      the shapes of one; or, for a fully trained leaf, any of the nodes.
     """
     first = nodes[0]
     if not all(isinstance(node, Adapter) == isinstance(first, Adapter) for node in nodes):
         raise ValueError(
-            f"{path!r} is adapted in one of the adapters and trained whole in another, so they "
+            f"{path!r} is adapted in one of the adapters and fully trained in another, so they "
             f"cannot be stacked: merge the one into its parameter, or serve them apart."
         )
     if not isinstance(first, Adapter):
@@ -228,7 +228,7 @@ def conformed(path: str, node: Any, like: Any, leaf: Any) -> Any:
 
     Args:
       path: of the parameter.
-      node: an adapter, a leaf trained whole, or ``None`` where there is neither.
+      node: an adapter, a fully trained leaf, or ``None`` where there is neither.
       like: of :func:`template`.
       leaf: the parameter, or ``None``.
     """
@@ -239,7 +239,7 @@ def conformed(path: str, node: Any, like: Any, leaf: Any) -> Any:
         wholes = [str(jax.tree.map(jnp.shape, x)) for x in (node, like)]
         if wholes[0] != wholes[1]:
             raise ValueError(
-                f"{path!r} was trained whole, in different shapes or dtypes: "
+                f"{path!r} was fully trained, in different shapes or dtypes: "
                 f"{' and '.join(wholes)}."
             )
         return node
@@ -287,7 +287,7 @@ def conformed(path: str, node: Any, like: Any, leaf: Any) -> Any:
 
 def _matrices(adapter: Adapter) -> tuple[int, ...]:
     """``(*stacks, d, k)``."""
-    stacks = adapter.U.shape[: len(adapter.axes.stacks)]
+    stacks = adapter.U.shape[: len(adapter.axes.batch)]
     return (*stacks, adapter.U.shape[-2], adapter.V.shape[-1])
 
 

@@ -109,7 +109,7 @@ class PeftConfig:
       dropout: of the inputs of the factors.
       bias: ``"none"``, ``"all"`` or ``"lora_only"``: the biases that are trained.
       lora_bias: whether ``B`` has a bias.
-      modules_to_save: modules that are trained whole.
+      modules_to_save: modules that are fully trained.
       target_modules: modules that are adapted: ends of names, or one regular expression.
       target_parameters: parameters that are adapted by themselves: ends of names.
       restricted: whether ``target_modules`` is not all that decides.

@@ -10,11 +10,11 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._paths import named_pair
 from lora_jax.files._tensors import Info, StrPath, write_tensors
-from lora_jax.peft._names import Name, Torch, as_names
+from lora_jax.peft._names import KeyMapping, Torch, as_names
 from lora_jax.peft._torch_params import TorchParams
 from lora_jax.trees._checks import check_merges
 from lora_jax.trees._paths import unbox
@@ -26,7 +26,7 @@ def export(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
     *,
-    names: str | Sequence[Name | tuple[Any, ...]] | None = None,
+    names: str | Sequence[KeyMapping | tuple[Any, ...]] | None = None,
     axes: Mapping[str, KernelAxes] | None = None,
     dtype: Any = None,
     key: chex.PRNGKey | None = None,
@@ -44,7 +44,7 @@ def export(
         those of Flax, with the paths as names.
       axes: from :func:`lora_jax.kernel_axes`; with ``names`` needed where parameters are stacked.
       dtype: of the floating-point parameters; by default each keeps its own.
-      key: round by chance, as for :func:`lora_jax.lora_merge`.
+      key: round stochastically, as for :func:`lora_jax.lora_merge`.
 
     Returns:
       The rounding of every parameter that was trained.
@@ -64,7 +64,7 @@ def export(
       {'dense.weight': (2, 3), 'dense.bias': (2,)}
     """
     base, found = named_pair(frozen, adapters)
-    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | Shift)}
+    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | LoraBias)}
     for leaf_path, adapter in kernels.items():
         check_merges(leaf_path, adapter)
     whole = {p: node for p, node in found.items() if p not in kernels}
@@ -75,8 +75,8 @@ def export(
                 f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
             )
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
-    leaves |= {p: unbox(n.value if isinstance(n, Whole) else n) for p, n in whole.items()}
-    own = {p: node.dtype for p, node in whole.items() if isinstance(node, Whole)}
+    leaves |= {p: unbox(n.value if isinstance(n, FullyTrained) else n) for p, n in whole.items()}
+    own = {p: node.dtype for p, node in whole.items() if isinstance(node, FullyTrained)}
 
     def dtype_of(leaf_path: str) -> np.dtype[Any]:
         had = np.dtype(jnp.dtype(own.get(leaf_path, leaves[leaf_path].dtype)))

@@ -16,7 +16,7 @@ KINDS = ("linear", "conv1d", "conv", "weight", "embedding", "plain", "unused", *
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
+class KeyMapping:
     """The name of a parameter, or of many, in Flax and in PyTorch.
 
     ``{...}`` stands for one name between separators and is the same on both sides; ``{...*}``
@@ -43,10 +43,10 @@ class Name:
         lacks.
 
     Example:
-      >>> name = Name("layer_{i}/query/kernel", "encoder.layer.{i}.self.query.weight")
+      >>> name = KeyMapping("layer_{i}/query/kernel", "encoder.layer.{i}.self.query.weight")
       >>> name.match("layer_3/query/kernel", ())
       [((), 'encoder.layer.3.self.query.weight')]
-      >>> Name("layers/q/kernel", "layers.{i}.q.weight").match("layers/q/kernel", (2,))
+      >>> KeyMapping("layers/q/kernel", "layers.{i}.q.weight").match("layers/q/kernel", (2,))
       [((0,), 'layers.0.q.weight'), ((1,), 'layers.1.q.weight')]
     """
 
@@ -58,20 +58,28 @@ class Name:
     def __post_init__(self) -> None:
         for field in ("flax", "torch", "kind"):
             if not isinstance(getattr(self, field), str):
-                raise TypeError(f"Name: {field} must be a string, got {getattr(self, field)!r}.")
+                raise TypeError(
+                    f"KeyMapping: {field} must be a string, got {getattr(self, field)!r}."
+                )
         if self.kind not in KINDS:
-            raise ValueError(f"Name({self.flax!r}): there is no kind {self.kind!r}, but {KINDS}.")
+            raise ValueError(
+                f"KeyMapping({self.flax!r}): there is no kind {self.kind!r}, but {KINDS}."
+            )
         if self.axes is not None and not isinstance(self.axes, KernelAxes):
-            raise TypeError(f"Name({self.flax!r}): axes must be KernelAxes, got {self.axes!r}.")
+            raise TypeError(
+                f"KeyMapping({self.flax!r}): axes must be KernelAxes, got {self.axes!r}."
+            )
         ours, theirs = _placeholders(self.flax), _placeholders(self.torch)
         lost = [name for name in ours if name not in theirs or "|" in name]
         if lost or len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
             raise ValueError(
-                f"Name({self.flax!r}, {self.torch!r}): every placeholder of the first name must be "
-                f"in the second, once in each."
+                f"KeyMapping({self.flax!r}, {self.torch!r}): every placeholder of the first name "
+                f"must be in the second, once in each."
             )
         if any(name.endswith("*") for name in self.counted):
-            raise ValueError(f"Name({self.flax!r}, {self.torch!r}): no '*' in a name that counts.")
+            raise ValueError(
+                f"KeyMapping({self.flax!r}, {self.torch!r}): no '*' in a name that counts."
+            )
 
     @functools.cached_property
     def counted(self) -> tuple[str, ...]:
@@ -97,11 +105,11 @@ class Name:
         if len(stack) != len(self.counted):
             more = len(stack) > len(self.counted)
             raise ValueError(
-                f"{path!r} stacks {len(stack)} axes {tuple(stack)}, but Name({self.flax!r}, "
+                f"{path!r} stacks {len(stack)} axes {tuple(stack)}, but KeyMapping({self.flax!r}, "
                 f"{self.torch!r}) counts {len(self.counted)}: {self.counted}. "
                 + (
-                    "Give names= a Name for it, whose name in PyTorch counts them, as "
-                    "Name('layers/q/kernel', 'layers.{i}.q.weight') does."
+                    "Give names= a KeyMapping for it, whose name in PyTorch counts them, as "
+                    "KeyMapping('layers/q/kernel', 'layers.{i}.q.weight') does."
                     if more
                     else "What is stacked is known with axes=lora_jax.kernel_axes(...)."
                 )
@@ -152,40 +160,42 @@ CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")
 _GEMMA = "model.layers.{i}.self_attn."
 _GEMMA_MLP = "model.layers.{i}.mlp."
 
-FAMILIES: Mapping[str, tuple[Name, ...]] = {
+FAMILIES: Mapping[str, tuple[KeyMapping, ...]] = {
     # Flax models of Hugging Face have the names of those for PyTorch, but for the last part.
     "transformers": (
-        Name("{path*}/kernel", "{path*}.weight", "weight"),
+        KeyMapping("{path*}/kernel", "{path*}.weight", "weight"),
         # T5's and BART's encoder and decoder have it under their own names; PEFT's embeddings
         # look up tokens, which positions are not.
-        Name("shared/embedding", "shared.weight", "unused"),
-        Name("{path*}/shared/embedding", "{path*}.shared.weight", "unused"),
-        Name("{path*}/embed_positions/embedding", "{path*}.embed_positions.weight", "unused"),
-        Name("{path*}/embedding", "{path*}.weight", "embedding"),
-        Name("{path*}/scale", "{path*}.weight", "plain"),
-        Name("{path*}/{leaf}", "{path*}.{leaf}", "plain"),
-        Name("{leaf}", "{leaf}", "plain"),
+        KeyMapping("shared/embedding", "shared.weight", "unused"),
+        KeyMapping("{path*}/shared/embedding", "{path*}.shared.weight", "unused"),
+        KeyMapping("{path*}/embed_positions/embedding", "{path*}.embed_positions.weight", "unused"),
+        KeyMapping("{path*}/embedding", "{path*}.weight", "embedding"),
+        KeyMapping("{path*}/scale", "{path*}.weight", "plain"),
+        KeyMapping("{path*}/{leaf}", "{path*}.{leaf}", "plain"),
+        KeyMapping("{leaf}", "{leaf}", "plain"),
     ),
     # Google's gemma, to the models of Hugging Face.
     "gemma": (
-        Name("layer_{i}/attn/q_einsum/w", _GEMMA + "q_proj.weight", axes=KernelAxes((1,), (0, 2))),
-        Name(
+        KeyMapping(
+            "layer_{i}/attn/q_einsum/w", _GEMMA + "q_proj.weight", axes=KernelAxes((1,), (0, 2))
+        ),
+        KeyMapping(
             "layer_{i}/attn/kv_einsum/w",
             _GEMMA + "{k_proj|v_proj}.weight",
             axes=KernelAxes((2,), (0, 1, 3), fused=2, parts=(0, 1)),
         ),
-        Name(
+        KeyMapping(
             "layer_{i}/attn/attn_vec_einsum/w",
             _GEMMA + "o_proj.weight",
             axes=KernelAxes((0, 1), (2,)),
         ),
-        Name(
+        KeyMapping(
             "layer_{i}/mlp/gating_einsum",
             _GEMMA_MLP + "{gate_proj|up_proj}.weight",
             axes=KernelAxes((2,), (0, 1), fused=2, parts=(0, 1)),
         ),
-        Name("layer_{i}/mlp/linear", _GEMMA_MLP + "down_proj.weight"),
-        Name("embedder/input_embedding", "model.embed_tokens.weight", "embedding"),
+        KeyMapping("layer_{i}/mlp/linear", _GEMMA_MLP + "down_proj.weight"),
+        KeyMapping("embedder/input_embedding", "model.embed_tokens.weight", "embedding"),
     ),
 }
 """Names by family: each of them a value of ``names``."""
@@ -215,7 +225,7 @@ class Torch:
         return self.name.rpartition(".")[0]
 
 
-def as_names(names: str | Sequence[Name | tuple[Any, ...]]) -> tuple[Name, ...]:
+def as_names(names: str | Sequence[KeyMapping | tuple[Any, ...]]) -> tuple[KeyMapping, ...]:
     """What the user gave as ``names``.
 
     Raises:
@@ -226,16 +236,18 @@ def as_names(names: str | Sequence[Name | tuple[Any, ...]]) -> tuple[Name, ...]:
         if names not in FAMILIES:
             raise ValueError(
                 f"There are no names for {names!r}, but for {sorted(FAMILIES)}. Give a list of "
-                f"lora_jax.peft.Name for another model."
+                f"lora_jax.peft.KeyMapping for another model."
             )
         return FAMILIES[names]
     if not isinstance(names, Sequence):
-        raise TypeError(f"names must be a family or a list of Name, got {type(names).__name__}.")
-    return tuple(name if isinstance(name, Name) else Name(*name) for name in names)
+        raise TypeError(
+            f"names must be a family or a list of KeyMapping, got {type(names).__name__}."
+        )
+    return tuple(name if isinstance(name, KeyMapping) else KeyMapping(*name) for name in names)
 
 
 def torch_names(
-    path: str, kind: str, stack: Sequence[int], names: Sequence[Name]
+    path: str, kind: str, stack: Sequence[int], names: Sequence[KeyMapping]
 ) -> Iterator[Torch]:
     """PyTorch's parameters for a Flax one; none if no name is for it."""
     name = find(path, names)
@@ -243,14 +255,14 @@ def torch_names(
         if kind in EXPERTS:
             if not stack:
                 raise ValueError(
-                    f"{path!r} holds experts by its Name, but nothing is stacked in it. What is "
-                    f"stacked is known with axes=lora_jax.kernel_axes(...)."
+                    f"{path!r} holds experts by its KeyMapping, but nothing is stacked in it. "
+                    f"What is stacked is known with axes=lora_jax.kernel_axes(...)."
                 )
             stack = stack[:-1]
         for index, torch in name.match(path, stack) or ():
             yield Torch(torch, path, index, kind, names.index(name))
 
 
-def find(path: str, names: Sequence[Name]) -> Name | None:
+def find(path: str, names: Sequence[KeyMapping]) -> KeyMapping | None:
     """The first name that is for a path."""
     return next((name for name in names if _regex(name.flax).fullmatch(path)), None)

@@ -18,7 +18,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._collections import arrays_of, listed
 from lora_jax.files._paths import named_pair
@@ -26,7 +26,7 @@ from lora_jax.files._store import check_alone, whole_leaf
 from lora_jax.files._tensors import StrPath, encode, write_bytes
 from lora_jax.peft._config import CONFIG, DEFAULTS
 from lora_jax.peft._files import PREFIX, WEIGHTS, read
-from lora_jax.peft._names import EXPERTS, Name, Torch, as_names
+from lora_jax.peft._names import EXPERTS, KeyMapping, Torch, as_names
 from lora_jax.peft._reading import check_complete, sort_tensors, to_adapter, to_shift
 from lora_jax.peft._targets import check_equal, nested_modules, target_of
 from lora_jax.peft._torch_params import TorchParams
@@ -46,21 +46,21 @@ def load(
     path: StrPath,
     params: chex.ArrayTree,
     *,
-    names: str | Sequence[Name | tuple[Any, ...]] = "transformers",
+    names: str | Sequence[KeyMapping | tuple[Any, ...]] = "transformers",
     axes: Mapping[str, KernelAxes] | None = None,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """Loads an adapter that PEFT saved: as :func:`lora_jax.lora_init`, with trained adapters.
 
     Whatever the folder says is used or refused. Factors and magnitudes become float32, as PEFT
     makes them, and magnitudes of float64 kernels float64. DoRA's norm is detached in the gradient,
-    as in PEFT. The biases of ``B`` (``lora_bias``) are each a :class:`lora_jax.Shift` of the
+    as in PEFT. The biases of ``B`` (``lora_bias``) are each a :class:`lora_jax.LoraBias` of the
     layer's own bias.
 
     Args:
       path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
       params: the model's ``params`` collection.
-      names: a family of :data:`FAMILIES`, or a list of :class:`Name` (or of tuples of its fields),
-        of which the first that fits a path counts. Of kernels that lie side by side in one
+      names: a family of :data:`FAMILIES`, or a list of :class:`KeyMapping` (or of tuples of its
+        fields), of which the first that fits a path counts. Of kernels that lie side by side in one
         (``{q|k|v}``) those are adapted that the files have.
       axes: from :func:`lora_jax.kernel_axes`; needed for kernels that are no matrices, for what is
         stacked, for square kernels that may be those of GPT-2's ``FlaxConv1D``, for embeddings that
@@ -91,7 +91,7 @@ def load(
         value = model.to_leaf(leaf_path, arrays, files.tensors.path)
         leaf = frozen.pop(keys[leaf_path])
         dtype = jnp.dtype(unbox(leaf).dtype).name
-        node = value if dtype == value.dtype.name else Whole(value, dtype)
+        node = value if dtype == value.dtype.name else FullyTrained(value, dtype)
         adapters[keys[leaf_path]] = whole_leaf(leaf_path, node, leaf, str(path))
     for leaf_path, found in shifts.items():
         shift = to_shift(leaf_path, found, files, model)
@@ -105,7 +105,7 @@ def save(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
     *,
-    names: str | Sequence[Name | tuple[Any, ...]] = "transformers",
+    names: str | Sequence[KeyMapping | tuple[Any, ...]] = "transformers",
     axes: Mapping[str, KernelAxes] | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
@@ -115,7 +115,7 @@ def save(
     """Saves adapters so that ``PeftModel.from_pretrained`` loads them.
 
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
-    different dropouts; parts of a module that are trained whole; a :class:`lora_jax.Shift` of
+    different dropouts; parts of a module that are fully trained; a :class:`lora_jax.LoraBias` of
     anything but the biases of all adapted layers. How this library computes an adapter
     (``product``, ``detach_norm``) changes no result and is not saved. What training changed beside
     the parameters, such as ``batch_stats``, has no place in PEFT's files: PEFT's model keeps its
@@ -127,7 +127,7 @@ def save(
       adapters: the adapters, trained.
       names: as for :func:`load`.
       axes: as for :func:`load`; needed for convolutions and embeddings, where PEFT may compute
-        something else than the model, and where leaves that are trained whole are stacked.
+        something else than the model, and where leaves that are fully trained are stacked.
       base_model_name_or_path: the base in PyTorch, which PEFT's readers look up.
       task_type: one of PEFT's, such as ``"SEQ_CLS"``.
       dtype: of the saved arrays; by default the one that they have.
@@ -149,9 +149,11 @@ def save(
         raise ValueError("adapters has no adapter of a kernel, and PEFT saves nothing else.")
     for leaf_path, adapter in kernels.items():
         check_alone(leaf_path, adapter)
-    shifts = {p: node for p, node in found.items() if isinstance(node, Shift)}
+    shifts = {p: node for p, node in found.items() if isinstance(node, LoraBias)}
     whole = [p for p in found if p not in kernels and p not in shifts]
-    values = {p: node.value if isinstance(node, Whole) else node for p, node in found.items()}
+    values = {
+        p: node.value if isinstance(node, FullyTrained) else node for p, node in found.items()
+    }
     flat = base | {p: values[p] for p in whole}
     own = {p: adapter.axes for p, adapter in kernels.items()}
     model = TorchParams(flat, as_names(names), axes, own)

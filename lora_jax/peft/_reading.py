@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, Shift
+from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._config import nearest
 from lora_jax.core._variants import float32_or_more
 from lora_jax.files._checkpoint import Checkpoint
@@ -30,7 +30,7 @@ Stack = dict[tuple[int, ...], np.ndarray]
 def sort_tensors(
     files: PeftFiles, model: TorchParams
 ) -> tuple[dict[str, list[Part]], dict[str, Stack], dict[str, Stack]]:
-    """The tensors by path: of adapters, of leaves that are trained whole, of biases of ``B``."""
+    """The tensors by path: of adapters, of leaves that are fully trained, of biases of ``B``."""
     tensors = files.tensors
     parts: dict[str, list[Part]] = {}
     whole: dict[str, Stack] = {}
@@ -129,7 +129,7 @@ def to_adapter(path: str, found: list[Part], files: PeftFiles, model: TorchParam
     if axes.fused > 1:
         there = sorted({torch.index[-1] for torch in torches})
         axes = dataclasses.replace(axes, parts=tuple(axes.parts[i] for i in there))
-    (d, k), stack = axes.matrix_shape(shape), axes.stack_shape(shape)
+    (d, k), stack = axes.matrix_shape(shape), axes.batch_shape(shape)
     # PEFT looks for patterns by the name of the module, or of a parameter adapted by itself.
     targets = [t.name if config.targets_parameter(t.name) else t.module for t in torches]
     facts = {(config.rank_of(target), config.alpha_of(target)) for target in targets}
@@ -175,7 +175,7 @@ def to_adapter(path: str, found: list[Part], files: PeftFiles, model: TorchParam
     )
 
 
-def to_shift(path: str, found: Stack, files: PeftFiles, model: TorchParams) -> Shift:
+def to_shift(path: str, found: Stack, files: PeftFiles, model: TorchParams) -> LoraBias:
     """``s (B A x + b)`` is the layer's own bias with ``s b`` added."""
     scales = {files.scale(torch.module) for torch in model.torch(path)}
     if len(scales) > 1:
@@ -184,7 +184,7 @@ def to_shift(path: str, found: Stack, files: PeftFiles, model: TorchParams) -> S
             f"{sorted(scales)}."
         )
     value = jnp.asarray(model.to_leaf(path, found, files.tensors.path), jnp.float32)
-    return Shift(value, scales.pop())
+    return LoraBias(value, scales.pop())
 
 
 def _lookup(name: str, tensors: Tensors | Checkpoint, model: TorchParams) -> Torch:

@@ -17,9 +17,9 @@ def check_equal(torch: Torch, model: TorchParams, untied: bool | None, where: st
     """Errors where PEFT would compute something else.
 
     Args:
-      torch: what is adapted, or trained whole.
+      torch: what is adapted, or fully trained.
       model: the parameters.
-      untied: whether the adapter is for one use only; ``None`` for what is trained whole.
+      untied: whether the adapter is for one use only; ``None`` for what is fully trained.
       where: the file.
     """
     axes, path = model.model_axes, torch.path

@@ -1,7 +1,7 @@
 """How PyTorch and PEFT lay out what Flax has: factors, magnitudes and kernels, both ways.
 
-``kind`` is that of :class:`lora_jax.peft.Name`; arrays are NumPy's, of one kernel or of one group
-of experts.
+``kind`` is that of :class:`lora_jax.peft.KeyMapping`; arrays are NumPy's, of one kernel or of one
+group of experts.
 """
 
 from __future__ import annotations

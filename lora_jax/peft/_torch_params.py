@@ -16,7 +16,15 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import GPT2_CONV1D
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.files._store import host
-from lora_jax.peft._names import CONV1D, CONV1D_LAYERS, EXPERTS, Name, Torch, find, torch_names
+from lora_jax.peft._names import (
+    CONV1D,
+    CONV1D_LAYERS,
+    EXPERTS,
+    KeyMapping,
+    Torch,
+    find,
+    torch_names,
+)
 from lora_jax.peft._torch_layout import from_kernel, output_axis, to_kernel
 from lora_jax.trees._paths import unbox
 
@@ -41,7 +49,7 @@ class TorchParams:
     def __init__(
         self,
         leaves: Mapping[str, Any],
-        names: Sequence[Name],
+        names: Sequence[KeyMapping],
         axes: Mapping[str, KernelAxes] | None,
         own: Mapping[str, KernelAxes] | None = None,
     ) -> None:
@@ -98,7 +106,7 @@ class TorchParams:
         name = find(path, self._names)
         if name is None or name.kind != "weight":
             return "" if name is None else name.kind
-        # Whole, FlaxConv1D and linear layers alike are PyTorch's transposed.
+        # FullyTrained, FlaxConv1D and linear layers alike are PyTorch's transposed.
         return self._layer(path) or "linear"
 
     def _layer(self, path: str) -> str:
@@ -112,7 +120,7 @@ class TorchParams:
         layer = "" if model is None else model.layers.get(path, "")
         said = (self._axes or {}).get(path) or (name.axes if name else None)
         axes = said or self._own.get(path)
-        stacks = axes.stacks if axes else () if model is None else model.stacks.get(path, ())
+        stacks = axes.batch if axes else () if model is None else model.batch.get(path, ())
         if len(shape) - len(stacks) > 2:
             return "linear" if layer == _DENSE_GENERAL else "conv"
         if layer == _CONV1D:
@@ -128,27 +136,27 @@ class TorchParams:
             return ""
         return "conv1d" if outputs == 0 else "linear"
 
-    def stack_axes(self, path: str) -> tuple[int, ...]:
+    def batch_axes(self, path: str) -> tuple[int, ...]:
         """The axes that stack a leaf, where that is known."""
         axes = self.axes(path)
         if axes is not None and axes.ndim == len(self.shape(path)):
-            return axes.stacks
+            return axes.batch
         if isinstance(self._axes, ModelAxes):
-            return tuple(self._axes.stacks.get(path, ()))
+            return tuple(self._axes.batch.get(path, ()))
         return ()
 
     def stack(self, path: str) -> tuple[int, ...]:
         """Sizes of what is stacked in a leaf; kernels side by side come last."""
         axes = self.axes(path)
         if axes is not None and axes.ndim == len(self.shape(path)):
-            return axes.stack_shape(self.shape(path))
-        return tuple(self.shape(path)[axis] for axis in self.stack_axes(path))
+            return axes.batch_shape(self.shape(path))
+        return tuple(self.shape(path)[axis] for axis in self.batch_axes(path))
 
     def window(self, path: str, kind: str) -> tuple[int, ...]:
         """The window of a convolution; empty for what is none."""
         if kind != "conv":
             return ()
-        shape, stacks = self.shape(path), self.stack_axes(path)
+        shape, stacks = self.shape(path), self.batch_axes(path)
         return tuple(n for axis, n in enumerate(shape) if axis not in stacks)[:-2]
 
     def torch(self, path: str) -> list[Torch]:
@@ -161,7 +169,8 @@ class TorchParams:
             found = self._found(path)
             if not found:
                 raise ValueError(
-                    f"names has no name in PyTorch for {path!r}: add a lora_jax.peft.Name for it."
+                    f"names has no name in PyTorch for {path!r}: add a lora_jax.peft.KeyMapping "
+                    "for it."
                 )
             self._torch[path] = found
         return self._torch[path]
@@ -176,7 +185,7 @@ class TorchParams:
           ValueError: nothing says it, or the adapter has them the other way round.
         """
         own, said = self._own.get(path), self._said(path)
-        if own and said and own.stacks == said.stacks and own.inputs == said.outputs:
+        if own and said and own.batch == said.batch and own.inputs == said.outputs:
             raise ValueError(
                 f"{path!r} has an adapter with inputs {own.inputs} and outputs {own.outputs}, but "
                 f"its layer has inputs {said.inputs} and outputs {said.outputs}: make the adapter "
@@ -189,7 +198,7 @@ class TorchParams:
                 f"{path!r} of shape {self.shape(path)} may be of a FlaxConv1D, as GPT-2's, which "
                 f"stores (out, in), or of a linear layer, as GPT-Neo's, that stores (in, out). Its "
                 f"name does not say it. Pass axes=lora_jax.kernel_axes(...) or, for a class of "
-                f"your own, names= with a lora_jax.peft.Name that says its kind and axes."
+                f"your own, names= with a lora_jax.peft.KeyMapping that says its kind and axes."
             )
 
     def complete(self, path: str) -> list[Torch]:
@@ -289,14 +298,14 @@ class TorchParams:
         try:
             stacked = np.stack([to_kernel(first.kind, arrays[index]) for index in sorted(torches)])
             if first.kind in MATRICES and axes is not None and axes.ndim == len(shape):
-                matrix = stacked.reshape(*axes.stack_shape(shape), *axes.matrix_shape(shape))
+                matrix = stacked.reshape(*axes.batch_shape(shape), *axes.matrix_shape(shape))
                 if stacked.shape[-2:] != matrix.shape[-2:]:
                     raise ValueError
                 # In NumPy as in JAX; from_matrix is for fused kernels.
                 like = jnp.zeros(shape, matrix.dtype)
                 out = np.asarray(axes.from_matrix(jnp.asarray(matrix), like))
             else:
-                stacks = self.stack_axes(path)
+                stacks = self.batch_axes(path)
                 rest = tuple(n for axis, n in enumerate(shape) if axis not in stacks)
                 flat = stacked.ndim == 2 and math.prod(rest) == stacked.shape[1]
                 if stacked.shape[1:] != rest and not flat:  # a bias of several heads is flat
@@ -316,7 +325,7 @@ class TorchParams:
         if torch.kind in MATRICES and axes is not None and axes.ndim == len(shape):
             one = (*self.stack(torch.path)[len(torch.index) :], *axes.matrix_shape(shape))
         else:
-            stacks = self.stack_axes(torch.path)
+            stacks = self.batch_axes(torch.path)
             one = tuple(n for axis, n in enumerate(shape) if axis not in stacks)
         if torch.name.endswith(".bias"):
             return (math.prod(one),)
@@ -329,7 +338,7 @@ class TorchParams:
         if torch.kind in MATRICES and axes is not None and axes.ndim == array.ndim:
             array = np.asarray(axes.as_matrix(jnp.asarray(array)))
         else:
-            stacks = self.stack_axes(torch.path)
+            stacks = self.batch_axes(torch.path)
             array = np.moveaxis(array, stacks, range(len(stacks)))
         array = from_kernel(torch.kind, array[torch.index])
         return array.reshape(-1) if torch.name.endswith(".bias") else array

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, Shift
+from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.files._store import host
 from lora_jax.peft._config import PeftConfig, by_pattern
 from lora_jax.peft._names import EXPERTS, Torch
@@ -32,10 +32,10 @@ def from_adapter(
     path = torch.path
     if torch.kind == "plain":
         raise ValueError(f"{path!r} has an adapter, but names says that it is plain.")
-    if torch.kind == "embedding" and adapter.substitute:
+    if torch.kind == "embedding" and adapter.materialize:
         raise ValueError(
-            f"{path!r} is an embedding whose W' all uses see (substitute); in PEFT only the lookup "
-            f"does. Adapt it with tied='untie'."
+            f"{path!r} is an embedding whose W' all uses see (materialize); in PEFT only the "
+            f"lookup does. Adapt it with tied='untie'."
         )
     if torch.kind in EXPERTS and (adapter.m is not None or adapter.dropout):
         raise ValueError(f"{path!r} holds experts, for which PEFT has neither DoRA nor dropout.")
@@ -46,7 +46,7 @@ def from_adapter(
 
 
 def biases_of_B(
-    shifts: Mapping[str, Shift], model: TorchParams, adapted: Mapping[str, Adapter]
+    shifts: Mapping[str, LoraBias], model: TorchParams, adapted: Mapping[str, Adapter]
 ) -> list[Torch]:
     """The biases of adapted modules to which something is added: of all of them, or of none."""
     torches = [torch for path in shifts for torch in model.torch(path)]
@@ -75,12 +75,12 @@ def biases_of_B(
 def whole_modules(
     model: TorchParams, paths: Sequence[str], adapted: Mapping[str, Adapter]
 ) -> tuple[dict[str, Torch], str]:
-    """What is trained whole, by PyTorch's names, and which value of ``bias`` says so."""
+    """What is fully trained, by PyTorch's names, and which value of ``bias`` says so."""
     saved = {torch.name: torch for path in paths for torch in model.complete(path)}
     biases = {n: t for n, t in saved.items() if t.module in adapted}
     for name in biases:
         if not name.endswith(".bias"):
-            raise ValueError(f"{name!r} is trained whole beside an adapter, which PEFT has not.")
+            raise ValueError(f"{name!r} is fully trained beside an adapter, which PEFT has not.")
     all_biases = {name for name in model.by_name if name.endswith(".bias")} if saved else set()
     if saved and set(saved) == all_biases and len(biases) < len(saved):
         return saved, "all"
@@ -88,12 +88,12 @@ def whole_modules(
     for name, torch in model.by_name.items() if saved else ():
         if torch.module in in_module and name not in saved:
             raise ValueError(
-                f"Of the module {torch.module!r} a part is trained whole, and {torch.path!r} is "
+                f"Of the module {torch.module!r} a part is fully trained, and {torch.path!r} is "
                 f"not: PEFT saves modules whole or not at all."
             )
         if biases and torch.module in adapted and name.endswith(".bias") and name not in saved:
             raise ValueError(
-                f"Some biases of adapted modules are trained whole, and {torch.path!r} is not: "
+                f"Some biases of adapted modules are fully trained, and {torch.path!r} is not: "
                 f"PEFT trains all of them or none."
             )
     return saved, "lora_only" if biases else "none"
@@ -105,7 +105,7 @@ def modules_to_save(
     adapted: Mapping[str, Adapter],
     task_type: str | None,
 ) -> list[str]:
-    """PEFT's list of modules that are trained whole, which names no other module.
+    """PEFT's list of modules that are fully trained, which names no other module.
 
     PEFT compares ends of names, takes a module with all that is in it, and adds the head of a task.
     """
@@ -157,7 +157,7 @@ def config_of(modules: Mapping[str, Adapter], torches: Sequence[Torch]) -> dict[
             raise ValueError(f"PEFT has no {what} in one adapter: save them as two.")
         same[name] = values.pop()
     if same["variant"] == "scaled":
-        raise ValueError("PEFT has no adapters after freeze_norm: save those of before.")
+        raise ValueError("PEFT has no adapters after cache_norm: save those of before.")
     embeddings = {torch.module for torch in torches if torch.kind == "embedding"}
     rates = {a.dropout or 0.0 for module, a in modules.items() if module not in embeddings}
     if any(modules[module].dropout for module in embeddings):

@@ -2,7 +2,7 @@
 
 By definition it is ``jax.vmap`` over ``(id, row)`` of a call with one row, a batch of the size 1.
 So a row has what it would have alone, whatever the model computes: caches, norms, heads that were
-trained whole. What the rows share, first of all ``x W``, is computed once for all of them.
+fully trained. What the rows share, first of all ``x W``, is computed once for all of them.
 
 Nothing is concluded from the size of an axis. The caller says which arrays have rows, and where, as
 for ``jax.vmap``, and is asked where that is not plain.

@@ -1,7 +1,7 @@
 """What every function asks of a base and of adapters: each looks here, before it computes.
 
-A base is nested dicts of arrays. A tree of adapters has an :class:`Adapter` or a :class:`Shift`
-beside leaves of the base, and leaves that are trained whole, which the base lacks.
+A base is nested dicts of arrays. A tree of adapters has an :class:`Adapter` or a :class:`LoraBias`
+beside leaves of the base, and leaves that are fully trained, which the base lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._config import nearest
 from lora_jax.core._variants import VARIANTS
 from lora_jax.trees._paths import Key, flatten, path_of, unbox
@@ -46,7 +46,7 @@ def base_of(params: chex.ArrayTree, name: str = "frozen") -> dict[Key, Any]:
             f"training changed, by collections=."
         )
     for key, leaf in flat.items():
-        if isinstance(leaf, Adapter | Shift | Whole):
+        if isinstance(leaf, Adapter | LoraBias | FullyTrained):
             raise TypeError(
                 f"The base has adapters in it, as at {path_of(key)!r}: {name} must be parameters "
                 f"alone. It comes first, then the adapters: were they swapped?"
@@ -59,7 +59,7 @@ def nodes_of(
     name: str = "adapters",
     base: Mapping[Key, Any] | None = None,
 ) -> dict[Key, Any]:
-    """The nodes of a tree of adapters by their keys: adapters, shifts, leaves trained whole.
+    """The nodes of a tree of adapters by their keys: adapters, shifts, fully trained leaves.
 
     Args:
       adapters: the tree.
@@ -74,7 +74,7 @@ def nodes_of(
     _check_restored(nodes, name, base)
     for key, node in nodes.items():
         path = path_of(key)
-        if isinstance(node, Adapter | Shift):
+        if isinstance(node, Adapter | LoraBias):
             for field, array in vars(node).items():
                 if field in ("U", "V", "m", "value") and array is not None:
                     check_floating(f"{path}.{field}", array, f"{name} has")
@@ -102,7 +102,7 @@ def pair_of(
       frozen: the base, as :func:`lora_jax.lora_init` returns it.
       adapters: the adapters.
       count: how many adapters there are, where they are stacked.
-      either: whether the base may be all parameters too, leaves that are trained whole among them.
+      either: whether the base may be all parameters too, leaves that are fully trained among them.
 
     Raises:
       TypeError: as :func:`base_of` and :func:`nodes_of`.
@@ -113,9 +113,9 @@ def pair_of(
     for key, node in nodes.items():
         check_node(key, node, base, count)
         in_base = base.get(key, empty_node) is not empty_node
-        if in_base and not either and not isinstance(node, Adapter | Shift):
+        if in_base and not either and not isinstance(node, Adapter | LoraBias):
             raise ValueError(
-                f"{path_of(key)!r} is in the base and, trained whole, in the adapters. Pass the "
+                f"{path_of(key)!r} is in the base and, fully trained, in the adapters. Pass the "
                 f"frozen tree that lora_init returned, not the full parameters."
             )
     return base, nodes
@@ -126,7 +126,7 @@ def check_node(
 ) -> None:
     """Errors where a node is not for this base: the frozen tree, or all of a model's parameters."""
     path, leaf = path_of(key), base.get(key, empty_node)
-    if isinstance(node, Adapter | Shift):
+    if isinstance(node, Adapter | LoraBias):
         if leaf is empty_node:
             paths = [path_of(key) for key, leaf in base.items() if leaf is not empty_node]
             raise ValueError(
@@ -136,20 +136,20 @@ def check_node(
         check_fits(path, leaf, node, count)
     elif leaf is not empty_node:
         check_floating(path, leaf)
-        found = tuple(unbox(node.value if isinstance(node, Whole) else node).shape)
+        found = tuple(unbox(node.value if isinstance(node, FullyTrained) else node).shape)
         shape = tuple(unbox(leaf).shape)
         if count is None and found != shape:
             raise ValueError(
-                f"{path!r} was trained whole as {found}, but {name} has {shape} there. Was it made "
+                f"{path!r} was fully trained as {found}, but {name} has {shape} there. Was it made "
                 f"for another model?"
             )
 
 
-def check_fits(path: str, leaf: Any, adapter: Adapter | Shift, count: int | None = None) -> None:
+def check_fits(path: str, leaf: Any, adapter: Adapter | LoraBias, count: int | None = None) -> None:
     """Errors where an adapter, or a stack of so many, is not for a kernel of this shape."""
     check_floating(path, leaf)
     shape = tuple(unbox(leaf).shape)
-    if isinstance(adapter, Shift):
+    if isinstance(adapter, LoraBias):
         found = tuple(adapter.value.shape)
         if found != shape:
             raise ValueError(
@@ -194,7 +194,7 @@ def check_factors(path: str, adapter: Adapter, name: str) -> None:
         )
 
 
-def check_merges(path: str, adapter: Adapter | Shift) -> None:
+def check_merges(path: str, adapter: Adapter | LoraBias) -> None:
     """Errors for an adapter that no merged parameter is equal to."""
     if isinstance(adapter, Adapter) and adapter.untied:
         raise ValueError(
@@ -219,10 +219,10 @@ def check_floating(path: str, leaf: Any, what: str = "the base has") -> None:
 
 
 def check_trainable(path: str, leaf: Any) -> None:
-    """Errors where a leaf cannot be trained whole, or was, and could not go back into its dtype."""
-    dtype = jnp.dtype(leaf.dtype) if isinstance(leaf, Whole) else dtype_of(leaf)
+    """Errors where a leaf cannot be fully trained, or was, and could not go back into its dtype."""
+    dtype = jnp.dtype(leaf.dtype) if isinstance(leaf, FullyTrained) else dtype_of(leaf)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{path!r} cannot be trained whole: it is {dtype}, not floating-point.")
+        raise ValueError(f"{path!r} cannot be fully trained: it is {dtype}, not floating-point.")
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any] | None:
@@ -302,7 +302,7 @@ def _check_restored(nodes: Mapping[Key, Any], name: str, base: Mapping[Key, Any]
                     f"{name} has {path_of(key)!r}, where the base has a parameter "
                     f"{path_of(above)!r}. {_FILE}"
                 )
-    structured = any(isinstance(node, Adapter | Shift | Whole) for node in nodes.values())
+    structured = any(isinstance(node, Adapter | LoraBias | FullyTrained) for node in nodes.values())
     boxes = any(key[-1] == "value" for key in base or ())  # the model's own are in such dicts
     for parent, found in inside.items():
         named = bool(parent) and parent[-1] in _PARAMETERS

@@ -57,8 +57,8 @@ def resolve_axes(
                 f"{where} and has tied={rule.tied!r}: which parameters are tied is known with "
                 f"axes=lora_jax.kernel_axes(model, variables, *args) only. Pass it to lora_init."
             )
-        if rule.tied == "substitute" and model is not None and path in model.tied:
-            rule = dataclasses.replace(rule, substitute=True)
+        if rule.tied == "materialize" and model is not None and path in model.tied:
+            rule = dataclasses.replace(rule, materialize=True)
         carried_out[path] = rule
         found = _axes_of(path, shape, rule, axes, model, where)
         if isinstance(found, str):
@@ -108,11 +108,11 @@ def _axes_of(
 ) -> KernelAxes | str:
     """The axes, or what is wrong, with ``LEAVES`` for all leaves with the same problem."""
     known = (axes or {}).get(path) if model is None else model.kernels.get(path)
-    if known is not None and not rule.stack_axes and rule.input_axes is None:
+    if known is not None and not rule.batch_axes and rule.input_axes is None:
         found: KernelAxes | str = known
     else:
-        stacks = _in_range(rule.stack_axes, shape, f"{where}, of shape {shape}", "stack_axes")
-        stacks = stacks or (() if model is None else model.stacks.get(path, ()))
+        stacks = _in_range(rule.batch_axes, shape, f"{where}, of shape {shape}", "batch_axes")
+        stacks = stacks or (() if model is None else model.batch.get(path, ()))
         found = _stated(rule, shape, stacks, where, axes is not None)
     if model is not None:
         problem = _unread(path, rule, model) or _unadaptable(path, rule, model)
@@ -149,7 +149,7 @@ def _stated(
         )
         return (
             f"Rule({rule.pattern!r}) matches what is no matrix (d, k): LEAVES. {find} input_axes "
-            f"and stack_axes in the rule; and where a leaf is no kernel at all, such as a bias or "
+            f"and batch_axes in the rule; and where a leaf is no kernel at all, such as a bias or "
             f"a scale, make the pattern narrower."
         )
     return KernelAxes(inputs, outputs, stacks)
@@ -168,13 +168,13 @@ def _in_range(
 
 def _unread(path: str, rule: Rule, model: ModelAxes) -> str | None:
     """That nobody reads the parameter."""
-    if path in model.read or (path in model.layers and not rule.substitute):
+    if path in model.read or (path in model.layers and not rule.materialize):
         return None
     return f"Rule({rule.pattern!r}) matches LEAVES, {_UNREAD}"
 
 
 def check_read(whole: Iterable[str], axes: object) -> None:
-    """Errors where a leaf that is to be trained whole is read by nobody."""
+    """Errors where a leaf that is to be fully trained is read by nobody."""
     for path in sorted(whole):
         if isinstance(axes, ModelAxes) and path not in axes.read:
             raise ValueError(f"A trainable pattern matches {path!r}, {_UNREAD}")
@@ -182,29 +182,29 @@ def check_read(whole: Iterable[str], axes: object) -> None:
 
 def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
     """Why the layer of a parameter cannot be adapted."""
-    if rule.substitute:
+    if rule.materialize:
         return None
     said = f"Rule({rule.pattern!r})"
     if path in model.refused:
         return (
             f"{said} matches LEAVES, which cannot be adapted in the layer: {model.refused[path]}. "
-            f"Give it a rule with substitute=True."
+            f"Give it a rule with materialize=True."
         )
     if path in model.tied and rule.tied is None:
         return (
             f"{said} matches LEAVES, which the model also reads outside of the layer, as tied "
             f"embeddings are: an adapter in the layer would change one use only. Say in the rule "
-            f"tied='substitute', so that all uses see W', or tied='untie'."
+            f"tied='materialize', so that all uses see W', or tied='untie'."
         )
     if path in model:
         return None
     if path not in model.layers:
         return (
             f"{said} matches LEAVES, which the model reads, but not as a parameter of a module "
-            f"that it calls. Give it a rule with substitute=True, or make the pattern narrower."
+            f"that it calls. Give it a rule with materialize=True, or make the pattern narrower."
         )
     return (
         f"{said} matches LEAVES, which is no kernel of a layer that is known here: it belongs to "
         f"{model.layers[path]}. Register a handler for it with lora_jax.register, give it a rule "
-        f"with substitute=True, or make the pattern narrower."
+        f"with materialize=True, or make the pattern narrower."
     )

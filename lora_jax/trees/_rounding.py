@@ -1,4 +1,4 @@
-"""What merging loses where the base has 16 bits: rounding, to nearest or by chance, and a report.
+"""What merging loses in 16 bits: rounding to nearest or stochastically, and a report.
 
 An update below half a unit in the last place of ``W`` is rounded away: in bfloat16, which has eight
 bits, all that is smaller than about ``|W| / 512``.
@@ -31,7 +31,7 @@ class Rounding:
       largest: the largest error of an entry, against ``W'`` in float32.
       mean: the mean error of an entry.
       vanished: share of the entries that the adapter changes and that come out as the base has
-        them; ``None`` for parameters that are trained whole, whose base is not kept.
+        them; ``None`` for parameters that are fully trained, whose base is not kept.
     """
 
     dtype: str
@@ -71,7 +71,7 @@ class RoundingReport(Report[Rounding]):
         if self.lost:
             lines.append(
                 f"Most of the update vanishes in {len(self.lost)} of {len(self)} parameters: keep "
-                f"the adapters apart, merge into a float32 base, or round by chance (key=...)."
+                f"the adapters apart, merge into a float32 base, or round stochastically (key=...)."
             )
         return "\n".join(lines)
 
@@ -82,8 +82,8 @@ def round_to(x: chex.Array, dtype: Any, key: chex.PRNGKey | None = None) -> chex
     Args:
       x: the array.
       dtype: the dtype.
-      key: round by chance: to one of the two neighbours, so that the mean is ``x``. Without it, to
-        the nearest.
+      key: round stochastically: to one of the two neighbours, so that the mean is ``x``. Without
+        it, to the nearest.
 
     Example:
       >>> x = jnp.full(10_000, 1.001)

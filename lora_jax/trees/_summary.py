@@ -15,7 +15,7 @@ import optax
 from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
-from lora_jax.core._adapter import Adapter, Shift, Whole
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.core._config import LoraConfig, assign, check_config, matched_by
 from lora_jax.core._variants import column_norm
@@ -31,17 +31,17 @@ class Row:
     Attributes:
       path: where it is in the parameters.
       shape: shape of the kernel or leaf.
-      variant: ``"lora"``, ``"dora"``, or ``"whole"`` for a leaf trained whole.
-      rank: ``r``; ``None`` for a leaf trained whole.
-      scale: ``s``; ``None`` for a leaf trained whole.
+      variant: ``"lora"``, ``"dora"``, or ``"whole"`` for a fully trained leaf.
+      rank: ``r``; ``None`` for a fully trained leaf.
+      scale: ``s``; ``None`` for a fully trained leaf.
       trained: number of trained parameters.
       total: number of parameters of the kernel or leaf in the model.
       nbytes: bytes of the trained arrays.
-      substituted: whether ``W'`` stands in place of the parameter itself.
+      materialized: whether ``W'`` stands in place of the parameter itself.
       zero_columns: DoRA only: number of all-zero columns of the kernel, which have no direction;
         ``None`` for others, and for abstract arrays.
       product: how the layer computes its product: what the rule says; ``"auto"`` is decided for
-        each call, by :func:`lora_jax.core._product.chosen`; ``None`` for a leaf trained whole.
+        each call, by :func:`lora_jax.core._product.chosen`; ``None`` for a fully trained leaf.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Row:
     trained: int
     total: int
     nbytes: int
-    substituted: bool = False
+    materialized: bool = False
     zero_columns: int | None = None
     product: str | None = None
 
@@ -145,7 +145,7 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
             (
                 row.path if count == 1 else f"{pattern} ({count})",
                 " x ".join(map(str, row.shape)),
-                row.variant + (", substituted" if row.substituted else ""),
+                row.variant + (", materialized" if row.materialized else ""),
                 "" if row.rank is None else str(row.rank),
                 "" if row.scale is None else f"{row.scale:g}",
                 f"{trained:,}",
@@ -157,7 +157,7 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
 
 
 def _alike(row: Row) -> tuple[Any, ...]:
-    kind = row.shape, row.variant, row.rank, row.scale, row.substituted
+    kind = row.shape, row.variant, row.rank, row.scale, row.materialized
     return (re.sub(r"\d+", "*", row.path), *kind)
 
 
@@ -228,7 +228,7 @@ def summary(
     nodes = {path_of(key): node for key, node in sorted(found.items())}
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     whole = sum(row.total for row in rows if row.variant == "whole")
-    stacks = axes.stacks if isinstance(axes, ModelAxes) else {}
+    stacks = axes.batch if isinstance(axes, ModelAxes) else {}
     frozen_kernels = {
         path: tuple(leaf.shape)
         for path, leaf in base.items()
@@ -284,12 +284,12 @@ def _row(path: str, node: Any, kernel: Any) -> Row:
             trained,
             _size(kernel),
             nbytes,
-            node.substitute,
+            node.materialize,
             _zero_columns(node, kernel),
             node.product,
         )
-    shape = tuple(unbox(node.value if isinstance(node, Whole | Shift) else node).shape)
-    if isinstance(node, Shift):
+    shape = tuple(unbox(node.value if isinstance(node, FullyTrained | LoraBias) else node).shape)
+    if isinstance(node, LoraBias):
         return Row(path, shape, "shift", None, node.scale, trained, trained, nbytes)
     return Row(path, shape, "whole", None, None, trained, trained, nbytes)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
-from lora_jax.core._adapter import Adapter, Shift, Whole, init_adapter
+from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias, init_adapter
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.core._config import LoraConfig, assign, check_config
 from lora_jax.core._hints import key_comes_first, look_first
@@ -39,14 +39,14 @@ def lora_init(
     """Splits parameters into a frozen base and the adapters to train.
 
     Together the two trees hold every leaf of ``params`` exactly once: an adapted kernel and all
-    that is not trained is in ``frozen``, a leaf trained whole is only in ``adapters``. At the
+    that is not trained is in ``frozen``, a fully trained leaf is only in ``adapters``. At the
     start the adapters change nothing.
 
     Args:
       key: a JAX random key. The start of an adapter depends on it and on the kernel's path only.
       params: the ``params`` collection of a Flax model: nested dicts or a ``FrozenDict``, of
         arrays, which may be boxed (``nn.Partitioned``).
-      config: which leaves are adapted and how, and which are trained whole.
+      config: which leaves are adapted and how, and which are fully trained.
       axes: which axes of each kernel are inputs, outputs and stacks, from
         :func:`lora_jax.kernel_axes`; :func:`lora_jax.lora_init_model` finds them for you. Without
         it every matched leaf must be a matrix ``(d, k)``, but for what its rule says, and it is not
@@ -109,7 +109,7 @@ def lora_init(
         if path in rules:
             adapter_key = key_for(key, path)
             kernel = jnp.asarray(leaves[path])
-            untied = path in tied and not rules[path].substitute
+            untied = path in tied and not rules[path].materialize
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
             _check_finite(path, kernel, adapter.m)
             adapters[key_] = adapter
@@ -131,8 +131,8 @@ def lora_merge(
     Args:
       frozen: the base, as :func:`lora_init` returned it.
       adapters: the adapters, trained.
-      key: round by chance, up or down, so that the mean of many entries is right; by default to the
-        nearest.
+      key: round stochastically, up or down, so that the mean of many entries is right; by default
+        to the nearest.
 
     Returns:
       Parameters with the structure, shapes and dtypes that ``lora_init`` was given.
@@ -152,7 +152,7 @@ def lora_merge(
              [1., 1.]], dtype=float32)
     """
 
-    def merge(key_: Key, kernel: Any, adapter: Adapter | Shift) -> dict[Key, Any]:
+    def merge(key_: Key, kernel: Any, adapter: Adapter | LoraBias) -> dict[Key, Any]:
         path = path_of(key_)
         check_merges(path, adapter)
         return {key_: merged_kernel(kernel, adapter, None if key is None else key_for(key, path))}
@@ -191,7 +191,7 @@ def rounding(
     """
     rows: dict[str, Rounding] = {}
 
-    def look(key_: Key, kernel: Any, adapter: Adapter | Shift) -> dict[Key, Any]:
+    def look(key_: Key, kernel: Any, adapter: Adapter | LoraBias) -> dict[Key, Any]:
         path, W = path_of(key_), jnp.asarray(unbox(kernel))
         check_merges(path, adapter)
         exact = adapter.effective_kernel(W)
@@ -201,13 +201,13 @@ def rounding(
 
     join(frozen, adapters, look)
     for key_, node in nodes_of(adapters).items():
-        if isinstance(node, Whole):
+        if isinstance(node, FullyTrained):
             value = jnp.asarray(unbox(node.value))
             rows[path_of(key_)] = measure(value, value.astype(node.dtype), None)
     return RoundingReport(rows)
 
 
-def merged_kernel(kernel: Any, adapter: Adapter | Shift, key: chex.PRNGKey | None = None) -> Any:
+def merged_kernel(kernel: Any, adapter: Adapter | LoraBias, key: chex.PRNGKey | None = None) -> Any:
     """``W'`` in the dtype and the box of the kernel; of a shift, the leaf with it."""
     W = jnp.asarray(unbox(kernel))
     return rebox(kernel, round_to(adapter.effective_kernel(W), W.dtype, key))
@@ -216,7 +216,7 @@ def merged_kernel(kernel: Any, adapter: Adapter | Shift, key: chex.PRNGKey | Non
 def join(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
-    adapt: Callable[[Key, Any, Adapter | Shift], Mapping[Key, Any]],
+    adapt: Callable[[Key, Any, Adapter | LoraBias], Mapping[Key, Any]],
     count: int | None = None,
     whole: Callable[[Key, Any, Any], Mapping[Key, Any]] | None = None,
 ) -> chex.ArrayTree:
@@ -228,7 +228,7 @@ def join(
       adapt: gives the leaves for an adapted kernel, or a shifted leaf, from its key, the leaf and
         the node of the adapters.
       count: how many adapters there are, where they are stacked.
-      whole: gives the leaves for a stack of leaves that were trained whole, from their key, the
+      whole: gives the leaves for a stack of leaves that were fully trained, from their key, the
         base's own leaf, if there is one, and the node.
 
     Raises:
@@ -237,7 +237,7 @@ def join(
     """
     flat, nodes = pair_of(frozen, adapters, count, either=whole is not None)
     for key, node in nodes.items():
-        if isinstance(node, Adapter | Shift):
+        if isinstance(node, Adapter | LoraBias):
             flat |= adapt(key, flat[key], node)
         elif whole is not None:
             flat |= whole(key, flat.get(key), node)
@@ -272,7 +272,7 @@ def _check_finite(path: str, *arrays: Any) -> None:
 
 
 def raise_precision(path: str, leaf: Any) -> Any:
-    """A leaf to train whole: at least float32, its own dtype kept in the structure.
+    """A leaf to train fully: at least float32, its own dtype kept in the structure.
 
     It is a copy, so that a train step may donate it and ``params`` stays whole.
     """
@@ -280,11 +280,11 @@ def raise_precision(path: str, leaf: Any) -> Any:
     dtype = jnp.dtype(unbox(leaf).dtype)
     if dtype.itemsize >= 4:
         return jax.tree.map(jnp.array, leaf)
-    return Whole(jax.tree.map(lambda x: jnp.array(x, jnp.float32), leaf), dtype.name)
+    return FullyTrained(jax.tree.map(lambda x: jnp.array(x, jnp.float32), leaf), dtype.name)
 
 
 def _lower_precision(node: Any) -> Any:
     """The inverse of :func:`raise_precision`."""
-    if isinstance(node, Whole):
+    if isinstance(node, FullyTrained):
         return jax.tree.map(lambda x: x.astype(node.dtype), node.value)
     return node

@@ -26,9 +26,9 @@ KEY = jax.random.key(0)
 KERNELS = {
     "dense": ((7, 5), {}),
     "conv": ((2, 3, 4), {"input_axes": (0, 1)}),
-    "experts": ((2, 3, 4, 6), {"stack_axes": (0, 3), "input_axes": (2,)}),
+    "experts": ((2, 3, 4, 6), {"batch_axes": (0, 3), "input_axes": (2,)}),
     "fused": ((6, 12), {"fused": 3, "parts": (0, 2)}),
-    "stack of fused": ((2, 6, 4), {"stack_axes": (0,), "fused": 2}),
+    "stack of fused": ((2, 6, 4), {"batch_axes": (0,), "fused": 2}),
 }
 ADAPTERS = {
     "lora": {"rank": 1, "alpha": 3.0},
@@ -227,7 +227,9 @@ def test_it_is_jitted_and_differentiated():
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora"])
-@pytest.mark.parametrize("options", [{"rank": 1}, {"rank": 99}, {"energy": 0.8}, {"energy": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"rank": 1}, {"rank": 99}, {"explained_variance": 0.8}, {"explained_variance": 1.0}]
+)
 @pytest.mark.parametrize("variant", [None, "lora"])
 def test_compression_has_the_error_that_it_states(kind, options, variant):
     params = kernels()
@@ -242,8 +244,8 @@ def test_compression_has_the_error_that_it_states(kind, options, variant):
         assert node.variant == ("lora" if dense else adapters[path].variant)
         full = min(node.axes.matrix_shape(params[path].shape))
         assert node.rank <= min(options.get("rank", full), full if dense else adapters[path].rank)
-        if "energy" in options:
-            assert error <= (1 - options["energy"]) ** 0.5 + 5e-6
+        if "explained_variance" in options:
+            assert error <= (1 - options["explained_variance"]) ** 0.5 + 5e-6
     assert report.largest == max(row.error for row in report.values())
 
 
@@ -267,14 +269,14 @@ def test_energy_of_a_stack_is_that_of_every_matrix():
     V = jnp.zeros((2, 3, 5)).at[:, :, :3].set(jnp.eye(3))
     V = V * jnp.array([[1.0, 0.1, 0.01], [1.0, 1.0, 1.0]])[..., None]
     node = lora_jax.Adapter(U, V, rank=3, alpha=3.0, axes=KernelAxes((1,), (2,), (0,)))
-    small, report = lora_jax.compress({"kernel": node}, energy=0.6)
+    small, report = lora_jax.compress({"kernel": node}, explained_variance=0.6)
     assert report["kernel"].rank == 2
     assert (small["kernel"].U[0, :, 1] == 0).all()  # the first one needs a rank of 1
     lost = np.sqrt((0.1**2 + 0.01**2 + 1) / (1.0101 + 3))
     assert report["kernel"].error == pytest.approx(lost, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"rank": 3}, {"energy": 0.5}])
+@pytest.mark.parametrize("options", [{"rank": 3}, {"explained_variance": 0.5}])
 def test_no_change_at_all(options):
     params = kernels()
     rules = [Rule(n, 3 if n == "dense" else 1, **KERNELS[n][1]) for n in params]
@@ -292,9 +294,9 @@ def test_singular_values_give_the_nearest():
     assert low.error == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-5)
     got = np.linalg.norm(delta - low.U @ low.V) / np.linalg.norm(delta)
     assert got == pytest.approx(low.error, rel=1e-5)
-    energy = np.square(values[:3]).sum() / np.square(values).sum()
-    assert nearest(delta, None, float(energy) - 1e-6).U.shape[1] == 3
-    assert nearest(delta, None, float(energy) + 1e-6).U.shape[1] == 4
+    explained_variance = np.square(values[:3]).sum() / np.square(values).sum()
+    assert nearest(delta, None, float(explained_variance) - 1e-6).U.shape[1] == 3
+    assert nearest(delta, None, float(explained_variance) + 1e-6).U.shape[1] == 4
     factored = nearest_product(delta, np.eye(5), 2, None)
     assert np.abs(factored.U @ factored.V - low.U @ low.V).max() < 1e-5
 
@@ -346,7 +348,7 @@ def test_task_vectors_of_every_kernel(method):
     options = {"params": params, "method": method, "density": 0.5}
     if "dare" in method:
         options["key"] = KEY
-    exact, report = lora_jax.combine(trees, [1.0, 0.5], energy=1.0, **options)
+    exact, report = lora_jax.combine(trees, [1.0, 0.5], explained_variance=1.0, **options)
     assert report.largest < 2e-6
     low, report = lora_jax.combine(trees, [1.0, 0.5], rank=1, **options)
     again, _ = lora_jax.combine(trees, [1.0, 0.5], rank=1, **options)
@@ -369,7 +371,7 @@ def test_dare_differs_by_key_adapter_path_and_matrix():
         jnp.ones((2, 6, 1)), jnp.ones((2, 1, 5)), axes=KernelAxes((1,), (2,), (0,))
     )
     trees = [{"a": node, "b": node}] * 2
-    options = {"method": "dare_linear", "density": 0.5, "energy": 1.0}
+    options = {"method": "dare_linear", "density": 0.5, "explained_variance": 1.0}
     masks = []
     for key in (KEY, jax.random.key(1)):
         for weights in ([1, 0], [0, 1]):
@@ -412,7 +414,7 @@ def test_leaves_trained_whole():
     ]:
         if "head" in options.get("params", {}):
             options["params"].pop("bias")
-        with pytest.raises(ValueError, match=r"'(head|bias)' is trained whole: .*Pass params="):
+        with pytest.raises(ValueError, match=r"'(head|bias)' is fully trained: .*Pass params="):
             lora_jax.combine(trees, weights, **options)
 
 
@@ -445,10 +447,10 @@ def test_trees_of_different_targets():
 
 
 def test_frozen_norms():
-    """After freeze_norm the ratio is there already; beside a DoRA the sum is a DoRA."""
+    """After cache_norm the ratio is there already; beside a DoRA the sum is a DoRA."""
     params = kernels("dense", "experts")
     a, b = trained(params, "dora", 1), trained(params, "dora, rank 1", 2)
-    frozen = [lora_jax.freeze_norm(params, tree) for tree in (a, b)]
+    frozen = [lora_jax.cache_norm(params, tree) for tree in (a, b)]
     for trees, variant in [(frozen, "scaled"), ([frozen[0], b], "dora")]:
         combined, _ = lora_jax.combine(trees, [0.5, -1.0], params=params)
         assert {node.variant for node in combined.values()} == {variant}
@@ -524,11 +526,23 @@ NODE = LORA["dense"]
         (([LORA, LORA], [1]), {}, "There are 2 adapters, but 1 weights"),
         (([LORA], [np.nan]), {}, "weight must be finite, got nan"),
         (([LORA], [1]), {"method": "cat"}, "no method 'cat'; there are linear, magnitude_prune"),
-        (([LORA], [1]), {"rank": 1, "energy": 0.5}, "exclude each other"),
+        (([LORA], [1]), {"rank": 1, "explained_variance": 0.5}, "exclude each other"),
         (([LORA], [1]), {"rank": 0}, "rank must be at least 1, got 0"),
-        (([LORA], [1]), {"energy": 0}, r"energy must be in \(0, 1\], got 0"),
-        (([LORA], [1]), {"energy": 1.5}, r"energy must be in \(0, 1\], got 1.5"),
-        (([LORA], [1]), {"energy": np.nan}, r"energy must be in \(0, 1\], got nan"),
+        (
+            ([LORA], [1]),
+            {"explained_variance": 0},
+            r"explained_variance must be in \(0, 1\], got 0",
+        ),
+        (
+            ([LORA], [1]),
+            {"explained_variance": 1.5},
+            r"explained_variance must be in \(0, 1\], got 1.5",
+        ),
+        (
+            ([LORA], [1]),
+            {"explained_variance": np.nan},
+            r"explained_variance must be in \(0, 1\], got nan",
+        ),
         (([LORA], [1]), {"method": "ties", "density": 0.0}, r"density must be in \(0, 1\], got 0"),
         (([LORA], [1]), {"method": "ties", "density": 1.1}, r"density must be in \(0, 1\]"),
         (([LORA], [1]), {"density": 0.5}, "'linear' keeps every entry.*density=0.5 has no use"),
@@ -538,14 +552,14 @@ NODE = LORA["dense"]
         (
             ([LORA], [1]),
             {"method": "ties", "density": 0.5},
-            "'dense' dense: pass rank=, or energy=",
+            "'dense' dense: pass rank=, or explained_variance=",
         ),
         (([LORA, DORA], [1, 1]), {}, r"adapters\[1\] is a DoRA at 'dense'.*pass params="),
         (([LORA], [1]), {"params": {"dens": NODE.U}}, r"for 'dense', but params.*paths: dens\."),
         (([LORA], [1]), {"params": {"dense": jnp.ones((7, 6))}}, "'dense' does not fit"),
         (([lora_jax.stack([LORA, LORA])], [1]), {}, r"adapters\[0\] is a stack of 2 .*'dense'"),
         (([DORA], [1]), {"params": {"dense": PARAMS["dense"] / 0}}, "params has NaN.*'dense'"),
-        (([LORA, {"dense": jnp.ones((7, 5))}], [1, 1]), {}, "'dense', .*trained whole.*Merge one"),
+        (([LORA, {"dense": jnp.ones((7, 5))}], [1, 1]), {}, "'dense', .*fully trained.*Merge one"),
         (
             ([LORA, {"dense": NODE.replace(U=NODE.U * jnp.nan)}], [1, 1]),
             {},
@@ -557,7 +571,11 @@ NODE = LORA["dense"]
             r"'dense' is adapted with axes=.*inputs=\(0,\).*and axes=.*inputs=\(1,\)",
         ),
         (([LORA, {"dense": NODE.replace(untied=True)}], [1, 1]), {}, "'dense'.*untied=True"),
-        (([LORA, {"dense": NODE.replace(substitute=True)}], [1, 1]), {}, "'dense'.*substitute=Tr"),
+        (
+            ([LORA, {"dense": NODE.replace(materialize=True)}], [1, 1]),
+            {},
+            "'dense'.*materialize=Tr",
+        ),
         (
             ([{"dense": NODE.replace(rank=2)}], [1]),
             {},
@@ -569,7 +587,10 @@ NODE = LORA["dense"]
             r"'dense' is \(7, 5\) in adapters\[0\], and \(6, 5\) in adapters\[1\]",
         ),
         (
-            ([{"head": jnp.ones(3)}, {"head": lora_jax.Whole(jnp.ones(3), "bfloat16")}], [1, 0]),
+            (
+                [{"head": jnp.ones(3)}, {"head": lora_jax.FullyTrained(jnp.ones(3), "bfloat16")}],
+                [1, 0],
+            ),
             {},
             r"'head' is \(3, 'float32', 'float32'\).*'bfloat16'\) in adapters\[1\]",
         ),
@@ -595,7 +616,11 @@ def test_errors_of_combine(args, options, match):
         (([LORA], ["a"]), {}, "weight must be a number, got 'a'"),
         (([LORA], [np.ones(2)]), {}, "weight must be a number"),
         (([LORA], [1]), {"rank": 1.0}, "rank must be an int, got 1.0"),
-        (([LORA], [1]), {"energy": "all"}, "energy must be a number, got 'all'"),
+        (
+            ([LORA], [1]),
+            {"explained_variance": "all"},
+            "explained_variance must be a number, got 'all'",
+        ),
         (([[LORA]], [1]), {}, r"adapters\[0\] must be a nested dict"),
         (([LORA], [1]), {"params": LORA}, "base has adapters in it"),
         (([LORA], [1]), {"params": {"dense": "W"}}, "params has 'W' at 'dense'"),
@@ -609,8 +634,8 @@ def test_types(args, options, match):
 
 
 def test_errors_of_compress():
-    for options in ({}, {"rank": 1, "energy": 0.5}):
-        with pytest.raises(ValueError, match="either rank= or energy="):
+    for options in ({}, {"rank": 1, "explained_variance": 0.5}):
+        with pytest.raises(ValueError, match="either rank= or explained_variance="):
             lora_jax.compress(LORA, **options)
     with pytest.raises(ValueError, match="must be 'lora' or left out, got 'dora'"):
         lora_jax.compress(LORA, rank=1, variant="dora")

@@ -113,7 +113,7 @@ def with_biases_of_B(split):
     adapters = {
         name: {
             "kernel": split[1][name]["kernel"].replace(m=None, variant="lora", detach_norm=False),
-            "bias": lora_jax.Shift(random_like(split[0][name]["bias"], scale=1.0), 1.5),
+            "bias": lora_jax.LoraBias(random_like(split[0][name]["bias"], scale=1.0), 1.5),
         }
         for name in "ab"
     }
@@ -716,7 +716,7 @@ def test_diff(split, folders, call, tmp_path):
         {"axes": lora_jax.KernelAxes((0,), (1, 2))},
         {"axes": lora_jax.KernelAxes(fused=2, parts=(0, 1))},
         {"axes": lora_jax.KernelAxes(fused=2, parts=(1, 0))},
-        {"substitute": True},
+        {"materialize": True},
         {"untied": True},
     ],
     ids=str,
@@ -942,7 +942,9 @@ def test_extract_finds_the_adapter_again(split, folders, call, tmp_path, base):
     assert code == 0
     for name, array in Tensors(tuned).items():
         assert relative_error(Tensors(tmp_path / "again.safetensors")[name], array) < 1e-5
-    assert call("extract", tuned, before, tmp_path / "y", "--energy", "0.999999")[0] == 0
+    assert (
+        call("extract", tuned, before, tmp_path / "y", "--explained_variance", "0.999999")[0] == 0
+    )
     assert {one.rank for one in open_adapter(tmp_path / "y").factors.values()} == {2}
 
 
@@ -958,10 +960,10 @@ def test_extract_leaves_nothing_out_in_silence(split, folders, call, tmp_path):
     assert code == 0
     assert "Left out, though they differ: a/bias, b/bias" in out
     for options, message in (
-        ((), "either --rank or --energy"),
+        ((), "either --rank or --explained_variance"),
         (("--rank", "1", "--match", "("), "unterminated"),
         (("--rank", "0"), "at least 1"),
-        (("--energy", "2"), r"in (0, 1]"),
+        (("--explained_variance", "2"), r"in (0, 1]"),
     ):
         code, out = call("extract", tuned, base, tmp_path / "z", *options)
         assert code == 1

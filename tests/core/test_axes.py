@@ -26,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize(("axes", "shape", "stack", "matrix"), CASES)
 def test_round_trips(axes, shape, stack, matrix):
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal(shape))
-    assert axes.stack_shape(shape) == stack
+    assert axes.batch_shape(shape) == stack
     assert axes.matrix_shape(shape) == matrix
     assert axes.as_matrix(kernel).shape == (*stack, *matrix)
     assert jnp.array_equal(axes.from_matrix(axes.as_matrix(kernel), kernel), kernel)
@@ -35,7 +35,7 @@ def test_round_trips(axes, shape, stack, matrix):
     for array_shape, ndim in [((*stack, *matrix), 2), ((*stack, matrix[1]), 1)]:
         array = jnp.asarray(np.random.default_rng(1).standard_normal(array_shape))
         placed = axes.place(array, ndim)
-        assert not axes.stacks or placed.ndim == kernel.ndim
+        assert not axes.batch or placed.ndim == kernel.ndim
         assert jnp.array_equal(axes.take(placed, ndim, array_shape), array)
 
 
@@ -58,7 +58,7 @@ def test_placed_arrays_are_sliced_like_the_kernel():
         one = KernelAxes((0, 2), (1,), (3,))
         assert one.take(placed[:, 0], ndim, (6, *array.shape[2:])).shape == (6, *array.shape[2:])
         assert one.take(placed[:, :, 0], ndim, (6, *array.shape[2:])) is None
-    assert {layer.stacks for layer in axes.of_layers(4)} == {(3,), (1,)}
+    assert {layer.batch for layer in axes.of_layers(4)} == {(3,), (1,)}
     assert [layer.inputs for layer in axes.of_layers(3)] == [(0, 2)]
     assert list(axes.of_layers(2)) == []
 

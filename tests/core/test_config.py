@@ -34,9 +34,9 @@ def test_scale():
 
 
 def test_config_is_hashable_and_immutable():
-    config = lora_jax.LoraConfig([lora_jax.Rule("x", 8, stack_axes=[0])], trainable=["y"])
+    config = lora_jax.LoraConfig([lora_jax.Rule("x", 8, batch_axes=[0])], trainable=["y"])
     assert hash(config) == hash(
-        lora_jax.LoraConfig([lora_jax.Rule("x", 8, stack_axes=(0,))], trainable=["y"])
+        lora_jax.LoraConfig([lora_jax.Rule("x", 8, batch_axes=(0,))], trainable=["y"])
     )
 
 
@@ -58,23 +58,23 @@ def test_config_is_hashable_and_immutable():
         ({"zero": "A"}, ValueError, "zero must be 'U' or 'V', got 'A'"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"product": "fast"}, ValueError, "product must be one of .* got 'fast'"),
-        ({"product": "merged", "substitute": True}, ValueError, "no product='merged' to choose"),
-        ({"product": "merged", "dropout": 0.1}, ValueError, "product='merged' has no dropout"),
+        ({"product": "merged", "materialize": True}, ValueError, "no product='dense' to choose"),
+        ({"product": "merged", "dropout": 0.1}, ValueError, "product='dense' has no dropout"),
         ({"detach_norm": True}, ValueError, "detach_norm is for variant='dora'"),
         ({"fused": 3, "parts": (0, 0)}, ValueError, "each once, as fused is 3"),
         ({"fused": 3, "parts": (3,)}, ValueError, "some of 0 to 2"),
         ({"fused": 3, "parts": ()}, ValueError, "some of 0 to 2"),
         ({"fused": 0}, ValueError, "fused must be at least 1"),
         ({"input_axes": 0}, TypeError, "input_axes must be a tuple of ints"),
-        ({"substitute": "no"}, TypeError, "substitute must be a bool, got 'no'"),
-        ({"substitute": True, "dropout": 0.1}, ValueError, "substitute=True has no dropout"),
-        ({"substitute": True, "tied": "untie"}, ValueError, "one use of a parameter"),
-        ({"tied": "substitute", "dropout": 0.1}, ValueError, "rule of their own"),
-        ({"tied": True}, ValueError, "tied must be 'substitute', 'untie' or None"),
+        ({"materialize": "no"}, TypeError, "materialize must be a bool, got 'no'"),
+        ({"materialize": True, "dropout": 0.1}, ValueError, "materialize=True has no dropout"),
+        ({"materialize": True, "tied": "untie"}, ValueError, "one use of a parameter"),
+        ({"tied": "materialize", "dropout": 0.1}, ValueError, "rule of their own"),
+        ({"tied": True}, ValueError, "tied must be 'materialize', 'untie' or None"),
         ({"dropout": None}, TypeError, "dropout must be a number, got None"),
         ({"alpha": True}, TypeError, "alpha must be a number, got True"),
-        ({"stack_axes": 0}, TypeError, "stack_axes must be a tuple of ints, got 0"),
-        ({"stack_axes": ("layers",)}, TypeError, "stack_axes must be a tuple of ints"),
+        ({"batch_axes": 0}, TypeError, "batch_axes must be a tuple of ints, got 0"),
+        ({"batch_axes": ("layers",)}, TypeError, "batch_axes must be a tuple of ints"),
     ],
 )
 def test_bad_rules(arguments, error, match):
@@ -117,7 +117,7 @@ def test_bad_configs(arguments, error, match):
         (
             ["classifier/kernel"],
             ["classifier/.*"],
-            r"'classifier/kernel' has trainable pattern.*both adapted and trained whole",
+            r"'classifier/kernel' has trainable pattern.*both adapted and fully trained",
         ),
     ],
 )

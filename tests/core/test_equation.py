@@ -33,7 +33,7 @@ def test_is_the_matrix_product_that_it_says(equation, x_shape, W_shape):
     assert relative_error(eq.product(x, W), expected) < 1e-5
 
     def as_matrices(W):
-        stack, free = len(eq.axes.stacks), len(eq.operand(x).shape) - len(eq.axes.stacks) - 1
+        stack, free = len(eq.axes.batch), len(eq.operand(x).shape) - len(eq.axes.batch) - 1
         W = eq.axes.as_matrix(W)
         W = W.reshape(*W.shape[:stack], *(1,) * max(free - 1, 0), *W.shape[stack:])
         return eq.result(eq.operand(x) @ W)

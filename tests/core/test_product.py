@@ -118,7 +118,7 @@ def test_safe_sqrt():
 
 @pytest.mark.parametrize("detach_norm", [False, True])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("form", ["factored", "outer", "merged", "transposed", "linear"])
+@pytest.mark.parametrize("form", ["factored", "outer", "dense", "transposed", "linear"])
 def test_adapted_product(variant, detach_norm, form):
     a = arrays()
     if form == "transposed":
@@ -126,7 +126,7 @@ def test_adapted_product(variant, detach_norm, form):
 
     def ours(x, W, U, V, m):
         m = m if variant == "dora" else None
-        way = form if form in ("factored", "outer", "merged") else "auto"
+        way = form if form in ("factored", "outer", "dense") else "auto"
         adapter = Adapter(
             U, V, m, variant=variant, rank=3, alpha=2.0, detach_norm=detach_norm, product=way
         )
@@ -170,7 +170,7 @@ def layer(way, variant="dora", s=2.0):
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("way", ["factored", "outer", "merged"])
+@pytest.mark.parametrize("way", ["factored", "outer", "dense"])
 @pytest.mark.parametrize(
     "transform",
     [
@@ -207,11 +207,11 @@ def test_transforms_of_every_way(transform, way, variant):
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-37])
 def test_magnitudes_of_zero_learn_in_every_way(tiny):
-    """The merged form recovers ``da`` by dividing the output by ``a``."""
+    """The dense form recovers ``da`` by dividing the output by ``a``."""
     a = arrays()
     a["m"] = a["m"].at[::2].set(tiny)
     *others, m = a.values()
-    for way in ("factored", "outer", "merged"):
+    for way in ("factored", "outer", "dense"):
         ours, reference = layer(way)
         got, expected = (
             jax.grad(lambda m, f=f: jnp.sum(jnp.exp(f(*others, m))))(m) for f in (ours, reference)
@@ -228,20 +228,20 @@ def test_which_way():
 
     dropout = {"of dropout": True, "of something else": False}
     assert jax.default_backend() == "cpu"
-    assert way("auto") == "merged"
+    assert way("auto") == "dense"
     assert way("auto", jnp.float32, 63) == way("auto", jnp.bfloat16) == "factored"
     assert way("auto", jnp.float32, 64, None, dropout) == "factored"
     assert way("factored") == "factored"
     assert way("outer", jnp.bfloat16, 64, None, dropout) == "outer"
-    assert way("merged", jnp.float32, 1) == "merged"
+    assert way("dense", jnp.float32, 1) == "dense"
     with pytest.raises(ValueError, match=r"'a/kernel' says .* as in bfloat16 a small update of W"):
-        way("merged", jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"product='merged', which is not possible, as of dropout"):
-        way("merged", jnp.float32, 64, None, dropout)
+        way("dense", jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"product='dense', which is not possible, as of dropout"):
+        way("dense", jnp.float32, 64, None, dropout)
     with mock.patch("jax.default_backend", return_value="tpu"):  # float32 in bfloat16
         assert way("auto") == way("auto", jnp.float32, 64, jax.lax.Precision.HIGH) == "factored"
-        assert way("auto", jnp.float32, 64, jax.lax.Precision.HIGHEST) == "merged"
-        assert way("auto", jnp.float32, 64, "highest") == "merged"
+        assert way("auto", jnp.float32, 64, jax.lax.Precision.HIGHEST) == "dense"
+        assert way("auto", jnp.float32, 64, "highest") == "dense"
         for precision in (("high", "high"), "F32_F32_F32", [jax.lax.Precision.HIGHEST] * 2):
             assert way("auto", jnp.float32, 64, precision) == "factored"
 
@@ -280,7 +280,7 @@ def test_outer_products_of_stacks_and_of_vectors(equation):
         assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("way", ["outer", "merged"])
+@pytest.mark.parametrize("way", ["outer", "dense"])
 def test_a_convolution_has_one_way_only(way):
     model, x = nn.Conv(3, (2,)), jnp.ones((1, 4, 2))
     rule = lora_jax.Rule("kernel", rank=1, alpha=1, product=way)
@@ -293,7 +293,7 @@ def test_a_convolution_has_one_way_only(way):
         lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
 
 
-def test_kernel_of_16_bits_with_an_input_of_32_is_not_merged():
+def test_kernel_of_16_bits_with_an_input_of_32_is_not_dense():
     x, W = jnp.ones((64, 2)), jnp.ones((2, 1), "bfloat16")
     factors = Factors(jnp.full((2, 1), 2.0**-10), jnp.ones((1, 1)), None, 1.0)
     equation = Equation.parse("nd,dk->nk", x.shape, W.shape)
@@ -302,7 +302,7 @@ def test_kernel_of_16_bits_with_an_input_of_32_is_not_merged():
 
 
 def test_updates_that_the_kernel_cannot_hold_are_seen_in_sixteen_bits():
-    """In bfloat16 1 + 2^-9 is 1, so that a merged kernel of ones would not be trained at all."""
+    """In bfloat16 1 + 2^-9 is 1, so that a dense kernel of ones would not be trained at all."""
     x, W = jnp.array([[1.0, -1.0]], "bfloat16"), jnp.ones((2, 1), "bfloat16")
     factors = Factors(jnp.array([[2.0**-9], [0.0]]), jnp.ones((1, 1)), None, 1.0)
     equation = Equation.parse("nd,dk->nk", x.shape, W.shape)

@@ -40,7 +40,9 @@ RULES = {
     "lora": lora_jax.Rule(".*(split|join)/kernel", rank=2, alpha=3.0, dropout=0.1),
     "dora": lora_jax.Rule(".*(split|join)/kernel", rank=2, variant="dora", detach_norm=True),
     "rslora": lora_jax.Rule("join/kernel", rank=3, rslora=True, product="factored"),
-    "substitute": lora_jax.Rule("split/bias|head/kernel", rank=1, substitute=True, input_axes=(0,)),
+    "materialize": lora_jax.Rule(
+        "split/bias|head/kernel", rank=1, materialize=True, input_axes=(0,)
+    ),
     "fused": lora_jax.Rule("fused", rank=1, fused=3, parts=(0, 2)),
 }
 
@@ -52,7 +54,7 @@ def params():
 
 
 def adapted(params, rule, trainable=("head/.*",)):
-    if rule is RULES["substitute"]:
+    if rule is RULES["materialize"]:
         trainable = ()
     axes = lora_jax.kernel_axes(Model(), {"params": params}, jnp.ones((1, 4)))
     if rule is RULES["fused"]:
@@ -163,8 +165,8 @@ def test_without_a_base_there_is_none_to_verify(params, tmp_path):
         (lambda p: p.pop("join"), "'join/kernel', but params has no such leaf.*Nearest paths"),
         (lambda p: p["join"].update(kernel=jnp.ones((2, 3, 6))), "'join/kernel' does not fit"),
         (lambda p: p["join"].update(kernel=jnp.ones((6, 5))), "kernel of 3 axes"),
-        (lambda p: p["head"].update(kernel=jnp.ones((5, 3))), "trained whole as bfloat16"),
-        (lambda p: p["head"].update(bias=jnp.ones(4, jnp.bfloat16)), "'head/bias' trained whole"),
+        (lambda p: p["head"].update(kernel=jnp.ones((5, 3))), "fully trained as bfloat16"),
+        (lambda p: p["head"].update(bias=jnp.ones(4, jnp.bfloat16)), "'head/bias' fully trained"),
     ],
 )
 def test_another_model(saved, params, change, message):
@@ -230,10 +232,10 @@ def test_folders_of_before_load(name):
         },
         "head": {
             "kernel": numbers(4, 2, start=2),
-            "bias": lora_jax.Whole(numbers(2, start=3), "bfloat16"),
+            "bias": lora_jax.FullyTrained(numbers(2, start=3), "bfloat16"),
         },
         "lora": {
-            "bias": lora_jax.Shift(numbers(4, start=4), 0.5),
+            "bias": lora_jax.LoraBias(numbers(4, start=4), 0.5),
             "kernel": adapter(numbers(3, 1, start=5), numbers(1, 4, start=6), alpha=0.5),
         },
         "scan": {
@@ -250,7 +252,7 @@ def test_folders_of_before_load(name):
             "embedding": adapter(numbers(5, 1), numbers(1, 3, start=2), alpha=2.0, untied=True)
         },
         "whole": {
-            "scale": adapter(numbers(2, 1), numbers(1, 2, start=2), alpha=2.0, substitute=True)
+            "scale": adapter(numbers(2, 1), numbers(1, 2, start=2), alpha=2.0, materialize=True)
         },
     }
     params = {

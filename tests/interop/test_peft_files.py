@@ -292,7 +292,7 @@ def test_weights_that_are_saved_but_not_trained(params, axes, tmp_path):
         lora_jax.peft.load(tmp_path, other, names=NAMES, axes=axes)
 
 
-def test_a_folder_for_each_adapter(params, tmp_path):
+def test_a_folder_for_per_adapter(params, tmp_path):
     config = peft.LoraConfig(r=3, target_modules=LAYERS)
     model = peft.get_peft_model(TorchModel(params), config, adapter_name="one")
     model.add_adapter("two", peft.LoraConfig(r=2, target_modules=LAYERS[:1]))

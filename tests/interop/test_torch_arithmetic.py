@@ -187,7 +187,7 @@ def test_a_combined_dora_runs_in_peft(tmp_path):
     trees = adapters(variant="dora", rslora=False, detach_norm=True)
     trees = [{"dense": tree["dense"]} for tree in trees]
     combined, _ = lora_jax.combine(trees, [0.5, 0.5, -0.3], params=PARAMS)
-    names = [lora_jax.peft.Name("dense/kernel", "dense.weight")]
+    names = [lora_jax.peft.KeyMapping("dense/kernel", "dense.weight")]
     lora_jax.peft.save(tmp_path / "peft", PARAMS, combined, names=names)
     model = TorchModel()
     model.dense.weight.data = tensor(PARAMS["dense"]["kernel"].T)

@@ -171,7 +171,7 @@ def matrices(params):
 
 
 def one_rule(axes, **kwargs):
-    return LoraConfig([Rule("|".join(axes), tied="substitute", **kwargs)])
+    return LoraConfig([Rule("|".join(axes), tied="materialize", **kwargs)])
 
 
 def build(name, **options):
@@ -198,7 +198,7 @@ def test_hugging_face_model(name, variant):
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     adapted = {row.path: row for row in lora_jax.summary(frozen, adapters).rows}
     assert set(adapted) == set(axes)
-    assert {path for path, row in adapted.items() if row.substituted} == axes.tied
+    assert {path for path, row in adapted.items() if row.materialized} == axes.tied
 
     def apply(adapters):
         out = lora_jax.lora_apply(model, {"params": frozen, **rest}, adapters, *args)

@@ -136,7 +136,7 @@ def test_axes_of_every_kernel(case):
         for path, leaf in flatten_dict(flax.core.unfreeze(s.params), sep="/").items()
         if path.endswith(("kernel", "embedding"))
     }
-    found = {path: (axes.inputs, axes.outputs, axes.stacks) for path, axes in s.axes.items()}
+    found = {path: (axes.inputs, axes.outputs, axes.batch) for path, axes in s.axes.items()}
     assert found == {path: axes_of(path, ndim) for path, ndim in kernels.items()}
     assert not s.axes.tied
     assert not s.axes.refused
@@ -395,7 +395,7 @@ def test_dropout_in_scan(split):
     model = nn.scan(zoo.Block, {"params": 0}, split_rngs=rngs, length=3)()
     x = jnp.ones((2, zoo.WIDTH))
     params = model.init(jax.random.key(0), x, None)["params"]
-    rule = lora_jax.Rule(".*kernel", rank=2, dropout=0.5, stack_axes=(0,))
+    rule = lora_jax.Rule(".*kernel", rank=2, dropout=0.5, batch_axes=(0,))
     frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, lora_jax.LoraConfig([rule]))
     adapters = random_like(adapters)
 
@@ -571,14 +571,14 @@ def test_adapters_that_do_not_fit():
         lora_jax.lora_apply(model, variables, adapters, x)
 
 
-@pytest.mark.parametrize("stack_axes", [(0,), (-1,)])
-def test_stack_axes_that_are_not_those_of_the_scan(stack_axes):
+@pytest.mark.parametrize("batch_axes", [(0,), (-1,)])
+def test_stack_axes_that_are_not_those_of_the_scan(batch_axes):
     model, x = zoo.Scan(1), jnp.ones((2, zoo.WIDTH))
     params = random_variables(model, x)["params"]
-    rule = lora_jax.Rule(".*down/kernel", rank=3, stack_axes=stack_axes)
+    rule = lora_jax.Rule(".*down/kernel", rank=3, batch_axes=batch_axes)
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig([rule]))
     with pytest.raises(
-        ValueError, match=r"'blocks/down/kernel' the kernel is \(9, 6\).*stack_axes="
+        ValueError, match=r"'blocks/down/kernel' the kernel is \(9, 6\).*batch_axes="
     ):
         lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
 
@@ -658,10 +658,10 @@ def test_dropout_sees_what_evaluates_in_any_place(args):
 
 
 def test_variables_that_come_back_are_the_base():
-    """Adapters are taken out of them, and what was substituted is as it was given."""
+    """Adapters are taken out of them, and what was materialized is as it was given."""
     model, x = zoo.Compact(), jnp.ones((3, 6))
     params = random_variables(model, x)["params"]
-    rules = [lora_jax.Rule("first/kernel", 2), lora_jax.Rule("second/kernel", 2, substitute=True)]
+    rules = [lora_jax.Rule("first/kernel", 2), lora_jax.Rule("second/kernel", 2, materialize=True)]
     config = lora_jax.LoraConfig(rules, trainable=["second/bias"])
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
     adapters = random_like(adapters)

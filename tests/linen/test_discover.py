@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 def found(model, variables, *args, **kwargs):
     axes = lora_jax.kernel_axes(model, variables, *args, **kwargs)
-    return {path: (a.inputs, a.outputs, a.stacks) for path, a in axes.items()}
+    return {path: (a.inputs, a.outputs, a.batch) for path, a in axes.items()}
 
 
 def test_costs_no_memory_and_no_arithmetic():
@@ -140,13 +140,13 @@ def test_tied_embeddings(variant):
         return frozen, random_like(adapters)
 
     with pytest.raises(
-        ValueError, match=r"'embed/embedding' \(11, 6\).*reads outside.*'substitute'"
+        ValueError, match=r"'embed/embedding' \(11, 6\).*reads outside.*'materialize'"
     ):
         split()
 
-    frozen, adapters = split(tied="substitute")
-    assert adapters["embed"]["embedding"].substitute
-    assert not adapters["dense"]["kernel"].substitute
+    frozen, adapters = split(tied="materialize")
+    assert adapters["embed"]["embedding"].materialize
+    assert not adapters["dense"]["kernel"].materialize
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens)
     merged = lora_jax.lora_merge(frozen, adapters)
     assert relative_error(y, model.apply({"params": merged}, tokens)) < 1e-5
@@ -165,8 +165,8 @@ def test_tied_embeddings(variant):
 
 
 def test_a_tie_needs_the_model():
-    config = LoraConfig([Rule("kernel", 2, tied="substitute")])
-    with pytest.raises(ValueError, match=r"'kernel' and has tied='substitute'.*kernel_axes"):
+    config = LoraConfig([Rule("kernel", 2, tied="materialize")])
+    with pytest.raises(ValueError, match=r"'kernel' and has tied='materialize'.*kernel_axes"):
         lora_jax.lora_init(KEY, {"kernel": jnp.ones((3, 4))}, config)
 
 
@@ -261,7 +261,7 @@ class Unread(nn.Module):
 @pytest.mark.parametrize(
     "config",
     [
-        LoraConfig([Rule("head/kernel", 2, substitute=True)]),
+        LoraConfig([Rule("head/kernel", 2, materialize=True)]),
         LoraConfig([Rule("body/kernel", 2)], trainable=["head/bias"]),
     ],
 )
@@ -271,7 +271,7 @@ def test_what_nobody_reads_is_not_trained_in_silence(config):
     axes = lora_jax.kernel_axes(model, variables, x)
     lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     axes = lora_jax.kernel_axes(model, variables, x, head=False)
-    if config.rules[0].substitute:
+    if config.rules[0].materialize:
         axes = dataclasses.replace(axes, read=axes.read - {"head/kernel"})
     with pytest.raises(ValueError, match=r"'head/(kernel|bias)'.*does not depend"):
         lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
@@ -383,9 +383,9 @@ def test_parameters_in_a_dict_are_substituted_or_refused():
     model, x = Dictionary(), jnp.ones((2, 6))
     variables = model.init(KEY, x)
     axes = lora_jax.kernel_axes(model, variables, x)
-    with pytest.raises(ValueError, match=r"'p/w0'.*not as a parameter of a module.*substitute"):
+    with pytest.raises(ValueError, match=r"'p/w0'.*not as a parameter of a module.*materialize"):
         lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("p/.*", 2)]), axes=axes)
-    config = LoraConfig([Rule("p/.*", 2, substitute=True)])
+    config = LoraConfig([Rule("p/.*", 2, materialize=True)])
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     adapters = random_like(adapters)
     y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)

@@ -135,7 +135,7 @@ def test_each_row_equals_its_adapter_alone(name):
 
 
 @pytest.mark.parametrize("name", cases(sorted({*NO_ROWS, "jit of blocks", "Embed, tied"})))
-def test_vmap_over_one_id_equals_each_adapter_alone(name):
+def test_vmap_over_one_id_equals_per_adapter_alone(name):
     case, variables, x, adapters = setup(name)
 
     def mixed(stacked, x):

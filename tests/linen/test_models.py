@@ -56,7 +56,7 @@ def test_decoder_of_eight_billion_parameters():
     params = jax.eval_shape(model.init, KEY, tokens)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 8e9
     axes = lora_jax.kernel_axes(model, {"params": params}, tokens)
-    assert {path: (a.inputs, a.outputs, a.stacks) for path, a in axes.items()} == {
+    assert {path: (a.inputs, a.outputs, a.batch) for path, a in axes.items()} == {
         "embed/embedding": ((0,), (1,), ()),
         "blocks/query/kernel": ((0,), (2, 3), (1,)),
         "blocks/key/kernel": ((0,), (2, 3), (1,)),

@@ -1,4 +1,4 @@
-"""Layers that the library has never seen: registered, or substituted."""
+"""Layers that the library has never seen: registered, or materialized."""
 
 import flax.linen as nn
 import jax
@@ -135,7 +135,7 @@ def test_registered_layer(layer, variant):
     variables = random_variables(model, *args)
     params = variables["params"]
     axes = lora_jax.kernel_axes(model, variables, *args)
-    assert {(a.inputs, a.outputs, a.stacks) for a in axes.values()} == {expected}
+    assert {(a.inputs, a.outputs, a.batch) for a in axes.values()} == {expected}
     config = LoraConfig([Rule(pattern, 2, alpha=3.0, variant=variant)])
     frozen, adapters = lora_jax.lora_init(KEY, params, config, axes=axes)
     assert len(jax.tree.leaves(adapters, is_leaf=is_adapter)) == len(axes)
@@ -194,7 +194,7 @@ def test_axes_of_a_known_layer_that_the_rule_gets_wrong():
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("parts", [(0, 2), (1,), None])
 @pytest.mark.parametrize(
-    "layer", ["own", "dense", "dense in a scan", "substituted", "grouped conv"]
+    "layer", ["own", "dense", "dense in a scan", "materialized", "grouped conv"]
 )
 def test_fused_kernels_of_which_some_are_adapted(layer, parts, variant):
     x = jax.random.normal(KEY, (2, 4, 6))
@@ -209,7 +209,13 @@ def test_fused_kernels_of_which_some_are_adapted(layer, parts, variant):
     variables = random_variables(model, x)
     params, axes = variables["params"], lora_jax.kernel_axes(model, variables, x)
     rule = Rule(
-        name, 2, variant=variant, fused=3, parts=parts, substitute=layer == "substituted", alpha=3.0
+        name,
+        2,
+        variant=variant,
+        fused=3,
+        parts=parts,
+        materialize=layer == "materialized",
+        alpha=3.0,
     )
     frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([rule]), axes=axes)
     (adapter,) = jax.tree.leaves(adapters, is_leaf=is_adapter)
@@ -311,7 +317,7 @@ def test_substituted_parameters(model, variant):
     variables = random_variables(model, x)
     axes = lora_jax.kernel_axes(model, variables, x)
     rules = [
-        Rule(".*(kernel|w|embedding)", 2, variant=variant, substitute=True),
+        Rule(".*(kernel|w|embedding)", 2, variant=variant, materialize=True),
     ]
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], LoraConfig(rules), axes=axes)
     assert (
@@ -336,12 +342,12 @@ def test_spectral_norm_is_substituted_or_refused():
     variables = model.init(KEY, X, update_stats=False)
     axes = lora_jax.kernel_axes(model, variables, X, update_stats=False)
     split = {}
-    for substitute in (True, False):
-        config = LoraConfig([Rule(".*kernel", 2, substitute=substitute)])
-        split[substitute] = lora_jax.lora_init(KEY, variables["params"], config)
-        if not substitute:
+    for materialize in (True, False):
+        config = LoraConfig([Rule(".*kernel", 2, materialize=materialize)])
+        split[materialize] = lora_jax.lora_init(KEY, variables["params"], config)
+        if not materialize:
             with pytest.raises(
-                ValueError, match=r"kernel' .*mapped by nn\.map_variables.*substitute=True"
+                ValueError, match=r"kernel' .*mapped by nn\.map_variables.*materialize=True"
             ):
                 lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     for update in (True, False):
@@ -362,7 +368,9 @@ def test_spectral_norm_is_substituted_or_refused():
         assert jnp.array_equal(y, expected)
         assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, stats, expected_stats)))
     frozen, adapters = split[False]
-    with pytest.raises(ValueError, match=r"kernel' .*mapped by nn\.map_variables.*substitute=True"):
+    with pytest.raises(
+        ValueError, match=r"kernel' .*mapped by nn\.map_variables.*materialize=True"
+    ):
         lora_jax.lora_apply(model, {"params": frozen, **rest}, adapters, X, update_stats=False)
 
 
@@ -380,10 +388,14 @@ def test_mapped_parameters_are_refused(model):
     variables = random_variables(model, X)
     config = LoraConfig([Rule(r"(.*/)?(?!.*scale)[^/]*kernel", 2)])
     axes = lora_jax.kernel_axes(model, variables, X)
-    with pytest.raises(ValueError, match=r"kernel' .*mapped by nn\.map_variables.*substitute=True"):
+    with pytest.raises(
+        ValueError, match=r"kernel' .*mapped by nn\.map_variables.*materialize=True"
+    ):
         lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
-    with pytest.raises(ValueError, match=r"kernel' .*mapped by nn\.map_variables.*substitute=True"):
+    with pytest.raises(
+        ValueError, match=r"kernel' .*mapped by nn\.map_variables.*materialize=True"
+    ):
         lora_jax.lora_apply(model, {"params": frozen}, adapters, X)
 
 
@@ -393,11 +405,11 @@ def test_masked_convolution_is_refused():
     axes = lora_jax.kernel_axes(model, variables, X[None])
     assert axes.kernels["kernel"].inputs == (0, 1)
     assert list(axes) == []
-    with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*substitute=True"):
+    with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*materialize=True"):
         lora_jax.lora_init(KEY, variables["params"], LoraConfig([Rule("kernel", 2)]), axes=axes)
     config = LoraConfig([Rule("kernel", 2, input_axes=(0, 1))])
     frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
-    with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*substitute=True"):
+    with pytest.raises(ValueError, match=r"'kernel' .*has a mask.*materialize=True"):
         lora_jax.lora_apply(model, {"params": frozen}, adapters, X[None])
 
 
@@ -618,26 +630,26 @@ class ScaledEmbed(nn.Embed):
     ],
 )
 def test_layer_that_computes_with_another_kernel(model, reason):
-    """It is refused, and right where its kernel is substituted."""
+    """It is refused, and right where its kernel is materialized."""
     x = jnp.arange(5) if isinstance(model, nn.Embed) else X[None]
     name = "embedding" if isinstance(model, nn.Embed) else "kernel"
     variables = random_variables(model, x)
     axes = lora_jax.kernel_axes(model, variables, x)
     config = LoraConfig([Rule(name, 2)])
-    with pytest.raises(ValueError, match=rf"'{name}'.*{reason}.*substitute=True"):
+    with pytest.raises(ValueError, match=rf"'{name}'.*{reason}.*materialize=True"):
         lora_jax.lora_init(KEY, variables["params"], config, axes=axes)
     kernel = variables["params"][name]
     inputs = tuple(range(kernel.ndim - 1))
-    for substitute in (True, False):
-        config = LoraConfig([Rule(name, 2, substitute=substitute, input_axes=inputs)])
+    for materialize in (True, False):
+        config = LoraConfig([Rule(name, 2, materialize=materialize, input_axes=inputs)])
         frozen, adapters = lora_jax.lora_init(KEY, variables["params"], config)
         adapters = random_like(adapters)
-        if substitute:
+        if materialize:
             y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
             merged = lora_jax.lora_merge(frozen, adapters)
             assert jnp.array_equal(y, model.apply({"params": merged}, x))
         else:
-            with pytest.raises(ValueError, match=rf"'{name}'.*{reason}.*substitute=True"):
+            with pytest.raises(ValueError, match=rf"'{name}'.*{reason}.*materialize=True"):
                 lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
 
 

@@ -55,7 +55,7 @@ def adapter(seed, pattern=QV, rank=2, trainable=(), params=PARAMS, **rule):
 
 
 def several(*trainable, **rule):
-    """A LoRA, a DoRA of all kernels, and a LoRA with leaves trained whole."""
+    """A LoRA, a DoRA of all kernels, and a LoRA with fully trained leaves."""
     adapters = [
         adapter(0, **rule)[1],
         adapter(1, ALL, 1, variant="dora", **rule)[1],
@@ -126,7 +126,7 @@ def test_rows_with_the_base_alone_need_the_base():
         variables = {"params": frozen}
         return lora_jax.lora_apply(MODEL, variables, stacked, x, adapter_ids=ids)
 
-    with pytest.raises(ValueError, match=r"'head/(bias|kernel)' was trained whole, and the base"):
+    with pytest.raises(ValueError, match=r"'head/(bias|kernel)' was fully trained, and the base"):
         call(jnp.array([0, -1]))
     y = jax.jit(call)(jnp.array([0, -1]))
     assert jnp.isfinite(y[0]).all()
@@ -242,15 +242,17 @@ def test_a_broken_adapter_does_not_reach_into_other_rows(count, broken):
 
 
 def test_what_cannot_be_mixed_says_what_can():
-    substituted = lora_jax.stack([adapter(0, substitute=True)[1]])
-    with pytest.raises(ValueError, match=r"substitute=True.*every token: give one id for each row"):
-        mixed(substituted, ids=np.zeros((5, 4), int))
-    assert relative_error(mixed(substituted, ids=-1), MODEL.apply(VARIABLES, X)) < 1e-6
+    materialized = lora_jax.stack([adapter(0, materialize=True)[1]])
+    with pytest.raises(
+        ValueError, match=r"materialize=True.*every token: give one id for each row"
+    ):
+        mixed(materialized, ids=np.zeros((5, 4), int))
+    assert relative_error(mixed(materialized, ids=-1), MODEL.apply(VARIABLES, X)) < 1e-6
     whole = lora_jax.stack([adapter(0, trainable=["head/.*"])[1]])
     with pytest.raises(ValueError, match=r"one number for each example.*not for each token"):
         mixed(whole, ids=np.zeros((5, 4), int))
-    merged = lora_jax.stack([adapter(0, product="merged")[1]])
-    with pytest.raises(ValueError, match=r"product='merged', which is not possible, as the rows"):
+    merged = lora_jax.stack([adapter(0, product="dense")[1]])
+    with pytest.raises(ValueError, match=r"product='dense', which is not possible, as the rows"):
         mixed(merged, ids=np.zeros(5, int))
 
 
@@ -265,7 +267,7 @@ def whole_of(model, pattern, x, count=2):
 def test_a_stack_of_another_base_is_refused():
     stacked = whole_of(nn.Dense(5), "bias", X)[2]
     other = random_variables(nn.Dense(1), X)
-    with pytest.raises(ValueError, match=r"'bias' was trained whole: its stack is \(2, 5\), but"):
+    with pytest.raises(ValueError, match=r"'bias' was fully trained: its stack is \(2, 5\), but"):
         lora_jax.lora_apply(nn.Dense(1), other, stacked, X, adapter_ids=IDS % 2)
 
 
@@ -307,7 +309,7 @@ def test_ids_of_few_bits():
     for ids in (np.array([255, 0], np.uint8), np.array([100, -1], np.int8)):
         y = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=ids)
         assert relative_error(y[:1], expected[:1]) < 1e-6
-    many = lora_jax.each_adapter(optax.sgd(1.0))
+    many = lora_jax.per_adapter(optax.sgd(1.0))
     update = many.update(stacked, many.init(stacked), stacked, adapter_ids=[255, -1])[0]
     assert (update["kernel"].U[255] == -tree["kernel"].U).all()
     assert not update["kernel"].U[:255].any()
@@ -411,7 +413,7 @@ def test_training_many_in_one_step_is_training_each():
 
 def test_adapters_that_are_not_in_the_batch_stay_bit_identical():
     stacked = lora_jax.stack(several("head/.*"), PARAMS)
-    optimizer = lora_jax.each_adapter(
+    optimizer = lora_jax.per_adapter(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1))
     )
     state = optimizer.init(stacked)
@@ -438,7 +440,7 @@ def test_a_mixed_batch_trains_each_as_alone():
     trees = several()
     stacked = lora_jax.stack(trees, PARAMS)
     optimizer = optax.adamw(1e-2)
-    many = lora_jax.each_adapter(optimizer)
+    many = lora_jax.per_adapter(optimizer)
     ids = np.array([0, 1, 1, 2, 0])
     state = many.init(stacked)
     together = stacked

@@ -295,7 +295,7 @@ def varied(i):
 def test_one_program_for_a_hundred_adapters():
     chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(serve.__wrapped__, n=1))
-    like = [one(rank=4, product="merged"), one(variant="dora", trainable=["layers_2/bias"])]
+    like = [one(rank=4, product="dense"), one(variant="dora", trainable=["layers_2/bias"])]
     pool = pool_of(slots=3, like=like, load=lambda name: varied(int(name)))
     for i in range(100):
         names = [str(i), None, str(max(i - 1, 0)), str(i)]
@@ -365,7 +365,7 @@ def test_folders(tmp_path):
 
 
 def test_order_of_like_and_frozen_norms_do_not_matter():
-    scaled = lora_jax.freeze_norm(PARAMS, one(seed=4, variant="dora"))
+    scaled = lora_jax.cache_norm(PARAMS, one(seed=4, variant="dora"))
     pools = [pool_of(like=like, load=None) for like in ([scaled, one()], [one(), scaled])]
     structures = {jax.tree.structure(pool.stacked) for pool in pools}
     assert len(structures) == 1
@@ -383,7 +383,7 @@ OTHER = {"layers_0": {"kernel": jnp.ones((5, 7))}}
 OTHER_MODEL = lora_jax.lora_init(
     jax.random.key(0), OTHER, lora_jax.LoraConfig([lora_jax.Rule(".*", 1)])
 )[1]
-SHIFTED = {"layers_0": {"bias": lora_jax.Shift(jnp.ones(6))}}
+SHIFTED = {"layers_0": {"bias": lora_jax.LoraBias(jnp.ones(6))}}
 MISFITS = {
     "shift": (lambda: SHIFTED, ValueError, r"it adds something to 'layers_0/bias' \(PEFT's lora_b"),
     "rank": (lambda: one(rank=3), ValueError, "at 'layers_0/kernel' it has rank 3, .*room for 2"),
@@ -396,9 +396,9 @@ MISFITS = {
     "whole, adapted": (
         lambda: one(pattern="layers_0/kernel", trainable=["layers_2/kernel"]),
         ValueError,
-        "'layers_2/kernel' is adapted in one of the adapters and trained whole in another",
+        "'layers_2/kernel' is adapted in one of the adapters and fully trained in another",
     ),
-    "substitute": (lambda: one(substitute=True), ValueError, "'layers_0/kernel' differ in subst"),
+    "materialize": (lambda: one(materialize=True), ValueError, "'layers_0/kernel' differ in subst"),
     "model": (lambda: OTHER_MODEL, ValueError, r"'layers_0/kernel' does not fit the kernel \(5, 6"),
     "a stack": (lambda: lora_jax.stack([one()]), ValueError, "'layers_0/kernel' is a stack of 1"),
     "NaN": (spoiled, ValueError, "at 'layers_0/kernel' it has NaN or infinite values"),

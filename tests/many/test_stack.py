@@ -44,7 +44,7 @@ CASES = {
     "rslora": [one(rank=3), one(rank=3, rslora=True, seed=1)],
     "LoRA beside DoRA": [one(), one(variant="dora", seed=1), one(rank=1, alpha=3.0)],
     "targets": [one("layers_0/kernel"), one("layers_2/kernel", variant="dora", seed=1)],
-    "leaves trained whole": [
+    "fully trained leaves": [
         one("layers_0/kernel", trainable=["layers_2/.*"]),
         one(seed=1, pattern="layers_0/kernel", trainable=["layers_2/bias"]),
         one("layers_0/kernel", seed=2),
@@ -71,7 +71,7 @@ def test_each_computes_what_it_computed_alone(name, freeze):
     adapters = CASES[name]
     stacked = lora_jax.stack(adapters, PARAMS)
     if freeze:
-        stacked = lora_jax.freeze_norm(PARAMS, stacked)
+        stacked = lora_jax.cache_norm(PARAMS, stacked)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(stacked)} == {len(adapters)}
     every = jax.jit(
         lambda stacked: jax.vmap(
@@ -94,7 +94,7 @@ def test_equal_structures_are_stacked_bit_for_bit():
 def test_frozen_norms_can_be_stacked_beside_trained_ones():
     lora, dora = one(), one(variant="dora", detach_norm=True, seed=1)
     exact = one(variant="dora", seed=2)
-    frozen = lora_jax.freeze_norm(PARAMS, exact)
+    frozen = lora_jax.cache_norm(PARAMS, exact)
     stacked = lora_jax.stack([lora, dora, frozen], PARAMS)
     for i, tree in enumerate([lora, dora, exact]):
         y = lora_jax.lora_apply(MODEL, {"params": PARAMS}, stacked, X, adapter_ids=i)
@@ -181,7 +181,7 @@ def test_a_lora_beside_a_dora_may_remove_a_column(layer):
         expected = model.apply({"params": with_kernel(adapted)}, x)
         row = np.s_[:, 1] if layer == "stacked kernels" else np.s_[1]
         stacked = lora_jax.stack([dora, lora], params)
-        for tree in (stacked, lora_jax.freeze_norm(params, stacked)):
+        for tree in (stacked, lora_jax.cache_norm(params, stacked)):
             assert relative_error(apply(params, tree, x, 1), expected) < 1e-6
             mixed = apply(params, tree, x, jnp.array([0, 1, -1]))
             assert relative_error(mixed[row], expected[row]) < 1e-6
@@ -194,7 +194,7 @@ def test_a_frozen_norm_keeps_the_digits_of_a_dora_that_removes_a_column(layer):
     _, params, dora, _, adapted, _ = nearly_emptied(layer, 1e-3, "dora")
     expected = np.linalg.norm(adapted, axis=-2)
     for tree in (dora, lora_jax.stack([dora, dora])):
-        frozen = flatten(lora_jax.freeze_norm(params, tree), "frozen")
+        frozen = flatten(lora_jax.cache_norm(params, tree), "frozen")
         for key, node in flatten(tree, "adapters").items():
             ratio = np.asarray(node.m, np.float64) / np.asarray(frozen[key].m, np.float64)
             np.testing.assert_allclose(ratio, np.broadcast_to(expected, ratio.shape), rtol=1e-3)
@@ -216,9 +216,9 @@ ERRORS = {
         [one(), one("layers_0/kernel", trainable=["layers_2/kernel"])],
         PARAMS,
         ValueError,
-        "'layers_2/kernel' is adapted in one of the adapters and trained whole in another",
+        "'layers_2/kernel' is adapted in one of the adapters and fully trained in another",
     ),
-    "substitute": ([one(), one(substitute=True)], None, ValueError, "differ in substitute"),
+    "materialize": ([one(), one(materialize=True)], None, ValueError, "differ in materialize"),
     "fused": (
         [one("layers_0/kernel"), one("layers_0/kernel", fused=2, rank=1)],
         None,
@@ -271,7 +271,7 @@ def test_what_a_stack_cannot_say_is_not_made_up(tmp_path):
 
 
 def test_what_is_added_to_a_bias_is_neither_stacked_nor_summed():
-    tree = {"layers_0": {"bias": lora_jax.Shift(jnp.ones(6), 2.0)}}
+    tree = {"layers_0": {"bias": lora_jax.LoraBias(jnp.ones(6), 2.0)}}
     with pytest.raises(ValueError, match=r"adapters\[0\] adds something to 'layers_0/bias'"):
         lora_jax.stack([tree])
     with pytest.raises(ValueError, match=r"Something is added to 'layers_0/bias'.*no arithmetic"):
@@ -279,12 +279,12 @@ def test_what_is_added_to_a_bias_is_neither_stacked_nor_summed():
 
 
 def test_frozen_norms_are_for_inference(tmp_path):
-    frozen = lora_jax.freeze_norm(PARAMS, one(variant="dora"))
-    with pytest.raises(ValueError, match="'layers_0/kernel' is of freeze_norm: save the adapter"):
+    frozen = lora_jax.cache_norm(PARAMS, one(variant="dora"))
+    with pytest.raises(ValueError, match="'layers_0/kernel' is of cache_norm: save the adapter"):
         lora_jax.save(tmp_path / "a", frozen)
     with pytest.raises(ValueError, match="there is no variant 'scaled'"):
         lora_jax.Rule("kernel", 2, variant="scaled")
-    with pytest.raises(ValueError, match="'layers_0/kernel' is of freeze_norm: save the adapter"):
+    with pytest.raises(ValueError, match="'layers_0/kernel' is of cache_norm: save the adapter"):
         lora_jax.peft.save(tmp_path / "b", PARAMS, frozen, base_model_name_or_path="x")
     assert not list(tmp_path.iterdir())
 
@@ -298,5 +298,5 @@ def test_parameters_of_another_model():
     with pytest.raises(ValueError, match="'kernel', which params lacks"):
         lora_jax.stack([one, one], {"other": jnp.ones((3, 2))})
     adapters = {**one, "bias": jnp.ones(2)}
-    with pytest.raises(ValueError, match="'bias' was trained whole as"):
-        lora_jax.freeze_norm({**params, "bias": jnp.ones(3)}, adapters)
+    with pytest.raises(ValueError, match="'bias' was fully trained as"):
+        lora_jax.cache_norm({**params, "bias": jnp.ones(3)}, adapters)

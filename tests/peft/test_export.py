@@ -86,7 +86,7 @@ def test_what_cannot_be_exported(split, tmp_path):
         lora_jax.export(file, frozen, adapters, names=NAMES[:3], axes=axes)
     with pytest.raises(ValueError, match="'conv/kernel', which frozen lacks"):
         lora_jax.export(file, {"a": jnp.ones(2)}, {"conv": adapters["conv"]})
-    with pytest.raises(ValueError, match="in the base and, trained whole"):
+    with pytest.raises(ValueError, match="in the base and, fully trained"):
         lora_jax.export(file, {"a": jnp.ones(2)}, {"a": jnp.ones(2)})
     with pytest.raises(ValueError, match="'a' has NaN or infinite"):
         lora_jax.export(file, {"a": jnp.full(2, 1e6)}, {}, dtype=jnp.float16)

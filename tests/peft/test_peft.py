@@ -19,7 +19,7 @@ import lora_jax
 from lora_jax.cli._factors import open_adapter
 from lora_jax.files._tensors import Tensors, encode
 from lora_jax.peft._config import by_pattern, first_match
-from lora_jax.peft._names import FAMILIES, Name
+from lora_jax.peft._names import FAMILIES, KeyMapping
 
 NAMES = [
     ("layers/{name}/kernel", "model.layers.{i}.{name}.weight"),
@@ -223,10 +223,10 @@ def test_a_shift_of_half_precision_is_rounded_once(biased, model):
         (lambda a: a["heads"].update(bias=a["heads"]["bias"].replace(scale=2.0)), "one for both"),
         (lambda a: a["head"].update(bias=a["conv"]["bias"]), r"is \(6,\), but the base has \(4,\)"),
         (
-            lambda a: a["head"].update(bias=lora_jax.Shift(jnp.ones(4), 1.5)),
+            lambda a: a["head"].update(bias=lora_jax.LoraBias(jnp.ones(4), 1.5)),
             "added to 'head/bias', which PEFT has for biases of adapted",
         ),
-        (lambda a: a.update(new={"bias": lora_jax.Shift(jnp.ones(4))}), "which frozen lacks"),
+        (lambda a: a.update(new={"bias": lora_jax.LoraBias(jnp.ones(4))}), "which frozen lacks"),
     ],
 )
 def test_shifts_that_peft_has_not(biased, model, tmp_path, change, message):
@@ -242,7 +242,7 @@ def test_shifts_that_peft_has_not(biased, model, tmp_path, change, message):
 def test_dora_has_no_biases_of_B(saved, model, tmp_path):
     _, frozen, adapters = saved
     for name in ("heads", "conv"):
-        adapters[name]["bias"] = lora_jax.Shift(jnp.ones(model[0][name]["bias"].shape))
+        adapters[name]["bias"] = lora_jax.LoraBias(jnp.ones(model[0][name]["bias"].shape))
     with pytest.raises(ValueError, match="no DoRA with lora_bias"):
         lora_jax.peft.save(tmp_path / "new", frozen, adapters, names=NAMES, axes=model[1])
 
@@ -293,9 +293,9 @@ def test_a_layer_without_a_bias_says_so(biased, model):
             (),
             "one dropout",
         ),
-        (RULES["lora"], ["head/bias"], "'head' a part is trained whole, and 'head/kernel' is not"),
+        (RULES["lora"], ["head/bias"], "'head' a part is fully trained, and 'head/kernel' is not"),
         ([], ["head/.*"], "no adapter of a kernel"),
-        ([lora_jax.Rule("embed/embedding", rank=2, substitute=True)], (), "all uses see"),
+        ([lora_jax.Rule("embed/embedding", rank=2, materialize=True)], (), "all uses see"),
     ],
 )
 def test_what_peft_has_not_is_refused(model, tmp_path, rules, trainable, message):
@@ -309,7 +309,7 @@ def test_a_parameter_without_a_name(model, tmp_path):
     frozen, adapters = adapted(model, RULES["lora"])
     with pytest.raises(ValueError, match=r"no name in PyTorch for '.*/kernel'"):
         lora_jax.peft.save(tmp_path, frozen, adapters, names=[("head/{leaf}", "head.{leaf}")])
-    with pytest.raises(ValueError, match=r"stacks 1 axes.*Give names= a Name for it"):
+    with pytest.raises(ValueError, match=r"stacks 1 axes.*Give names= a KeyMapping for it"):
         lora_jax.peft.save(tmp_path, frozen, adapters, axes=model[1])
     with pytest.raises(ValueError, match=r"stacks 0 axes.*known with axes="):
         lora_jax.export(tmp_path / "x", {"layers": {"up": {"kernel": X[0]}}}, {}, names=NAMES)
@@ -328,7 +328,7 @@ def test_a_parameter_without_a_name(model, tmp_path):
 
 
 def unequal(module, x, trainable=(), **rule):
-    """A model, its axes, and its kernel adapted or trained whole."""
+    """A model, its axes, and its kernel adapted or fully trained."""
     variables = random_variables(module, x)
     params, axes = variables["params"], lora_jax.kernel_axes(module, variables, x)
     rules = [] if trainable else [lora_jax.Rule(".*(kernel|embedding)", rank=1, **rule)]
@@ -839,11 +839,11 @@ def test_patterns_that_are_written():
 )
 def test_names_that_make_no_sense(fields, message):
     with pytest.raises(ValueError, match=message):
-        Name(*fields)
+        KeyMapping(*fields)
 
 
 def test_names_of_fused_kernels():
-    name = Name("l_{i}/kv", "l.{i}.{k|v}.weight")
+    name = KeyMapping("l_{i}/kv", "l.{i}.{k|v}.weight")
     assert name.match("l_3/kv", (2,)) == [((0,), "l.3.k.weight"), ((1,), "l.3.v.weight")]
     assert name.match("l_3/q", (2,)) is None
     with pytest.raises(ValueError, match="names 2"):

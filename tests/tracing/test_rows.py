@@ -438,7 +438,7 @@ def test_the_product_with_the_base_is_computed_once():
         return lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=ids)
 
     ids = np.arange(8) % 2
-    frozen = lora_jax.freeze_norm(variables["params"], stacked)
+    frozen = lora_jax.cache_norm(variables["params"], stacked)
     base = flops(model.apply, variables, x)
     # Of rank 2, of 64 inputs and outputs: 2 (64 + 64) / 64 ** 2 of the base for each adapter.
     assert flops(mixed, variables, frozen, x, ids) < 1.25 * base

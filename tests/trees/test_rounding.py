@@ -1,4 +1,4 @@
-"""What merging into 16 bits loses is said, and by chance it is not lost in the mean."""
+"""What merging into 16 bits loses is said; rounded stochastically it is right in the mean."""
 
 import jax
 import jax.numpy as jnp

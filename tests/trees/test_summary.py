@@ -21,7 +21,7 @@ def build(dtype=jnp.float32):
     config = lora_jax.LoraConfig(
         [
             lora_jax.Rule("a/kernel", rank=2, alpha=8.0),
-            lora_jax.Rule("b/kernel", rank=3, variant="dora", stack_axes=(0,)),
+            lora_jax.Rule("b/kernel", rank=3, variant="dora", batch_axes=(0,)),
         ],
         trainable=["head/.*"],
     )
@@ -74,7 +74,7 @@ def report():
         [
             lora_jax.Rule(".*block_1/query/kernel", 1, variant="dora"),
             lora_jax.Rule(r".*query/kernel", 2),
-            lora_jax.Rule("embed/.*", 2, substitute=True),
+            lora_jax.Rule("embed/.*", 2, materialize=True),
         ],
         trainable=["block_0/.*"],
     )
@@ -94,7 +94,7 @@ def test_report_as_data():
     assert third.adapted == ("embed/embedding",)
     assert table.frozen_kernels == {"out/kernel": (4, 3)}
     assert {row.path for row in table.rows if row.zero_columns} == {"block_1/query/kernel"}
-    assert {row.path for row in table.rows if row.substituted} == {"embed/embedding"}
+    assert {row.path for row in table.rows if row.materialized} == {"embed/embedding"}
     # Adam has two moments of all that is trained, and a step.
     assert table.optimizer_nbytes == 2 * table.nbytes + 4
 

@@ -224,7 +224,7 @@ def test_abstract():
             {},
             r"matches what is no matrix \(d, k\): 'kernel' \(3,\).*kernel_axes.*narrower",
         ),
-        ({"kernel": jnp.ones((2, 3, 4))}, {}, r"'kernel' \(2, 3, 4\).*stack_axes"),
+        ({"kernel": jnp.ones((2, 3, 4))}, {}, r"'kernel' \(2, 3, 4\).*batch_axes"),
         (
             {"kernel": jnp.ones((3, 5))},
             {"rank": 4},
@@ -234,15 +234,15 @@ def test_abstract():
         ({"kernel": "W"}, {}, r"'kernel', which is not floating-point but str"),
         (
             {"kernel": jnp.ones((0, 3, 5))},
-            {"stack_axes": (0,)},
+            {"batch_axes": (0,)},
             r"'kernel', of shape \(0, 3, 5\), in which there are no numbers",
         ),
-        ({"kernel": jnp.ones((3, 5))}, {"stack_axes": (2,)}, r"has no stack_axes=\(2,\)"),
-        ({"kernel": jnp.ones((2, 3, 5))}, {"stack_axes": (0, -3)}, r"has no stack_axes=\(0, -3\)"),
-        ({"kernel": jnp.ones((3, 5))}, {"stack_axes": (0,)}, r"is no matrix .*'kernel' \(3, 5\)"),
+        ({"kernel": jnp.ones((3, 5))}, {"batch_axes": (2,)}, r"has no batch_axes=\(2,\)"),
+        ({"kernel": jnp.ones((2, 3, 5))}, {"batch_axes": (0, -3)}, r"has no batch_axes=\(0, -3\)"),
+        ({"kernel": jnp.ones((3, 5))}, {"batch_axes": (0,)}, r"is no matrix .*'kernel' \(3, 5\)"),
         (
             {"kernel": jnp.ones((3, 5, 2))},
-            {"stack_axes": (2,), "input_axes": (2,)},
+            {"batch_axes": (2,), "input_axes": (2,)},
             r"'kernel'.*both in input_axes",
         ),
         (
@@ -290,10 +290,10 @@ def test_bad_trees():
         init(config=[lora_jax.Rule("kernel", 2)])
     with pytest.raises(TypeError, match="params must be a nested dict of arrays, got list"):
         init([jnp.ones((2, 2))])
-    with pytest.raises(ValueError, match=r"'step' cannot be trained whole: it is int32"):
+    with pytest.raises(ValueError, match=r"'step' cannot be fully trained: it is int32"):
         init({"step": jnp.zeros(3, int)}, lora_jax.LoraConfig(trainable=["step"]))
     frozen, _ = init()
-    config = lora_jax.LoraConfig([lora_jax.Rule(".*", rank=2, stack_axes=(0,))])
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*", rank=2, batch_axes=(0,))])
     _, adapters = init({"encoder": {"query": {"kernel": jnp.ones((2, 6, 4))}}}, config)
     with pytest.raises(ValueError, match=r"'encoder/query/kernel'.*is for a kernel of 3 axes"):
         lora_jax.lora_merge(frozen, adapters)
