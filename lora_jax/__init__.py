@@ -16,7 +16,7 @@ files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every
 """
 
 from lora_jax import peft
-from lora_jax._renamed import renamed_names
+from lora_jax._renamed import renamed_names as _renamed_names
 from lora_jax._version import __version__ as __version__
 from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
 from lora_jax.arithmetic._combine import combine, compress
@@ -71,7 +71,7 @@ __all__ = [
     "summary",
 ]
 
-__getattr__ = renamed_names(
+__getattr__ = _renamed_names(
     __name__,
     {
         "Shift": LoraBias,

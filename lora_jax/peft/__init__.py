@@ -7,10 +7,10 @@ PEFT's ``lora_A`` is ``U`` transposed, its ``lora_B`` is ``V`` transposed, its
     lora_jax.peft.save("my-adapter", frozen, adapters)
 """
 
-from lora_jax._renamed import renamed_names
+from lora_jax._renamed import renamed_names as _renamed_names
 from lora_jax.peft._names import FAMILIES, KeyMapping
 from lora_jax.peft._peft import load, save
 
 __all__ = ["FAMILIES", "KeyMapping", "load", "save"]
 
-__getattr__ = renamed_names(__name__, {"Name": KeyMapping})
+__getattr__ = _renamed_names(__name__, {"Name": KeyMapping})
