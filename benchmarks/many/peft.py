@@ -1,6 +1,8 @@
 """PEFT with many adapters, as its documentation says; answers a name with seconds.
 
-python -m benchmarks.many.peft '{"name": ..., ...}' '[1, 4, 32]'
+`benchmarks.many.process` starts it and ends it:
+
+    python -m benchmarks.many.peft '{"name": ..., ...}' '[1, 4, 32]'
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Attention in JAX, of the models in Linen and in NNX: whole sequences, or one token and a cache."""
+"""Attention in JAX, for the models in Linen and in NNX, with a cache or without."""
 
 from typing import Any
 
