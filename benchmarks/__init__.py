@@ -4,7 +4,7 @@
     overheads       what is paid once: tracing, compiling, importing
     many            many adapters of one base
     operations      the operations of a step one at a time
-    learning_rates  learning rates of each way to start an adapter
+    learning_rates  learning rates for each initialisation of an adapter
     guard           counts of compiled steps, compared with those that are recorded
     tpu             counts of the TPU's compiler
     gpu             all that matters on one GPU, within minutes

@@ -1,4 +1,4 @@
-r"""Which learning rates each way to start an adapter trains well with.
+r"""Which learning rates suit each initialisation of an adapter.
 
 Fine-tunes all-MiniLM-L6-v2 on 3,000 sentences of movie reviews for one epoch, for both choices
 of the factor that starts at zero, several standard deviations of the other one, and learning

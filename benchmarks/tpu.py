@@ -1,7 +1,7 @@
 r"""What a training step costs on a TPU, as the TPU's own compiler counts it: nothing is run.
 
 `libtpu` compiles on any machine, without a TPU. What it says of a program is exact and free of
-noise: arithmetic, bytes that are accessed, memory. They are no measured times.
+noise: arithmetic, bytes that are accessed, memory. These are not measured times.
 
     python -m benchmarks.tpu
     python -m benchmarks.tpu --topologies v5p:2x2x1 v6e:2x2 --contenders floor full lora dora
@@ -37,8 +37,6 @@ from benchmarks.running import files
 from benchmarks.running.environment import environment
 
 CASE = Case("tpu", "decoder", 2048, 8192, 16, 3, 4, 1024, 16, "bfloat16", vocab=32_000)
-
-
 # Besides those that are timed on CPUs.
 CONTENDERS = PROBLEMS | {"qwix-float32": qwix.lora_float32}
 
@@ -93,10 +91,7 @@ def count(contender: str, case: Case, topology: str) -> dict[str, float]:
 
 
 def estimated_cycles(hlo: str) -> int:
-    """The sum of what the compiler notes of the operations of the program, for its own decisions.
-
-    An estimate, and of operations one after the other.
-    """
+    """The sum of the compiler's estimates for the operations of a program, one after another."""
     entry = hlo[hlo.index("\nENTRY ") :]
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
 

@@ -62,7 +62,7 @@ class Options:
     rounds: int = 15
     """Rounds."""
     steps: int = 3
-    """Steps in a round, of which the median counts."""
+    """Steps in a round; their median counts."""
     jobs: tuple[str, ...] = JOBS
     """What is measured: step, forward, merge."""
     ranks: tuple[int, ...] = ()
@@ -199,7 +199,7 @@ def run(case: Case, options: Options) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What one wants to see at once."""
+    """Times of steps and their ratios, for the terminal."""
     lines = []
     for name, one in result["contenders"].items():
         if "error" in one:

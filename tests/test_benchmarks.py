@@ -15,6 +15,7 @@ from benchmarks import operations, report, tpu, train_step
 from benchmarks.contenders import mixed_products, ours, serving
 from benchmarks.contenders.families import FAMILIES, TRAJECTORIES, check_losses, trained
 from benchmarks.contenders.table import build
+from benchmarks.many.process import PeftProcess
 from benchmarks.models import arrays, cases, data, linen
 from benchmarks.models.cases import CASES
 from benchmarks.running import files, stats, worker
@@ -176,6 +177,12 @@ def test_errors_are_answers(monkeypatch):
     assert answer["error"] == f"ValueError: trains {trained(case, 'lora')} numbers, not -1"
     with pytest.raises(KeyError):
         build("nobody", case)
+
+
+def test_peft_that_is_not_there_is_said_to_be(monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(RuntimeError, match="--no-torch leaves PEFT out"):
+        PeftProcess(CASES["tiny"], (1,))
 
 
 def result(name):

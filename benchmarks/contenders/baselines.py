@@ -1,4 +1,4 @@
-"""What an adapter is compared with: the least that every way has to do, and full fine-tuning."""
+"""What adapters are compared with: the least that any of them costs, and full fine-tuning."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.models.cases import Case
 
 
 def floor(case: Case) -> Problem:
-    """The gradient of a vector that is added to the embeddings: what every way has to do."""
+    """The gradient of a vector that is added to the embeddings: the least that an adapter costs."""
     plain = model_loss(linen.make(case))
 
     def loss(vector: Any, params: Any, batch: Any) -> jax.Array:

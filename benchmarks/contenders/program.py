@@ -7,7 +7,7 @@ import jax
 
 
 class Program:
-    """A jitted function for arguments of these shapes: traced now, compiled when it is said."""
+    """A jitted function for arguments of these shapes: traced at once, compiled by `compile`."""
 
     def __init__(self, function: Any, arguments: tuple[Any, ...], facts: dict[str, Any]) -> None:
         begin = time.perf_counter()

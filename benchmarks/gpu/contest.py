@@ -111,7 +111,7 @@ class Contest:
         rest, size = queue[len(first) :], self._heat.together
         for chunk in (first, *(rest[i : i + size] for i in range(0, len(rest), size))):
             for label in chunk:
-                self._running[label].say("compile")
+                self._running[label].send("compile")
             until = self.until(READY_SECONDS)
             for label in chunk:
                 self._running[label].wait_ready(until)
@@ -200,7 +200,7 @@ class Contest:
             self._results[label]["kernels"][job] = answer["kernels"]
 
     def entry(self, label: str) -> dict[str, Any]:
-        """What is said of every contender."""
+        """What the results hold of every contender."""
         contender, case = self._entries[label]
         return {"contender": contender, "case": dataclasses.asdict(case)}
 

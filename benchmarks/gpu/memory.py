@@ -5,13 +5,13 @@ import math
 from benchmarks.contenders.families import FAMILIES
 from benchmarks.models.cases import Case, kernels, shapes
 
-# Numbers of a token and layer that are kept for the gradient, by its width and feed-forward.
+# Activations that are kept for the gradient: per token and layer, in units of width + feed-forward.
 KEPT = {"full": 2.0, "floor": 2.0, "lora": 4.2, "dora": 6.0}
 KEPT_IN_TORCH = {"full": 8.0, "lora": 13.0, "dora": 21.0}
 
 
 def bytes_needed(contender: str, case: Case) -> float:
-    """About what a contender holds at most, to know which fit into the memory together.
+    """About the most that a contender holds.
 
     What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and a fifth
     and one GiB more; of PyTorch by a count of what its operations keep. XLA tries out products when
@@ -32,7 +32,7 @@ def bytes_needed(contender: str, case: Case) -> float:
     kept = 1.0 if case.remat else (KEPT_IN_TORCH if in_torch else KEPT)[family]
     activations = kept * size * case.tokens * (case.width + case.ff)
     if case.attention != "cudnn" and not in_torch:
-        # What each token gives to each other one, which is never held by cuDNN and by PyTorch.
+        # The attention weights, which cuDNN and PyTorch never hold.
         activations += 3 * size * case.tokens * case.length * case.heads
     state = 4 * base if family == "full" else base + 4 * adapters
     held = state + case.layers * activations + (3 if in_torch else 2) * logits

@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from benchmarks.many.jobs import ROWS, Jobs, memory, mixed, products, switches, training
-from benchmarks.many.process import Torch
+from benchmarks.many.process import PeftProcess
 from benchmarks.models.cases import CASES, Case
 from benchmarks.running import files, stats
 from benchmarks.running.environment import environment
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
 
     for length in options.lengths:
         here = dataclasses.replace(case, length=length)
-        torch = Torch(here, options.counts) if options.torch else None
+        torch = PeftProcess(here, options.counts) if options.torch else None
         done(
             f"mixed, {length} tokens",
             here,
@@ -83,7 +83,7 @@ def main(options: Options) -> None:
             {name: job for n in options.counts for name, job in products(here, n).items()},
         )
     here = dataclasses.replace(case, batch=1, length=16)
-    torch = Torch(here, options.counts) if options.torch else None
+    torch = PeftProcess(here, options.counts) if options.torch else None
     done(
         "switch",
         here,
@@ -106,4 +106,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, prog="python -m benchmarks.many"))

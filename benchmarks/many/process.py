@@ -10,8 +10,12 @@ from typing import Any
 from benchmarks.models.cases import Case
 
 
-class Torch:
-    """The process, and what can be timed in it."""
+class PeftProcess:
+    """The process, and what can be timed in it.
+
+    Raises:
+      RuntimeError: if the process ends, as where PyTorch or PEFT is not installed.
+    """
 
     def __init__(self, case: Case, counts: tuple[int, ...]) -> None:
         self._process = subprocess.Popen(
@@ -24,7 +28,14 @@ class Torch:
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.communicate()
+            raise RuntimeError(
+                f"The process of PEFT ended with exit status {self._process.returncode}; its last "
+                f"words are above. --no-torch leaves PEFT out."
+            )
+        return json.loads(line)
 
     def _ask(self, name: str) -> float:
         assert self._process.stdin is not None

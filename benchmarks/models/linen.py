@@ -1,4 +1,4 @@
-"""Two models in Flax Linen, written as one writes them who knows nothing of adapters."""
+"""Two models in Flax Linen, written with no thought of adapters: BERT's layers and Llama's."""
 
 from typing import Any
 

@@ -45,7 +45,7 @@ class Worker:
         """Waits until it is built, has it compiled, and waits for that."""
         self.wait_built(deadline)
         if "error" not in self.built:
-            self.say("compile")
+            self.send("compile")
             self.wait_ready(deadline)
 
     def wait_built(self, deadline: float | None = None) -> None:
@@ -60,10 +60,10 @@ class Worker:
 
     def ask(self, line: str, deadline: float | None = None) -> dict[str, Any]:
         """Sends a command and waits for its answer."""
-        self.say(line)
+        self.send(line)
         return self.answer(deadline)
 
-    def say(self, line: str) -> None:
+    def send(self, line: str) -> None:
         """Sends a command."""
         assert self._process.stdin
         try:
@@ -90,9 +90,9 @@ class Worker:
             found: dict[str, Any] = json.loads(line)
             return found
         code = self._process.wait()
-        return {"error": f"died with exit status {code}: {self.last_words()}"}
+        return {"error": f"died with exit status {code}: {self.last_line()}"}
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """The last line that it wrote."""
         lines = self.written().splitlines()
         return lines[-1][:300] if lines else "it wrote nothing"

@@ -1,7 +1,7 @@
 """Jobs take turns, round by round in a shuffled order, and only one computes at a time.
 
-Whatever slows the machine down so slows all of them. `take_turns` is for contenders that are
-processes, and `alternate` for functions of this process.
+So whatever slows the machine down slows all of them. `take_turns` is for contenders that are
+processes, `alternate` for functions of this process.
 """
 
 import random
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.running.process import Worker
 
-# Of every run, in a list for each round, by contender and job.
+# Of every run, a list for each round, by contender and job.
 Seconds = dict[str, dict[str, list[list[float]]]]
 
 
@@ -28,7 +28,7 @@ def take_turns(
 
     Args:
       workers: those that are ready, by name.
-      jobs: of a contender.
+      jobs: function of a contender, to the names of its jobs.
       rounds: at most.
       steps: runs of a job in a round.
       seed: of the order.
@@ -75,7 +75,7 @@ def medians(rounds: list[list[float]]) -> list[float]:
 def alternate(
     jobs: dict[str, Callable[[], float]], rounds: int, seed: int
 ) -> dict[str, list[float]]:
-    """What each job says in each round, in a shuffled order; the round before the first is void."""
+    """What each job returns in each round, in a shuffled order; one round before them is void."""
     out: dict[str, list[float]] = {name: [] for name in jobs}
     order, rng = list(jobs), random.Random(seed)
     for i in range(rounds + 1):
