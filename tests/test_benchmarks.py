@@ -179,7 +179,7 @@ def test_errors_are_answers(monkeypatch):
         build("nobody", case)
 
 
-def test_peft_that_is_not_there_is_said_to_be(monkeypatch):
+def test_a_process_of_peft_that_ended_is_an_error(monkeypatch):
     monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(RuntimeError, match="--no-torch leaves PEFT out"):
         PeftProcess(CASES["tiny"], (1,))

@@ -62,16 +62,16 @@ def main(options: Options) -> None:
 
     for length in options.lengths:
         here = dataclasses.replace(case, length=length)
-        torch = PeftProcess(here, options.counts) if options.torch else None
+        peft = PeftProcess(here, options.counts) if options.torch else None
         done(
             f"mixed, {length} tokens",
             here,
             f"A forward pass of {ROWS} rows of {length} tokens over so many adapters.",
             {"PEFT": "PyTorch, base", "PyTorch": "PyTorch, base", "": "base"},
-            mixed(here, options.counts) | (torch.jobs("P") if torch else {}),
+            mixed(here, options.counts) | (peft.jobs("P") if peft else {}),
         )
-        if torch:
-            torch.quit()
+        if peft:
+            peft.quit()
     for length in (1, *options.lengths):
         here = dataclasses.replace(case, length=length)
         done(
@@ -83,17 +83,17 @@ def main(options: Options) -> None:
             {name: job for n in options.counts for name, job in products(here, n).items()},
         )
     here = dataclasses.replace(case, batch=1, length=16)
-    torch = PeftProcess(here, options.counts) if options.torch else None
+    peft = PeftProcess(here, options.counts) if options.torch else None
     done(
         "switch",
         here,
         "Another adapter, and a forward pass of 1 row of 16 tokens with it.",
         {"switch": "switch, PyTorch, none", "": "no switch"},
-        switches(here) | (torch.jobs("switch") if torch else {}),
+        switches(here) | (peft.jobs("switch") if peft else {}),
         memory=memory(here),
     )
-    if torch:
-        torch.quit()
+    if peft:
+        peft.quit()
     for tokens in options.train_tokens:
         here = dataclasses.replace(case, batch=max(tokens // 128, 1), length=min(tokens, 128))
         done(

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import lora_jax
+from benchmarks.contenders import ours
 from benchmarks.contenders.mixed_products import PRODUCTS
 from benchmarks.contenders.training import cross_entropy
 from benchmarks.models import arrays, data, linen
@@ -36,11 +37,7 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 def adapters(case: Case, count: int, variant: str = "lora") -> list[Any]:
     """Adapters of all kernels with noise in every factor."""
     params = arrays.params(case)
-    rule = lora_jax.Rule(
-        "layers_.*/kernel", case.rank, alpha=case.scale * case.rank, variant=variant
-    )
-    config = lora_jax.LoraConfig([rule])
-    one = lora_jax.lora_init(jax.random.key(0), params, config)[1]
+    _, one = lora_jax.lora_init(jax.random.key(0), params, ours.config(case, variant=variant))
     rng = np.random.default_rng(case.seed)
 
     def noisy(x: jax.Array) -> jax.Array:

@@ -32,8 +32,8 @@ class PeftProcess:
         if not line:
             self._process.communicate()
             raise RuntimeError(
-                f"The process of PEFT ended with exit status {self._process.returncode}; its last "
-                f"words are above. --no-torch leaves PEFT out."
+                f"The process of PEFT ended with exit status {self._process.returncode}; what it "
+                f"wrote is above. --no-torch leaves PEFT out."
             )
         return json.loads(line)
 
