@@ -55,8 +55,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def adamw_step(loss: Loss) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-    """The optimizer, and the step of it that all contenders share."""
+def adamw_step(loss: Loss) -> tuple[optax.GradientTransformation, Any]:
+    """The optimizer, and its jitted step, which all contenders share."""
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
