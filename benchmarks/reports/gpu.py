@@ -1,10 +1,11 @@
-"""The section of `docs/benchmarks.md` about GPUs, from the files that the command wrote."""
+"""What `python -m benchmarks.gpu` wrote, as tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import markdown, stats
+from benchmarks.reports import markdown
+from benchmarks.running import files
 
 UNTIMED = (
     "**No GPU was timed.** `make bench-gpu` measures on one, and this section is made from what it "
@@ -16,11 +17,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """All results of GPUs in a folder.
 
     Raises:
-      ValueError: a file is of a CPU, or of a rehearsal.
+      ValueError: if a file is of a CPU, or of a rehearsal.
     """
     out = []
     for path in sorted(folder.glob("gpu-*.json")):
-        result = stats.read(path)
+        result = files.read(path)
         if result["tiny"] or result["device"]["platform"] != "gpu":
             raise ValueError(
                 f"{path} was not measured on a GPU, or in small, so that it says nothing about "

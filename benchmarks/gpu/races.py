@@ -1,11 +1,10 @@
 """What is measured on a GPU: cases, the most telling first."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-from benchmarks.cases import Case, kernels, shapes
-from benchmarks.step import FAMILIES
+from benchmarks.contenders.families import FAMILIES
+from benchmarks.models.cases import Case
 
 # The shapes of Llama 3.2 1B and 3B, with the rank that PEFT compares methods with for the second:
 # https://github.com/huggingface/peft, method_comparison/MetaMathQA. Its batches are 4 texts of 211
@@ -71,7 +70,7 @@ def heat(case: Case, contenders: Sequence[str], title: str = "", together: int =
 
 
 OURS = ("floor", "lora", "dora", "full", "lora-plain", "dora-detached")
-FORMS = ("lora-factored", "lora-outer", "dora-outer", "lora-merged")
+PRODUCTS = ("lora-factored", "lora-outer", "dora-outer", "lora-merged")
 TORCH = ("torch-full", "peft-lora", "peft-dora")
 AUTOCAST = ("peft-lora-autocast", "peft-dora-autocast")
 COMPILED = ("torch-full-compiled", "peft-lora-compiled", "peft-dora-compiled")
@@ -105,7 +104,7 @@ def races() -> tuple[Race, ...]:
         Race(
             "forms",
             "Other ways to compute the same step",
-            (heat(LLAMA_1B, ("lora", *FORMS, "qwix")),),
+            (heat(LLAMA_1B, ("lora", *PRODUCTS, "qwix")),),
         ),
         Race(
             "remat",
@@ -139,7 +138,7 @@ def tiny_races() -> tuple[Race, ...]:
         "peft": [heat(TINY, ("lora", *TORCH, "peft-lora-autocast"))],
         "published": [heat(q_and_v, ("lora", "full", "peft-lora"))],
         "serve": [heat(prompts, [f"serve-{name}" for name in SERVE])],
-        "forms": [heat(TINY, ("lora", *FORMS[1:], "qwix"))],
+        "forms": [heat(TINY, ("lora", *PRODUCTS[1:], "qwix"))],
         "remat": [heat(remat, ("floor", "dora"))],
         "demo": [heat(demo, ("floor", "lora"))],
         "sweeps": [
@@ -162,37 +161,3 @@ def by_rank(case: Case, ranks: Sequence[int], contenders: Sequence[str] = ("lora
         for name in contenders:
             entries[f"{name}, rank {rank}"] = (name, dataclasses.replace(case, rank=rank))
     return Heat("", entries)
-
-
-# Numbers of a token and layer that are kept for the gradient, by its width and feed-forward.
-KEPT = {"full": 2.0, "floor": 2.0, "lora": 4.2, "dora": 6.0}
-KEPT_IN_TORCH = {"full": 8.0, "lora": 13.0, "dora": 21.0}
-
-
-def bytes_needed(contender: str, case: Case) -> float:
-    """About what a contender holds at most, to know which fit into the memory together.
-
-    What the compiler of an H100 says of the 1B shapes (`compiled.memory_analysis()`), and a fifth
-    and one GiB more; of PyTorch by a count of what its operations keep. XLA tries out products when
-    it compiles, and what the allocator took for them it does not join to what is free: on an H100
-    8.4 GiB did not fit into 11.5 for the floor. So there is room for the largest of them, twice.
-    """
-    size = 2 if case.dtype == "bfloat16" else 4
-    base = size * sum(math.prod(shape) for shape in shapes(case).values())
-    adapters = 4 * case.rank * sum(d + k for d, k in kernels(case).values())
-    family, in_torch = FAMILIES[contender], contender.startswith(("torch", "peft"))
-    logits = 4 * case.tokens * case.vocab
-    room = 2.0**30
-    if family == "attention":
-        return 2 * room + 8 * size * case.tokens * case.length * case.heads
-    if family.startswith("serve"):  # of all numbers of adapters at once, and of both jobs
-        caches = 4 * size * case.layers * case.tokens * case.kv_width
-        return room + 1.2 * (2 * base + 100 * adapters + 6 * caches + logits)
-    kept = 1.0 if case.remat else (KEPT_IN_TORCH if in_torch else KEPT)[family]
-    activations = kept * size * case.tokens * (case.width + case.ff)
-    if case.attention != "cudnn" and not in_torch:
-        # What each token gives to each other one, which is never held by cuDNN and by PyTorch.
-        activations += 3 * size * case.tokens * case.length * case.heads
-    state = 4 * base if family == "full" else base + 4 * adapters
-    held = state + case.layers * activations + (3 if in_torch else 2) * logits
-    return room + 1.2 * held + (0 if in_torch else 2 * logits)

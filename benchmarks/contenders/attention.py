@@ -8,35 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import cases, models
-from benchmarks.cases import Case
-from benchmarks.contenders import device_facts, device_memory
-from benchmarks.step import Step
+from benchmarks.contenders.program import device_facts, device_memory
+from benchmarks.contenders.step import Step
+from benchmarks.models import arrays, data
+from benchmarks.models.attention import attend
+from benchmarks.models.cases import Case
 
 IMPLEMENTATIONS = ("cudnn", "xla")
 
 
 def make(case: Case) -> Step:
-    """The attention of a layer with its gradient, in each implementation that there is here."""
+    """The attention of a layer with its gradient, in each implementation that works here."""
     jobs: dict[str, Callable[[], float]] = {}
     errors: dict[str, str] = {}
     facts: dict[str, Any] = {"trained": 0, "device": device_facts(), "errors": errors}
     widths = (case.width, case.kv_width, case.kv_width)
     noise = [
-        cases.noise(case, name, (case.batch, case.length, width), 1.0)
+        data.noise(case, name, (case.batch, case.length, width), 1.0)
         for name, width in zip("qkv", widths, strict=True)
     ]
-    arrays = models.array_of(noise, case.dtype)
+    inputs = arrays.array_of(noise, case.dtype)
     for name in IMPLEMENTATIONS:
         here = dataclasses.replace(case, attention=name)
 
         @jax.jit
         @functools.partial(jax.grad, argnums=(0, 1, 2))
         def gradient(q: Any, k: Any, v: Any, here: Case = here) -> jax.Array:
-            return jnp.sum(models.attend(here, q, k, v).astype(jnp.float32))
+            return jnp.sum(attend(here, q, k, v).astype(jnp.float32))
 
         def job(gradient: Any = gradient) -> float:
-            return float(jax.block_until_ready(gradient(*arrays))[0].ravel()[0])
+            return float(jax.block_until_ready(gradient(*inputs))[0].ravel()[0])
 
         try:
             job()
@@ -45,6 +46,3 @@ def make(case: Case) -> Step:
         else:
             jobs[name] = job
     return Step(jobs, facts, memory=device_memory)
-
-
-CONTENDERS = {"attention": make}

@@ -1,4 +1,4 @@
-"""Tables, numbers and names of contenders, as the page has them."""
+"""Tables, numbers, machines and names of contenders, as the page has them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -82,3 +82,18 @@ def shape(case: dict[str, Any]) -> str:
         f"{case['ff']}, {case['heads']} heads{keys}, {case['batch']} x {case['length']} tokens, "
         f"rank {case['rank']}{where}, {case['dtype']}"
     )
+
+
+def place(environment: dict[str, Any]) -> str:
+    """The machine and the versions in words."""
+    versions = ", ".join(f"{k} {v}" for k, v in environment["packages"].items())
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, "
+        f"{environment['memory_bytes'] / 2**30:.0f} GiB; {environment['date'][:10]}; "
+        f"Python {environment['python']}, {versions}."
+    )
+
+
+def places(results: dict[str, Any]) -> str:
+    """All machines and versions, each once."""
+    return "\n\n".join(dict.fromkeys(place(result["environment"]) for result in results.values()))

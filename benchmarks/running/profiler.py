@@ -1,4 +1,4 @@
-"""The most expensive kernels of a computation, from `jax.profiler`."""
+"""The most expensive kernels of a job, from `jax.profiler`."""
 
 import collections
 import tempfile
@@ -12,12 +12,12 @@ RUNS = 3
 
 
 def most_expensive(job: Callable[[], Any], count: int = 10) -> list[dict[str, Any]]:
-    """Name, seconds and calls of the kernels that take most of one run of a job, all of it last.
+    """Name, seconds and calls of the kernels that take most of a run of a job; the sum is last.
 
     On a GPU these are the kernels of its streams, on a CPU the operations of XLA's threads.
 
     Raises:
-      RuntimeError: this jax cannot read a profile.
+      RuntimeError: if this jax cannot read a profile.
     """
     if not hasattr(jax.profiler, "ProfileData"):
         raise RuntimeError(f"jax {jax.__version__} has no jax.profiler.ProfileData.")
@@ -35,8 +35,8 @@ def most_expensive(job: Callable[[], Any], count: int = 10) -> list[dict[str, An
         {"name": name, "seconds": value, "calls": calls[name] / RUNS}
         for name, value in seconds.most_common(count)
     ]
-    whole = {"seconds": sum(seconds.values()), "calls": sum(calls.values()) / RUNS}
-    return [*rows, {"name": f"all {len(seconds)} kernels", **whole}]
+    total = {"seconds": sum(seconds.values()), "calls": sum(calls.values()) / RUNS}
+    return [*rows, {"name": f"all {len(seconds)} kernels", **total}]
 
 
 def events(profile: Any) -> Iterator[tuple[str, float]]:

@@ -1,11 +1,9 @@
-"""What is measured: sizes, and weights that every framework starts from. Needs numpy only."""
+"""What is measured: the sizes of a model, of a batch and of its adapters. Needs no framework."""
 
 import dataclasses
 import json
-import zlib
-from typing import Any, NamedTuple
 
-import numpy as np
+EPSILON = 1e-6  # of the norms, in every framework
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +108,11 @@ def kernels(case: Case) -> dict[str, tuple[int, int]]:
     }
 
 
+def kernel_names(case: Case) -> list[str]:
+    """The names of the kernels of a layer that get an adapter."""
+    return sorted(case.adapted or layer_kernels(case))
+
+
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     """The path and the shape of every parameter of the base."""
     d = case.width
@@ -135,89 +138,3 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
         if case.model == "encoder":
             out[f"{path}/bias"] = (d,)
     return out
-
-
-class Noise(NamedTuple):
-    """An array that every framework makes for itself, with the same numbers, where it computes.
-
-    Attributes:
-      shape: of the array.
-      std: deviation of its numbers, which are uniform.
-      mean: of its numbers.
-      seed: another one for each array.
-    """
-
-    shape: tuple[int, ...]
-    std: float
-    mean: float
-    seed: int
-
-    def integers(self, index: Any) -> Any:
-        """24 random bits for each place in the array, from -2^23 to 2^23 - 1.
-
-        Args:
-          index: ``int32``, the places. An array of numpy, of jax or of torch: all that is done to
-            it are operators, and products that wrap around.
-        """
-        x = index * 0x2C1B3C6D
-        x = (x ^ ((x >> 12) & 0xFFFFF) ^ self.seed) * 0x297A2D39
-        x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x5F356495
-        return (x ^ ((x >> 15) & 0x1FFFF)) >> 8
-
-    @property
-    def step(self) -> float:
-        """What the numbers are to be multiplied with, before the mean is added."""
-        return self.std * 3**0.5 / 2**23
-
-
-def noise(case: Case, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Noise:
-    """Noise that depends on the name and on the seed only."""
-    seed = zlib.crc32(f"{case.seed} {name}".encode())
-    return Noise(shape, std, mean, seed - 2**31)
-
-
-def weights(case: Case) -> dict[str, Noise]:
-    """The path and the numbers of every parameter of the base."""
-    out = {}
-    for path, shape in shapes(case).items():
-        std = shape[0] ** -0.5 if path.endswith("kernel") else 0.02
-        out[path] = noise(case, path, shape, std, float(path.endswith("scale")))
-    return out
-
-
-def factors(case: Case, stack: tuple[int, ...] = ()) -> dict[str, tuple[Noise, Noise]]:
-    """``U`` and ``V`` of every adapter; neither is zero, so that the first loss depends on both.
-
-    Args:
-      case: with the rank.
-      stack: sizes of the axes in front, such as the number of stacked adapters.
-    """
-    r = case.rank
-    return {
-        path: (
-            noise(case, f"{path}/U", (*stack, d, r), d**-0.5),
-            noise(case, f"{path}/V", (*stack, r, k), 0.5 * r**-0.5),
-        )
-        for path, (d, k) in kernels(case).items()
-    }
-
-
-def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens ``(batch, length)``, and labels: ``(batch,)`` of an encoder, else the next tokens."""
-    rng = np.random.default_rng(case.seed)
-    ids = rng.integers(0, case.vocab, (case.batch, case.length + 1), np.int32)
-    if case.model == "encoder":
-        return ids[:, :-1], rng.integers(0, 2, case.batch, np.int32)
-    return ids[:, :-1], ids[:, 1:]
-
-
-def trained(case: Case, kind: str) -> int:
-    """How many numbers are trained: ``kind`` is a family of `benchmarks.step.FAMILIES`."""
-    if kind == "attention" or kind.startswith("serve"):
-        return 0
-    if kind == "floor":
-        return case.width
-    if kind == "full":
-        return sum(int(np.prod(shape)) for shape in shapes(case).values())
-    magnitudes = kind == "dora"
-    return sum(case.rank * (d + k) + magnitudes * k for d, k in kernels(case).values())

@@ -1,4 +1,4 @@
-"""The models of `benchmarks.models` in Flax NNX, with `nnx.LoRALinear` in the layers."""
+"""The models of `benchmarks.models.linen` in Flax NNX, with `nnx.LoRALinear` in the layers."""
 
 import functools
 from typing import Any
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.cases import Case
-from benchmarks.models import EPSILON, attend
+from benchmarks.models.attention import attend
+from benchmarks.models.cases import EPSILON, Case
 
 
 class Layer(nnx.Module):

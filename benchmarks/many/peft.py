@@ -1,6 +1,8 @@
 """PEFT with many adapters, as its documentation says; answers a name with seconds.
 
-python -m benchmarks.many_torch '{"name": ..., ...}' '[1, 4, 32]'
+`benchmarks.many.process` starts it and ends it:
+
+    python -m benchmarks.many.peft '{"name": ..., ...}' '[1, 4, 32]'
 """
 
 import json
@@ -13,9 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases
-from benchmarks.cases import Case
-from benchmarks.contenders_torch import THREADS, make
+from benchmarks.contenders.pytorch import THREADS
+from benchmarks.models import data
+from benchmarks.models.cases import Case, kernel_names
+from benchmarks.models.pytorch import make
 
 SWITCHED = 8
 
@@ -26,12 +29,11 @@ def main(case: Case, counts: list[int]) -> dict[str, Callable[[], Any]]:
     from peft.utils.hotswap import hotswap_adapter
 
     torch.set_num_threads(THREADS)
-    tokens = torch.from_numpy(cases.batch(case)[0].astype("int64"))
-    names = sorted({path.split("/")[-1] for path in cases.kernels(case)})
+    tokens = torch.from_numpy(data.batch(case)[0].astype("int64"))
     config = LoraConfig(
         r=case.rank,
         lora_alpha=case.scale * case.rank,
-        target_modules=names,
+        target_modules=kernel_names(case),
         init_lora_weights=False,
     )
     plain, model = make(case).eval(), get_peft_model(make(case), config, adapter_name="0").eval()

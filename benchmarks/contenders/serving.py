@@ -2,13 +2,8 @@
 
 Every contender has the same base, the same prompts and the same adapters. Row ``b`` has adapter
 ``b % N``, for each number ``N`` of adapters. Besides the library there is what one writes by hand
-for LoRA, an interceptor that adds ``s (x U_i) V_i``, in the three ways that there are:
-
-    gather      the factors of each row are copied, and multiplied row by row
-    one-hot     x [U_0 | U_1 | ...], a mask, and [V_0; V_1; ...]
-    ragged_dot  the rows sorted by adapter, and `jax.lax.ragged_dot`
-
-A merged model is the base's own program with other numbers.
+for LoRA: an interceptor that adds ``s (x U_i) V_i``, by each product of
+`benchmarks.contenders.mixed_products`. A merged model is the base's own program with other numbers.
 """
 
 import functools
@@ -21,13 +16,18 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
-from benchmarks import cases, models
-from benchmarks.cases import Case, Noise
-from benchmarks.contenders import Program, adapters, by_hand, config, device_facts, device_memory
-from benchmarks.step import Step
+from benchmarks.contenders.by_hand import by_hand
+from benchmarks.contenders.mixed_products import PRODUCTS
+from benchmarks.contenders.ours import adapters, config
+from benchmarks.contenders.program import Program, device_facts, device_memory
+from benchmarks.contenders.step import Step
+from benchmarks.models import arrays, data, linen
+from benchmarks.models.attention import Cache
+from benchmarks.models.cases import Case
+from benchmarks.models.data import Noise
 
 COUNTS = (1, 8, 32)
-# Tokens that are decoded one after the other in one measurement, of which the mean counts.
+# Tokens that are decoded one after the other in one measurement; their mean counts.
 DECODED = 8
 
 # Of the base, adapters, their ids and what the model is called with, to what it returns.
@@ -44,7 +44,7 @@ def step(case: Case, counts: tuple[int, ...], apply: Apply, params: Any, make: A
       params: of the base.
       make: function of a number, to so many adapters.
     """
-    prompts = jnp.asarray(cases.batch(case)[0])
+    prompts = jnp.asarray(data.batch(case)[0])
     facts: dict[str, Any] = {"trained": 0, "device": device_facts(), "programs": {}}
     jobs: dict[str, Callable[[], float]] = {}
     programs: list[Program] = []
@@ -72,14 +72,14 @@ def step(case: Case, counts: tuple[int, ...], apply: Apply, params: Any, make: A
 
 
 def run(program: Program, calls: int, states: list[Any], *arguments: Any) -> float:
-    """So many calls, one after the other, from the state of the last one on."""
+    """Calls one after the other, each from the state that the last one left."""
     for _ in range(calls):
         states[0], value = program(states[0], *arguments)
     jax.block_until_ready(states[0])
     return float(value)
 
 
-def caches(case: Case) -> tuple[models.Cache, ...]:
+def caches(case: Case) -> tuple[Cache, ...]:
     """Room for a prompt, and for as many tokens again."""
     heads = case.kv_heads or case.heads
     shape = (case.batch, 2 * case.length, heads, case.head_features)
@@ -110,7 +110,7 @@ def decode(case: Case, apply: Apply, state: Any, params: Any, adapters: Any, ids
 
 def digest(logits: jax.Array) -> jax.Array:
     """A number that depends on the direction of all logits: rounding changes its third digit."""
-    weights = models.array_of(Noise(logits.shape, 1.0, 0.0, 1), jnp.float32)
+    weights = arrays.array_of(Noise(logits.shape, 1.0, 0.0, 1), jnp.float32)
     logits = logits.astype(jnp.float32)
     return 50 + jnp.sum(weights * logits) / jnp.sqrt(jnp.sum(logits**2))
 
@@ -129,28 +129,28 @@ def adapted(model: nn.Module) -> Apply:
 
 def of_base(case: Case, params: Any = None) -> Step:
     """The base alone, or other parameters."""
-    apply = plain(models.make(case))
-    return step(case, (0,), apply, params or models.params(case), lambda count: ())
+    apply = plain(linen.make(case))
+    return step(case, (0,), apply, params or arrays.params(case), lambda count: ())
 
 
 def of_merged(case: Case) -> Step:
     """The base with adapter 0 merged into it."""
-    params, scale = models.params(case), case.scale
+    params, scale = arrays.params(case), case.scale
     flat = flatten_dict(params, sep="/")
     merge = jax.jit(lambda W, U, V: (W + scale * U[0] @ V[0]).astype(W.dtype))
-    for path, factors in models.factors(case, stack=(1,)).items():
+    for path, factors in arrays.factors(case, stack=(1,)).items():
         flat[f"{path}/kernel"] = merge(flat[f"{path}/kernel"], *factors)
     return of_base(case, unflatten_dict(flat, sep="/"))
 
 
 def of_library(case: Case, *, variant: str) -> Step:
     """This library: `stack`, `cache_norm`, `adapter_ids`."""
-    params, rules = models.params(case), config(case, variant=variant)
+    params, rules = arrays.params(case), config(case, variant=variant)
 
     def many(count: int) -> Any:
         return jax.jit(lora_jax.cache_norm)(params, adapters(case, rules, params, count))
 
-    return step(case, counts_of(case), adapted(models.make(case)), params, many)
+    return step(case, counts_of(case), adapted(linen.make(case)), params, many)
 
 
 def of_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:
@@ -158,7 +158,7 @@ def of_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:
 
     Its factors are in the base's dtype already, as one would keep them for this.
     """
-    model = models.make(case)
+    model = linen.make(case)
 
     def apply(params: Any, adapters: Any, ids: Any, inputs: Any) -> Any:
         return by_hand(
@@ -168,43 +168,20 @@ def of_hand(case: Case, *, add: Callable[..., jax.Array]) -> Step:
         )
 
     def many(count: int) -> Any:
-        return models.factors(case, jnp.dtype(case.dtype), stack=(count,))
+        return arrays.factors(case, jnp.dtype(case.dtype), stack=(count,))
 
-    return step(case, counts_of(case), apply, models.params(case), many)
+    return step(case, counts_of(case), apply, arrays.params(case), many)
 
 
 def counts_of(case: Case) -> tuple[int, ...]:
-    """Numbers of adapters, of which each is of some row."""
+    """Numbers of adapters that are not more than the rows, so that each has a row."""
     return tuple(count for count in COUNTS if count <= case.batch)
 
 
-def gather(x: jax.Array, U: jax.Array, V: jax.Array, ids: jax.Array) -> jax.Array:
-    """The factors of each row."""
-    return jax.vmap(lambda x, i: (x @ U[i]) @ V[i])(x, ids)
-
-
-def one_hot(x: jax.Array, U: jax.Array, V: jax.Array, ids: jax.Array) -> jax.Array:
-    """The factors of all, side by side."""
-    count, d, r = U.shape
-    mask = jnp.repeat(jax.nn.one_hot(ids, count, dtype=x.dtype), r, axis=-1)[:, None]
-    xU = x @ jnp.moveaxis(U, 0, 1).reshape(d, -1)
-    return (xU * mask) @ V.reshape(-1, V.shape[-1])
-
-
-def ragged(x: jax.Array, U: jax.Array, V: jax.Array, ids: jax.Array) -> jax.Array:
-    """The rows of each adapter together."""
-    order = jnp.argsort(ids)
-    sizes = jnp.bincount(ids, length=len(U)) * x.shape[1]
-    rows = x[order].reshape(-1, x.shape[-1])
-    y = jax.lax.ragged_dot(jax.lax.ragged_dot(rows, U, sizes), V, sizes)
-    return y.reshape(*x.shape[:2], -1)[jnp.argsort(order)]
-
-
-WAYS = {"gather": gather, "one-hot": one_hot, "ragged": ragged}
 CONTENDERS: dict[str, Callable[[Case], Step]] = {
     "serve-base": of_base,
     "serve-merged": of_merged,
     "serve-lora": functools.partial(of_library, variant="lora"),
     "serve-dora": functools.partial(of_library, variant="dora"),
-    **{f"serve-{name}": functools.partial(of_hand, add=add) for name, add in WAYS.items()},
+    **{f"serve-{name}": functools.partial(of_hand, add=add) for name, add in PRODUCTS.items()},
 }

@@ -1,6 +1,6 @@
 """One contender in a process of its own, which does as it is told, a line at a time.
 
-    python -m benchmarks.worker lora '{"name": ..., ...}'
+    python -m benchmarks.running.worker lora '{"name": ..., ...}'
 
 Builds the contender and says that it is built. Then `compile` makes it ready, by its first steps;
 `NAME N` answers with the times of N runs of a job, `facts` with what is known, `profile NAME` with
@@ -18,12 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.cases import Case, trained
-from benchmarks.step import FAMILIES, FIRST_STEPS, Step, build
+from benchmarks.contenders.families import FAMILIES, trained
+from benchmarks.contenders.step import Step
+from benchmarks.contenders.table import build
+from benchmarks.models.cases import Case
+
+FIRST_STEPS = 3  # whose losses are compared
 
 
 def timed(step: Step, job: str, count: int) -> dict[str, Any]:
-    """Seconds of each of `count` runs, and the memory that there was at most."""
+    """Seconds of each of `count` runs, and the most memory that was held."""
     seconds, value, repeats = [], None, step.repeats.get(job, 1)
     for _ in range(count):
         begin = time.perf_counter()
@@ -44,7 +48,7 @@ def memory(step: Step) -> dict[str, int]:
 
 
 def forget_peak() -> None:
-    """Starts anew to measure the memory at most, for what building and compiling took is past."""
+    """Forgets the most memory so far, which is that of building and compiling."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -52,7 +56,7 @@ def forget_peak() -> None:
 
 
 def first_losses(step: Step) -> list[float]:
-    """By which contenders are compared: of the first steps, or one of each job."""
+    """What contenders are compared by: losses of the first steps, or a value of each job."""
     if "step" in step.jobs:
         return [step.jobs["step"]() for _ in range(FIRST_STEPS)]
     return [job() for job in step.jobs.values()]
@@ -68,7 +72,7 @@ def obey(step: Step, lines: TextIO, answer: Callable[[dict[str, Any]], None]) ->
             answer({"facts": step.facts, **memory(step)})
             continue
         if line.startswith("profile "):
-            from benchmarks.kernels import most_expensive
+            from benchmarks.running.profiler import most_expensive
 
             answer({"kernels": most_expensive(step.jobs[line.removeprefix("profile ")])})
             continue
