@@ -38,7 +38,7 @@ def checked_ids(adapter_ids: Any, count: int) -> chex.Array:
                 f"adapter_ids has {wrong[0]}, but there are {count} adapters: ids are 0 to "
                 f"{count - 1}, and {BASE} for the base alone."
             )
-    # In 8 bits -1 may be 255, and there may be no 200.
+    # Ids of 8 bits cannot hold every number that they are compared with.
     return jnp.asarray(ids).astype(jnp.int32)
 
 
@@ -50,7 +50,7 @@ def presence(ids: chex.Array, count: int) -> chex.Array:
 def nan_where(wrong: chex.Array) -> chex.Array:
     """NaN where something is wrong, and else 0.
 
-    Where nothing is, no NaN is written, for which users may have told JAX to look.
+    Where nothing is wrong no NaN is written: users may have told JAX to look for NaNs.
 
     Example:
       >>> nan_where(jnp.array([False, True])).tolist()

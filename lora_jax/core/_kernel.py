@@ -228,6 +228,7 @@ class AdaptedKernel:
         return W if self._observer is None else jnp.zeros_like(W)
 
     def _observed(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """The result, or what stands for it where only the use of the kernel is observed."""
         return y if self._observer is None else self._observer.product(x, y)
 
     def _factors(
@@ -254,15 +255,15 @@ class AdaptedKernel:
             self._use()
         stored = self._adapter.axes
         layer = stored.in_layer(axes)
-        if layer is not None:
-            adapter = self._sliced(layer, W)
-            ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
-            return layer_factors(adapter, self._path), ids
-        raise ValueError(
-            f"The adapter of {self._path!r} is for a kernel with {_as_arguments(stored)}, but its "
-            f"layer contracts {_as_arguments(axes)}. Pass axes=lora_jax.kernel_axes(model, "
-            f"variables, *args) to lora_init, or say input_axes and batch_axes in the rule."
-        )
+        if layer is None:
+            raise ValueError(
+                f"The adapter of {self._path!r} is for a kernel with {_as_arguments(stored)}, but "
+                f"its layer contracts {_as_arguments(axes)}. Pass axes=lora_jax.kernel_axes(model, "
+                f"variables, *args) to lora_init, or say input_axes and batch_axes in the rule."
+            )
+        adapter = self._sliced(layer, W)
+        ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
+        return layer_factors(adapter, self._path), ids
 
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
         """The adapter in the layer, where transforms have sliced it like the kernel."""

@@ -34,7 +34,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
       find_heads: finds :attr:`heads` and :attr:`unsure`, when they are asked for.
 
     Example:
-      >>> import flax.linen as nn, jax, lora_jax
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
       >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jnp.ones((1, 4))
       >>> axes = lora_jax.kernel_axes(model, model.init(jax.random.key(0), x), x)
       >>> sorted(axes.linear), sorted(axes.heads)

@@ -53,15 +53,17 @@ def gather_or_one_hot(count: int, vectors: Any, copied: int, multiplied: int) ->
 def row_factors(
     how: str, U: chex.Array, V: chex.Array, ids: chex.Array
 ) -> tuple[tuple[chex.Array, chex.Array, chex.Array | None], tuple[int, ...] | None]:
-    """The factors of the rows and the mask, if any; and where the factors have the axes of the ids.
-
-    These are ``None`` where all rows share the factors.
+    """The factors that the rows of a batch compute with.
 
     Args:
       how: ``"gather"`` or ``"one-hot"``.
-      U: ``(N, *batch, d, r)``.
+      U: ``(N, *batch, d, r)``, of all adapters.
       V: ``(N, *batch, r, k)``.
       ids: of the rows.
+
+    Returns:
+      ``(U, V, mask)``, where only one-hot has a mask; and which axes of ``U`` and ``V`` are those
+      of the ids, or ``None`` where all rows share them.
     """
     if how == "gather":
         return (taken(U, ids, 0.0), taken(V, ids, 0.0), None), tuple(range(ids.ndim))

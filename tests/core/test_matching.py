@@ -21,9 +21,9 @@ def test_first_match_wins_and_trainable_is_an_exception():
     dora = lora_jax.Rule(r".*/query/kernel", rank=8, alpha=16.0, variant="dora")
     rest = lora_jax.Rule(r".*/kernel", rank=4)
     config = lora_jax.LoraConfig(rules=[dora, rest], trainable=[r"classifier/.*"])
-    rules, whole = assign(config, PATHS)
+    rules, trainable = assign(config, PATHS)
     assert rules == {PATHS[0]: dora, PATHS[2]: rest, PATHS[3]: dora}
-    assert whole == {"classifier/kernel", "classifier/bias"}
+    assert trainable == {"classifier/kernel", "classifier/bias"}
 
 
 @pytest.mark.parametrize(
