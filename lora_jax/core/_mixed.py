@@ -82,9 +82,8 @@ def mixed_einsum(
     y = equation.product(x, W, precision) if base is None else base(x, W)
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     outer = factors.product == "outer"
-    size = (U.size + V.size) // count
-    multiplied = r * (d + k)
-    how = "gather" if outer else gather_or_one_hot(count, of_row.rows, size, multiplied)
+    copied, multiplied = (U.size + V.size) // count, r * (d + k)
+    how = "gather" if outer else gather_or_one_hot(count, of_row.rows, copied, multiplied)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         return factored_product(
@@ -146,8 +145,8 @@ def mixed_linear(
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
     vectors = y.size // (k * ids.size) if isinstance(y.size, int) else y.size
-    multiplied = r * (1 if looks_up else d) + r * k
-    how = gather_or_one_hot(count, vectors, (U.size + V.size) // count, multiplied)
+    copied, multiplied = (U.size + V.size) // count, r * (1 if looks_up else d) + r * k
+    how = gather_or_one_hot(count, vectors, copied, multiplied)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         of_row = factors._replace(U=U, V=V, a=a)
