@@ -28,7 +28,9 @@ from benchmarks.running.environment import environment
 from benchmarks.running.race import alternate
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._equation import Equation
-from lora_jax.core._product import adapted_einsum, factors_of, normalized
+from lora_jax.core._layer_factors import layer_factors
+from lora_jax.core._norm import normalized
+from lora_jax.core._product import adapted_einsum
 
 Shapes = Sequence[tuple[int, ...]]
 PYTORCH = ", PyTorch"
@@ -128,7 +130,7 @@ def adapted(x: Any, U: Any, V: Any, *m_and_W: Any) -> Any:
     """The product of a layer, with DoRA's ratio given."""
     *m, W = m_and_W
     equation = Equation.parse("bnd,dk->bnk", x.shape, W.shape)
-    return adapted_einsum(equation, x, W, factors_of(adapter(U, V, *m)))
+    return adapted_einsum(equation, x, W, layer_factors(adapter(U, V, *m)))
 
 
 def ratio(U: Any, V: Any, m: Any, W: Any) -> Any:

@@ -21,9 +21,11 @@ from lora_jax._version import __version__ as __version__
 from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
 from lora_jax.arithmetic._combine import combine, compress
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import LoraConfig, Rule
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._config import LoraConfig
 from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core._rule import Rule
 from lora_jax.files._store import load, save
 from lora_jax.linen._apply import lora_apply
 from lora_jax.linen._discover import kernel_axes

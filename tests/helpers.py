@@ -33,3 +33,10 @@ def random_variables(model, *args, **kwargs):
     if "batch_stats" in variables:
         variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     return variables
+
+
+def layer_arrays(d=7, k=5, r=3, n=4, seed=0):
+    """``x``, ``W``, ``U``, ``V`` and ``m`` of one layer."""
+    rng = np.random.default_rng(seed)
+    shapes = {"x": (n, d), "W": (d, k), "U": (d, r), "V": (r, k), "m": (k,)}
+    return {name: jnp.asarray(rng.standard_normal(s), "float32") for name, s in shapes.items()}

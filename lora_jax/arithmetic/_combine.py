@@ -19,7 +19,7 @@ from lora_jax.arithmetic._approximation import Approximation, ApproximationRepor
 from lora_jax.arithmetic._combine_kernel import Plan, combine_kernel, combine_whole
 from lora_jax.arithmetic._sums import matrix_of
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._config import nearest
+from lora_jax.core._matching import nearest_paths
 from lora_jax.trees._checks import (
     base_of,
     check_factors,
@@ -322,7 +322,7 @@ def _matrix(
 ) -> chex.Array | None:
     """``W``, where an adapter needs it."""
     if base is not None and leaf is None:
-        near = nearest(path, [path_of(key) for key in base])
+        near = nearest_paths(path, [path_of(key) for key in base])
         raise ValueError(
             f"adapters[{min(found)}] has an adapter for {path!r}, but params has no such kernel. "
             f"Was it made for another model? Nearest paths: {', '.join(near) or 'none'}."

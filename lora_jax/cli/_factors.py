@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.core._config import scale
+from lora_jax.core._rule import scale
 from lora_jax.files import _store as store
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft import _files as peft_files

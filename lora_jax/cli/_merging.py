@@ -17,7 +17,7 @@ from lora_jax.cli._heads import grown, is_head, is_vocabulary
 from lora_jax.cli._layouts import Layouts
 from lora_jax.cli._start import Start, check_floats, head_biases
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._config import nearest
+from lora_jax.core._matching import nearest_paths
 from lora_jax.core._variants import VARIANTS
 from lora_jax.files import _store as store
 from lora_jax.files._checkpoint import Checkpoint
@@ -295,7 +295,7 @@ def _has(base: Checkpoint | Start, name: str, path: StrPath) -> None:
     if name not in base:
         raise ValueError(
             f"{path} has something for {name!r}, but {base.path} has no such array. Nearest: "
-            f"{', '.join(nearest(name, base)) or 'none'}."
+            f"{', '.join(nearest_paths(name, base)) or 'none'}."
         )
     check_floats(base, name)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 from lora_jax.cli._heads import is_embedding, is_head
-from lora_jax.core._config import nearest
+from lora_jax.core._matching import nearest_paths
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.peft._files import PREFIX, PeftFiles
 
@@ -64,7 +64,7 @@ def aligned(
     if missing := [m for m in needed if theirs + m.removeprefix(ours) not in there]:
         raise ValueError(
             f"{path} has something for {missing[0]!r}, but with these prefixes {base.path} has no "
-            f"such module. Nearest: {', '.join(nearest(missing[0], there)) or 'none'}."
+            f"such module. Nearest: {', '.join(nearest_paths(missing[0], there)) or 'none'}."
         )
     names = {
         name: ours + name.removeprefix(theirs) if name.startswith(theirs) else name for name in base

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from lora_jax._renamed import renamed_fields
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._config import Rule, scale
 from lora_jax.core._meshes import left_to_compiler
+from lora_jax.core._rule import Rule, scale
 from lora_jax.core._variants import VARIANTS, float32_or_more
 
 

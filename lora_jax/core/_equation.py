@@ -1,4 +1,4 @@
-"""An einsum of an input with a kernel, and which matrix product it is."""
+"""The einsum of an input with a kernel, and which matrix product it is."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from lora_jax.core._axes import KernelAxes
 class Equation:
     """``x,W->y`` with one letter for every axis.
 
-    The letters of ``W`` are of three kinds: those only in ``x`` besides are contracted, those only
-    in ``y`` are features of the output, those in both stack. So the einsum is a (stacked) matrix
-    product of ``x`` as ``(*stack, *free, d)`` with ``W`` as a matrix, ``(*stack, d, k)``.
+    The letters of ``W`` are of three kinds: those that are also in ``x`` only are contracted, those
+    that are also in ``y`` only are features of the output, and those in all three are batch axes.
+    So the einsum is a (batched) matrix product of ``x`` as ``(*batch, *free, d)`` with ``W`` as a
+    matrix, ``(*batch, d, k)``.
 
     Attributes:
       x: letters of the input.
@@ -32,7 +33,7 @@ class Equation:
     Example:
       >>> eq = Equation.parse("...td,dhk->...htk", (2, 7, 6), (6, 3, 4))
       >>> eq.axes
-      KernelAxes(inputs=(0,), outputs=(1, 2), stacks=(), fused=1, parts=(0,))
+      KernelAxes(inputs=(0,), outputs=(1, 2), batch=(), fused=1, parts=(0,))
       >>> eq.operand(jnp.zeros((2, 7, 6))).shape, eq.result(jnp.zeros((2, 7, 12))).shape
       ((2, 7, 6), (2, 3, 7, 4))
       >>> eq.rows
@@ -49,10 +50,10 @@ class Equation:
     def parse(cls, equation: str, x_shape: tuple[int, ...], W_shape: tuple[int, ...]) -> Equation:
         """Reads an einsum's equation; ``...`` may stand in ``x`` and ``y``.
 
-        Layers alike share one equation, with all that it has worked out about itself.
+        Layers that are alike share one object, with all that it has computed about itself.
 
         Raises:
-          ValueError: an equation that is no product of an input with a kernel.
+          ValueError: if it is not a product of an input with a kernel, or does not fit the shapes.
         """
         text = equation.replace(" ", "")
         try:
@@ -74,7 +75,7 @@ class Equation:
         repeated = any(len(set(side)) < len(side) for side in (x, W, y))
         if summed or repeated or not set(y) <= set(x + W) or "." in x + W + y:
             raise ValueError(
-                f"The equation {equation!r} is no product with a matrix: every letter stands at "
+                f"The equation {equation!r} is not a product with a matrix: every letter stands at "
                 f"most once in each of 'x,W->y', and those of W also stand in x or in y"
             )
         size = dict(zip(x, x_shape, strict=True))
@@ -86,7 +87,7 @@ class Equation:
             )
         if not set(W) & set(x) - set(y) or not set(W) & set(y) - set(x):
             raise ValueError(
-                f"The equation {equation!r} is no product with a matrix: the kernel must share "
+                f"The equation {equation!r} is not a product with a matrix: the kernel must share "
                 f"letters with x that are not in y, and with y that are not in x"
             )
         return cls(x, W, y, (*x_shape, *W_shape))
@@ -120,46 +121,47 @@ class Equation:
         self, x: chex.Array, W: chex.Array, precision: jax.lax.PrecisionLike = None
     ) -> chex.Array:
         """The einsum: bit for bit what Flax computes, by ``dot_general`` or ``jnp.einsum``."""
-        of_dot = self._stack + "".join(c for c in self.x if c in self._free) + self._out
-        if of_dot != self.y or set(self.x) - set(self.W + self.y):
+        dot_order = self._batch + "".join(c for c in self.x if c in self._free) + self._out
+        if dot_order != self.y or set(self.x) - set(self.W + self.y):
             return jnp.einsum(f"{self.x},{self.W}->{self.y}", x, W, precision=precision)
-        x_in, W_in, x_stack, W_stack = (
+        x_in, W_in, x_batch, W_batch = (
             [side.index(c) for c in letters]
-            for letters in (self._in, self._stack)
+            for letters in (self._in, self._batch)
             for side in (self.x, self.W)
         )
-        dims = ((x_in, W_in), (x_stack, W_stack))
+        dims = ((x_in, W_in), (x_batch, W_batch))
         return jax.lax.dot_general(x, W, dims, precision=precision)
 
     def operand(self, x: chex.Array) -> chex.Array:
-        """The input as ``(*stack, *free, d)``."""
+        """The input as ``(*batch, *free, d)``."""
         summed = tuple(i for i, c in enumerate(self.x) if c not in self.W and c not in self.y)
         letters = "".join(c for i, c in enumerate(self.x) if i not in summed)
         x = jnp.sum(x, axis=summed) if summed else x
-        order = self._stack + self._free + self._in
+        order = self._batch + self._free + self._in
         x = _transposed(x, [letters.index(c) for c in order])
-        return _reshaped(x, (*self._shape(self._stack + self._free), self._size(self._in)))
+        return _reshaped(x, (*self._shape(self._batch + self._free), self._size(self._in)))
 
     def result(self, y: chex.Array) -> chex.Array:
-        """The result from ``(*stack, *free, k)``."""
-        order = self._stack + self._free + self._out
+        """The result from ``(*batch, *free, k)``."""
+        order = self._batch + self._free + self._out
         return _transposed(_reshaped(y, self._shape(order)), [order.index(c) for c in self.y])
 
     def on_x(self, a: chex.Array) -> chex.Array:
-        """One number for each contracted feature, ``(*stack, d)``, to multiply ``x`` with."""
-        return self._spread(a, self._stack + self._in, self.x)
+        """One number for each contracted feature, ``(*batch, d)``, to multiply ``x`` with."""
+        return self._broadcastable(a, self._batch + self._in, self.x)
 
     def on_y(self, a: chex.Array) -> chex.Array:
-        """One number for each output feature, ``(*stack, k)``, to multiply the result with."""
-        return self._spread(a, self._stack + self._out, self.y)
+        """One number for each output feature, ``(*batch, k)``, to multiply the result with."""
+        return self._broadcastable(a, self._batch + self._out, self.y)
 
-    def _spread(self, a: chex.Array, letters: str, onto: str) -> chex.Array:
+    def _broadcastable(self, a: chex.Array, letters: str, onto: str) -> chex.Array:
+        """``a``, which has these letters, with axes of size 1 for the others of ``onto``."""
         a = jnp.reshape(a, self._shape(letters))
         a = jnp.transpose(a, [letters.index(c) for c in onto if c in letters])
         return jnp.expand_dims(a, [i for i, c in enumerate(onto) if c not in letters])
 
     @functools.cached_property
-    def _stack(self) -> str:
+    def _batch(self) -> str:
         return "".join(self.W[axis] for axis in self.axes.batch)
 
     @functools.cached_property

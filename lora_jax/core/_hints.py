@@ -1,4 +1,4 @@
-"""What the likeliest mistakes are told: the words of others, and the pattern that was meant."""
+"""What the likeliest mistakes are told: other libraries' words, and the pattern that was meant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OF_A_RULE = {
     "modules_to_save": "LoraConfig(trainable=...), a list of patterns",
 }
 
-# Names that are given to one layer.
+# Names that models give to one layer.
 _SYNONYMS = (
     ("query", "q_proj", "q", "wq", "q_lin"),
     ("key", "k_proj", "k", "wk", "k_lin"),
@@ -69,7 +69,11 @@ def look_first(look: Callable[..., None]) -> Callable[[F], F]:
 
 
 def refuse_words(words: Mapping[str, str], lead: str = "") -> Callable[[type[T]], type[T]]:
-    """A class decorator: these keywords are no fields, and the error says what to write instead.
+    """A class decorator: these keywords are not fields, and the error says what to write instead.
+
+    Args:
+      words: for each keyword what to write instead; empty where ``lead`` says it.
+      lead: the first words of the advice.
 
     Example:
       >>> @refuse_words({"r": "rank="})
@@ -98,7 +102,11 @@ def refuse_words(words: Mapping[str, str], lead: str = "") -> Callable[[type[T]]
 
 
 def key_comes_first(call: str) -> Callable[..., None]:
-    """For :func:`look_first`: the error for parameters where the random key should be."""
+    """For :func:`look_first`: raises TypeError for parameters in the place of the random key.
+
+    Args:
+      call: how the function is called, for the message.
+    """
 
     def look(*args: Any, **kwargs: Any) -> None:
         key = args[0] if args else kwargs.get("key")
@@ -131,20 +139,20 @@ def meant(pattern: str, paths: Sequence[str], leaves: str = "kernel") -> tuple[s
       leaves: a regular expression for the leaves that the pattern shall find in a module.
 
     Returns:
-      A pattern and its matches; ``("", [])`` where there is none that matches something.
+      A pattern and its matches; ``("", [])`` if none is found that matches something.
 
     Example:
       >>> meant("query", ["encoder/query/kernel", "encoder/query/bias"])
       ('.*query/kernel', ['encoder/query/kernel'])
     """
     for base in _readings(pattern, paths):
-        for form in _forms(base, leaves):
+        for whole_path in _for_whole_paths(base, leaves):
             try:
-                found = [path for path in paths if re.fullmatch(form, path)]
+                found = [path for path in paths if re.fullmatch(whole_path, path)]
             except re.error:
                 continue
             if found:
-                return form, found
+                return whole_path, found
     return "", []
 
 
@@ -158,7 +166,7 @@ def _readings(pattern: str, paths: Sequence[str]) -> Iterator[str]:
 
 
 def _renamed(pattern: str, parts: Iterable[str]) -> str:
-    """The pattern with names that are there in place of those that are not."""
+    """The pattern with the model's names in place of those that it does not have."""
     there = sorted(parts)
 
     def name(match: re.Match[str]) -> str:
@@ -172,7 +180,7 @@ def _renamed(pattern: str, parts: Iterable[str]) -> str:
     return re.sub(r"(?<!\\)[A-Za-z_]\w*", name, pattern)
 
 
-def _forms(base: str, leaves: str) -> Iterator[str]:
+def _for_whole_paths(base: str, leaves: str) -> Iterator[str]:
     """Patterns for whole paths, the narrowest first."""
     if "|" in base and not re.fullmatch(r"\([^()]*\)", base):
         base = f"({base})"

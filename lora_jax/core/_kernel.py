@@ -1,10 +1,10 @@
-"""A kernel as a layer's handler has it: it computes products with ``W'``."""
+"""The kernel that a layer's handler gets: it computes products with ``W'``."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import chex
 import jax
@@ -14,44 +14,17 @@ from lora_jax._renamed import renamed_arguments
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._equation import Equation
+from lora_jax.core._factored import Product
+from lora_jax.core._ids import Ids, repeat_ids
+from lora_jax.core._layer_factors import LayerFactors, layer_factors
 from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._mixed import Ids, mixed_einsum, mixed_linear
-from lora_jax.core._product import Factors, Product, adapted_einsum, adapted_linear, factors_of
-
-
-class Observer(Protocol):
-    """Is told how a handler uses a kernel, when nothing is computed, as by ``kernel_axes``."""
-
-    def use(self, layer: KernelAxes, contracted: bool) -> None:
-        """The handler computes with the kernel, of which the layer sees these axes.
-
-        Contracted is a kernel that is multiplied by the input as in ``x W``, so not one that is
-        looked up, convolved, or used transposed.
-        """
-
-    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
-        """What stands for the product with the kernel: of an input and the result."""
-
-    def refuse(self, reason: str) -> None:
-        """The handler cannot adapt the kernel."""
-
-
-class Unseen:
-    """An observer that looks away: the kernel is zeros, and no more."""
-
-    def use(self, layer: KernelAxes, contracted: bool) -> None:
-        """Does nothing."""
-
-    def product(self, x: chex.Array, y: chex.Array) -> chex.Array:
-        """The result as it is."""
-        return y
-
-    def refuse(self, reason: str) -> None:
-        """Does nothing: the call itself refuses."""
+from lora_jax.core._mixed import mixed_einsum, mixed_linear
+from lora_jax.core._observer import Observer
+from lora_jax.core._product import adapted_einsum, adapted_linear
 
 
 class AdaptedKernel:
-    """A kernel of a layer, in the hands of the layer's handler: it computes products with ``W'``.
+    """A kernel of a layer, as the layer's handler gets it: it computes products with ``W'``.
 
     A handler gets one for each of its kernels, adapted or not; without an adapter the products
     are with ``W``.
@@ -75,7 +48,7 @@ class AdaptedKernel:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.ids = use, ids
         self._draws = 0
-        self.value = self._cut(value)
+        self.value = self._observable(value)
 
     @property
     def dtype(self) -> Any:
@@ -100,8 +73,8 @@ class AdaptedKernel:
         """``jnp.einsum(equation, x, W')``.
 
         Letters that ``W`` shares only with ``x`` are its inputs, those that it shares only with
-        the result are its outputs, and those in all three stack matrices, each with ``U`` and
-        ``V`` of its own.
+        the result are its outputs, and those in all three are its batch axes: each matrix has
+        ``U`` and ``V`` of its own.
 
         Args:
           equation: ``"x,W->y"``; ``...`` may stand in ``x`` and ``y``.
@@ -114,7 +87,7 @@ class AdaptedKernel:
           precision: of the products.
 
         Raises:
-          ValueError: an equation that is no product with a matrix, an adapter made for other
+          ValueError: if the equation is not a product with a matrix, or the adapter is for other
             axes of the kernel.
 
         Example:
@@ -125,14 +98,13 @@ class AdaptedKernel:
         if W is None:
             dtype = jnp.result_type(x, self.value)
             x, W = x.astype(dtype), self.value.astype(dtype)
-        W = self._cut(W)
-
+        W = self._observable(W)
         try:
             eq = Equation.parse(equation, x.shape, W.shape)
         except ValueError as error:
             self.refuse(str(error))
-            own = base or functools.partial(jnp.einsum, equation, precision=precision)
-            return self._observed(x, own(x, W))
+            plain = base or functools.partial(jnp.einsum, equation, precision=precision)
+            return self._observed(x, plain(x, W))
         axes = eq.transposed_axes if transposed else eq.axes
         factors, ids = self._factors(axes, W, contracted=not transposed)
         if factors is None:
@@ -166,20 +138,22 @@ class AdaptedKernel:
         Args:
           product: computes it from ``x`` and a kernel with any number of outputs; called with
             ``W``, and with ``U`` in the kernel's layout, which has ``r`` outputs. The result's
-            last axes must be the stacks and the outputs.
+            last axes must be the batch axes and the outputs.
           x: the input.
           W: the kernel in the dtype to compute in; by default the stored one, promoted with ``x``
             where that is floating-point.
           inputs: axes of the kernel that are contracted. One axis is left: the outputs.
           base: the layer's own product, for ``W``; by default ``product``.
-          batch_axes: axes of the kernel that stack matrices, each with ``U`` and ``V`` of its own.
+          batch_axes: axes of the kernel that hold one matrix beside another, each with ``U`` and
+            ``V`` of its own.
           groups: number of groups that the outputs are in, each with inputs of its own.
-          batch_shape: sizes of the axes that the layer has made the first one of ``x`` from, if it
+          batch_shape: sizes of the axes that the layer has made into the first one of ``x``, if it
             has.
-          precision: of the product with ``V``, behind that with ``U``: the one of ``product``.
+          precision: of the product with ``V``; give the one that ``product`` has.
 
         Raises:
-          ValueError: an adapter made for other axes of the kernel, more than one output axis.
+          ValueError: if the adapter is for other axes of the kernel, or there is not exactly one
+            output axis.
 
         Example:
           >>> kernel = AdaptedKernel("embedding", jnp.ones((10, 4)))
@@ -193,7 +167,7 @@ class AdaptedKernel:
             if jnp.issubdtype(x.dtype, jnp.inexact):
                 dtype = jnp.result_type(x, W)
                 x, W = x.astype(dtype), W.astype(dtype)
-        W = self._cut(W)
+        W = self._observable(W)
         outputs = tuple(axis for axis in range(W.ndim) if axis not in {*inputs, *batch_axes})
         if len(outputs) != 1:
             self.refuse(
@@ -212,15 +186,18 @@ class AdaptedKernel:
             "dropped_x": self._dropped(x),
         }
         if ids is not None:
-            ids = ids if batch_shape is None else _spread(ids, batch_shape)
+            ids = ids if batch_shape is None else repeat_ids(ids, batch_shape)
             return mixed_linear(product, x, W, factors, axes, ids, **options)
         return adapted_linear(product, x, W, factors, axes, **options)
 
     def check_batch(self, batch: tuple[int, ...]) -> None:
-        """Says which sizes of the input are of the batch, in a layer that mixes those behind them.
+        """Says how far the batch goes, in a layer that mixes the positions behind it.
+
+        Args:
+          batch: sizes of the first axes of the input, which are the batch.
 
         Raises:
-          ValueError: in a mixed batch positions in those have adapters of their own.
+          ValueError: if positions behind the batch have adapters of their own.
         """
         if self.ids is not None and len(self.ids.shape) > max(len(batch), 1):
             raise ValueError(
@@ -246,20 +223,29 @@ class AdaptedKernel:
                 f"rule with materialize=True."
             )
 
-    def _cut(self, W: chex.Array) -> chex.Array:
-        """Zeros where only the use of the kernel is observed."""
+    def _observable(self, W: chex.Array) -> chex.Array:
+        """The kernel, or zeros where only its use is observed."""
         return W if self._observer is None else jnp.zeros_like(W)
 
     def _observed(self, x: chex.Array, y: chex.Array) -> chex.Array:
+        """The result, or what stands for it where only the use of the kernel is observed."""
         return y if self._observer is None else self._observer.product(x, y)
 
     def _factors(
         self, axes: KernelAxes, W: chex.Array, contracted: bool
-    ) -> tuple[Factors | None, chex.Array | None]:
-        """The factors of this layer, which must be for these axes of the kernel.
+    ) -> tuple[LayerFactors | None, chex.Array | None]:
+        """The factors of this layer, and the id of its row or those of the row's tokens.
 
-        And the id, or those of the tokens, where there are several adapters: then the factors are
-        those of all of them, on an axis in front.
+        There are ids where there are several adapters: then the factors are those of all of them,
+        on an axis in front.
+
+        Args:
+          axes: of the kernel, as the layer uses it.
+          W: the kernel in the layer.
+          contracted: as for :meth:`Observer.use`.
+
+        Raises:
+          ValueError: if the adapter is for other axes.
         """
         if self._observer is not None:
             self._observer.use(axes, contracted)
@@ -267,17 +253,17 @@ class AdaptedKernel:
             return None, None
         if self._use is not None:
             self._use()
-        own = self._adapter.axes
-        layer = own.in_layer(axes)
-        if layer is not None:
-            adapter = self._sliced(layer, W)
-            ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
-            return factors_of(adapter, self._path), ids
-        raise ValueError(
-            f"The adapter of {self._path!r} is for a kernel with {_said(own)}, but its layer "
-            f"contracts {_said(axes)}. Pass axes=lora_jax.kernel_axes(model, variables, *args) "
-            f"to lora_init, or say input_axes and batch_axes in the rule."
-        )
+        stored = self._adapter.axes
+        layer = stored.in_layer(axes)
+        if layer is None:
+            raise ValueError(
+                f"The adapter of {self._path!r} is for a kernel with {_as_arguments(stored)}, but "
+                f"its layer contracts {_as_arguments(axes)}. Pass axes=lora_jax.kernel_axes(model, "
+                f"variables, *args) to lora_init, or say input_axes and batch_axes in the rule."
+            )
+        adapter = self._sliced(layer, W)
+        ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
+        return layer_factors(adapter, self._path), ids
 
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
         """The adapter in the layer, where transforms have sliced it like the kernel."""
@@ -325,14 +311,7 @@ class AdaptedKernel:
         return rest
 
 
-def _spread(ids: chex.Array, batch: tuple[int, ...]) -> chex.Array:
-    """The ids of the tokens, where more axes than those of the ids are made one."""
-    if ids.shape != batch[: ids.ndim]:
-        return ids  # which will not fit
-    ids = jnp.reshape(ids, (*ids.shape, *(1,) * (len(batch) - ids.ndim)))
-    return jnp.reshape(jnp.broadcast_to(ids, batch), -1)
-
-
-def _said(axes: KernelAxes) -> str:
-    stacks = f" and batch_axes={axes.batch}" if axes.batch else ""
-    return f"input_axes={axes.inputs}{stacks}"
+def _as_arguments(axes: KernelAxes) -> str:
+    """The axes as a rule says them."""
+    batch = f" and batch_axes={axes.batch}" if axes.batch else ""
+    return f"input_axes={axes.inputs}{batch}"

@@ -22,7 +22,8 @@ from lora_jax._compat import is_traced
 from lora_jax._version import __version__
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._config import Rule, nearest
+from lora_jax.core._matching import nearest_paths
+from lora_jax.core._rule import Rule
 from lora_jax.core._variants import VARIANTS
 from lora_jax.files import _collections as variables
 from lora_jax.files._paths import named, named_pair
@@ -300,7 +301,8 @@ def load(
         if leaf_path not in keys:
             raise ValueError(
                 f"{path} has an adapter for {leaf_path!r}, but params has no such leaf. Is it of "
-                f"another model? Nearest paths: {', '.join(nearest(leaf_path, keys)) or 'none'}."
+                f"another model? Nearest paths: "
+                f"{', '.join(nearest_paths(leaf_path, keys)) or 'none'}."
             )
         key = keys[leaf_path]
         if isinstance(node, Adapter | LoraBias):

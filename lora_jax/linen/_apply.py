@@ -28,9 +28,10 @@ import numpy as np
 from lora_jax import _compat as compat
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._kernel import AdaptedKernel, Unseen
-from lora_jax.core._mixed import BASE, Ids, checked_ids, taken
-from lora_jax.core._product import normalized
+from lora_jax.core._ids import BASE, Ids, checked_ids, taken
+from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.core._norm import normalized
+from lora_jax.core._observer import Unseen
 from lora_jax.linen import (
     _layers,  # noqa: F401  (enters its handlers)
     _packages,  # noqa: F401
@@ -323,7 +324,7 @@ def _placed(path: str, W: Any, adapter: Adapter, which: _Which | None, dropout: 
     ids = None
     if which is not None and which.mapped:
         # All adapters are there, and each layer takes the row's own from them.
-        ids = Ids.beside(which.ids, which.count, adapter.axes, W.shape)
+        ids = Ids.placed(which.ids, which.count, adapter.axes, W.shape)
         behind = len(adapter.axes.batch_shape(W.shape))
         arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in arrays.items()}
     arrays = {name: adapter.axes.place(x, 1 if name == "m" else 2) for name, x in arrays.items()}

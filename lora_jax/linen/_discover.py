@@ -26,9 +26,10 @@ from flax.traverse_util import empty_node
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax._compat import Maps, Probe
-from lora_jax.core._axes import KernelAxes, ModelAxes
+from lora_jax.core._axes import KernelAxes
 from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.core._meshes import explicit_sharding
+from lora_jax.core._model_axes import ModelAxes
 from lora_jax.linen._apply import MAPPED, call_model, check_model, name_of_call
 from lora_jax.linen._heads import output_heads
 from lora_jax.linen._registry import entry_of

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.core._config import nearest
+from lora_jax.core._matching import nearest_paths
 from lora_jax.many._stack import conformed, nodes_of_each, template
 from lora_jax.trees._checks import base_of, check_node, nodes_of
 from lora_jax.trees._paths import Key, path_of, unflatten
@@ -111,7 +111,7 @@ class Form:
                     paths = list(map(path_of, self._nodes))
                     raise ValueError(
                         f"it has {path_of(key)!r}, which nothing in the pool has: {_MAKE}. Nearest "
-                        f"paths: {', '.join(nearest(path_of(key), paths)) or 'none'}."
+                        f"paths: {', '.join(nearest_paths(path_of(key), paths)) or 'none'}."
                     )
                 check_node(key, node, self._base, name="params")
             out = {key: self._brought(key, nodes.get(key)) for key in self._nodes}
@@ -139,7 +139,7 @@ class Form:
             raise ValueError(
                 f"There is an adapter for {path_of(key)!r}, which the model's parameters lack: a "
                 f"pool takes all of them, not the frozen base. Nearest paths: "
-                f"{', '.join(nearest(path_of(key), paths)) or 'none'}."
+                f"{', '.join(nearest_paths(path_of(key), paths)) or 'none'}."
             )
         return leaf
 

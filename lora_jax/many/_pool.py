@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._mixed import BASE
+from lora_jax.core._ids import BASE
 from lora_jax.files._tensors import StrPath
 from lora_jax.many._folders import from_folders
 from lora_jax.many._form import Form

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._meshes import left_to_compiler, spec_of
-from lora_jax.core._product import dense_norm
+from lora_jax.core._norm import dense_norm
 from lora_jax.core._variants import float32_or_more, magnitude_ratio
 from lora_jax.trees._checks import (
     base_of,

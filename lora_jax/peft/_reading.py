@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.core._config import nearest
+from lora_jax.core._matching import nearest_paths
 from lora_jax.core._variants import float32_or_more
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Tensors, is_floating
@@ -189,7 +189,7 @@ def to_shift(path: str, found: Stack, files: PeftFiles, model: TorchParams) -> L
 
 def _lookup(name: str, tensors: Tensors | Checkpoint, model: TorchParams) -> Torch:
     if name not in model.by_name:
-        near = ", ".join(nearest(name, model.by_name)) or "none"
+        near = ", ".join(nearest_paths(name, model.by_name)) or "none"
         raise ValueError(
             f"{tensors.path} has something for {name!r}, but names gives no parameter of this "
             f"model that name. Nearest: {near}."

@@ -17,7 +17,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._config import nearest
+from lora_jax.core._matching import nearest_paths
 from lora_jax.core._variants import VARIANTS
 from lora_jax.trees._paths import Key, flatten, path_of, unbox
 
@@ -131,7 +131,7 @@ def check_node(
             paths = [path_of(key) for key, leaf in base.items() if leaf is not empty_node]
             raise ValueError(
                 f"There is an adapter for {path!r}, which {name} lacks. Were the adapters made for "
-                f"another model? Nearest paths: {', '.join(nearest(path, paths)) or 'none'}."
+                f"another model? Nearest paths: {', '.join(nearest_paths(path, paths)) or 'none'}."
             )
         check_fits(path, leaf, node, count)
     elif leaf is not empty_node:

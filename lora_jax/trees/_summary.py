@@ -16,8 +16,10 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import LoraConfig, assign, check_config, matched_by
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._config import LoraConfig, check_config
+from lora_jax.core._matching import assign, matched_by
+from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._variants import column_norm
 from lora_jax.trees._checks import pair_of
 from lora_jax.trees._paths import path_of, unbox
@@ -41,7 +43,7 @@ class Row:
       zero_columns: DoRA only: number of all-zero columns of the kernel, which have no direction;
         ``None`` for others, and for abstract arrays.
       product: how the layer computes its product: what the rule says; ``"auto"`` is decided for
-        each call, by :func:`lora_jax.core._product.chosen`; ``None`` for a fully trained leaf.
+        each call; ``None`` for a fully trained leaf.
     """
 
     path: str

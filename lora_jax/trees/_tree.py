@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
 from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias, init_adapter
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import LoraConfig, assign, check_config
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._config import LoraConfig, check_config
 from lora_jax.core._hints import key_comes_first, look_first
+from lora_jax.core._matching import assign
+from lora_jax.core._model_axes import ModelAxes
 from lora_jax.trees._checks import (
     base_of,
     check_merges,

@@ -60,12 +60,12 @@ def test_is_the_matrix_product_that_it_says(equation, x_shape, W_shape):
         ("nd,dk", (4, 3), (3, 5), "must be 'x,W->y'"),
         ("nd,dk,kl->nl", (4, 3), (3, 5), "must be 'x,W->y'"),
         ("nd,dk->nk", (4, 3), (3, 5, 2), r"does not fit an input \(4, 3\) and a kernel"),
-        ("nd,dkj->nk", (4, 3), (3, 5, 2), "no product with a matrix"),
-        ("nd,dd->nd", (4, 3), (3, 3), "no product with a matrix"),
+        ("nd,dkj->nk", (4, 3), (3, 5, 2), "not a product with a matrix"),
+        ("nd,dd->nd", (4, 3), (3, 3), "not a product with a matrix"),
         ("nd,nd->n", (4, 3), (4, 3), "must share letters"),
         ("nd,d...->n...", (4, 3), (3, 5), r"the kernel has '\.\.\.'"),
         ("nd,dk->nk", (4, 3), (4, 5), "other sizes for 'd'"),
-        ("nd,dk->nz", (4, 3), (3, 5), "no product with a matrix"),
+        ("nd,dk->nz", (4, 3), (3, 5), "not a product with a matrix"),
     ],
 )
 def test_no_matrix_product(equation, x_shape, W_shape, match):

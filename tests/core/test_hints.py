@@ -107,7 +107,7 @@ MISTAKES = {
     ),
     "patterns for rules": (
         lambda: LoraConfig(["kernel"]),
-        "holds 'kernel', which is no Rule; write rules=[Rule('kernel', rank=8)].",
+        "holds 'kernel', which is not a Rule; write rules=[Rule('kernel', rank=8)].",
     ),
     "no rank": (lambda: Rule("kernel"), "missing 1 required positional argument: 'rank'"),
     "no model": (
