@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import peft
-from lora_jax.arithmetic._approximation import nearest
+from lora_jax.arithmetic._low_rank import low_rank
 from lora_jax.cli import _merging as merging
 from lora_jax.cli import _prefixes as prefixes
 from lora_jax.cli import _trees as trees
@@ -340,7 +340,7 @@ def extract(
         if layouts.asked and layout is None:
             continue
         axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
-        low = nearest(delta.T if axes == CONV1D else delta, rank, explained_variance)
+        low = low_rank(delta.T if axes == CONV1D else delta, rank, explained_variance)
         kinds[name], found[name] = kind, trees.adapter(low.U, low.V, axes)
         body.append((name, str(low.U.shape[1]), f"{low.error:.3g}"))
     layouts.check()

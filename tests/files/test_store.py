@@ -489,9 +489,9 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
         (set_in("shifts", {"x": 1.0}), "lacks 'x'"),
         (
             set_in("shifts", {"join/kernel.U": 0.0}),
-            "scale of a LoRA bias must be a positive number",
+            "scale of a LoRA bias must be positive",
         ),
-        (set_in("shifts", {"join/kernel.U": 1}), "scale of a LoRA bias must be a positive number"),
+        (set_in("shifts", {"join/kernel.U": 1}), "scale of a LoRA bias must be positive"),
         (lambda i: i.update(shifts={next(iter(i["whole"])): 1.0}), "described twice"),
         (set_in("whole", "x", "float32"), "lacks 'x'"),
         (lambda i: i["adapters"]["join/kernel"].pop("rank"), "'join/kernel' must have"),
