@@ -31,9 +31,10 @@ from lora_jax.core._adapter import Adapter as Node
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._checkpoint import Checkpoint, rewrite
 from lora_jax.files._fingerprint import fingerprint
+from lora_jax.files._json import read_json
 from lora_jax.files._read import read as read_folder
 from lora_jax.files._save import save
-from lora_jax.files._tensors import floats, read_json
+from lora_jax.files._tensors import floats
 from lora_jax.peft import _files as peft_files
 from lora_jax.peft._names import CONV1D, as_names
 from lora_jax.trees._rounding import RoundingReport

@@ -15,9 +15,9 @@ import numpy as np
 
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._config import scale
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._format import INDEX
 from lora_jax.files._read import read
-from lora_jax.files._tensors import StrPath
 from lora_jax.peft import _files as peft_files
 from lora_jax.peft._config import CONFIG, PeftConfig
 from lora_jax.peft._lora_bias import LoraBias

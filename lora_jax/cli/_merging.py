@@ -20,9 +20,10 @@ from lora_jax.core._config import nearest
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
 from lora_jax.core._variants import VARIANTS
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._read import read
-from lora_jax.files._tensors import Info, StrPath, floats, is_floating
+from lora_jax.files._tensors import Info, floats, is_floating
 from lora_jax.peft import _files as peft_files
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import EXPERTS

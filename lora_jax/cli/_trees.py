@@ -16,8 +16,8 @@ from lora_jax import peft
 from lora_jax.cli._layouts import kinds_of
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._read import read
-from lora_jax.files._tensors import StrPath
 from lora_jax.peft import _files as peft_files
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import CONV1D, CONV1D_LAYERS, EXPERTS, KeyMapping, find

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._mixed import BASE
-from lora_jax.files._tensors import StrPath
+from lora_jax.files._bytes import StrPath
 from lora_jax.many._folders import from_folders
 from lora_jax.many._lru_slots import LruSlots, PoolStats, check_adapter_name
 from lora_jax.many._structure import AdapterStructure

@@ -21,11 +21,12 @@ import numpy as np
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import FullyTrained
+from lora_jax.files._bytes import StrPath, write_bytes
 from lora_jax.files._collections import arrays_of, listed
 from lora_jax.files._kinds import check_alone
 from lora_jax.files._load import in_box
 from lora_jax.files._paths import named_pair
-from lora_jax.files._tensors import StrPath, encode, write_bytes
+from lora_jax.files._tensors import encode
 from lora_jax.peft._config import CONFIG, DEFAULTS
 from lora_jax.peft._files import PREFIX, WEIGHTS, read
 from lora_jax.peft._lora_bias import LoraBias

@@ -566,7 +566,11 @@ NODE = LORA["dense"]
             "'dense' dense: pass rank=, or explained_variance=",
         ),
         (([LORA, DORA], [1, 1]), {}, r"adapters\[1\] is a DoRA at 'dense'.*pass params="),
-        (([LORA], [1]), {"params": {"dens": NODE.U}}, r"'dense', which params lacks.*paths: dens\."),
+        (
+            ([LORA], [1]),
+            {"params": {"dens": NODE.U}},
+            "'dense', which params lacks.*: dens",
+        ),
         (([LORA], [1]), {"params": {"dense": jnp.ones((7, 6))}}, "'dense' does not fit"),
         (([lora_jax.stack([LORA, LORA])], [1]), {}, r"adapters\[0\] is a stack of 2 .*'dense'"),
         (([DORA], [1]), {"params": {"dense": PARAMS["dense"] / 0}}, "params has NaN.*'dense'"),

@@ -24,11 +24,13 @@ from lora_jax.cli import _merging as merging
 from lora_jax.cli import _trees as trees
 from lora_jax.cli._factors import open_adapter
 from lora_jax.files import _kinds as kinds
+from lora_jax.files._bytes import write_bytes
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._fingerprint import fingerprint
 from lora_jax.files._format import checksum
+from lora_jax.files._json import json_bytes, parse_json
 from lora_jax.files._read import read
-from lora_jax.files._tensors import Tensors, encode, json_bytes, parse_json, write_bytes
+from lora_jax.files._tensors import Tensors, encode
 
 
 class Model(nn.Module):
