@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import peft
-from lora_jax.arithmetic._approximation import nearest
+from lora_jax.arithmetic._low_rank import low_rank
 from lora_jax.cli import _merging as merging
 from lora_jax.cli import _prefixes as prefixes
 from lora_jax.cli import _trees as trees
@@ -29,9 +29,12 @@ from lora_jax.cli._layouts import Layouts, model_types
 from lora_jax.cli._start import Start
 from lora_jax.core._adapter import Adapter as Node
 from lora_jax.core._axes import KernelAxes
-from lora_jax.files import _store as store
 from lora_jax.files._checkpoint import Checkpoint, rewrite
-from lora_jax.files._tensors import floats, read_json
+from lora_jax.files._fingerprint import fingerprint
+from lora_jax.files._json import read_json
+from lora_jax.files._read import read as read_folder
+from lora_jax.files._save import save
+from lora_jax.files._tensors import floats
 from lora_jax.peft import _files as peft_files
 from lora_jax.peft._names import CONV1D, as_names
 from lora_jax.trees._rounding import RoundingReport
@@ -115,7 +118,7 @@ def convert(
     table = as_names(_names(names))
     if is_peft(source):
         frozen, adapters = trees.from_peft(source, table)
-        store.save(target, adapters)
+        save(target, adapters)
     else:
         frozen, adapters, axes = trees.from_own(source, table)
         peft.save(
@@ -170,7 +173,7 @@ def merge(
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
         named = {name: name for name in checkpoint}
-        if not is_peft(adapter) and set(store.read(adapter).adapters) <= set(checkpoint):
+        if not is_peft(adapter) and set(read_folder(adapter).adapters) <= set(checkpoint):
             if adapter_prefix is not None or base_prefix is not None:
                 raise ValueError(f"{base} has the names of {adapter}: there is no prefix to give.")
             if layout is not None:
@@ -338,7 +341,7 @@ def extract(
         if layouts.asked and layout is None:
             continue
         axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
-        low = nearest(delta.T if axes == CONV1D else delta, rank, explained_variance)
+        low = low_rank(delta.T if axes == CONV1D else delta, rank, explained_variance)
         kinds[name], found[name] = kind, trees.adapter(low.U, low.V, axes)
         body.append((name, str(low.U.shape[1]), f"{low.error:.3g}"))
     layouts.check()
@@ -359,7 +362,7 @@ def extract(
         frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape, jnp.float32) for n in found}
         peft.save(out, frozen, found, names=names)
     else:
-        store.save(out, trees.nested(found))
+        save(out, trees.nested(found))
     _show(("matrix", "rank", "||error|| / ||difference||"), body)
     if rest:
         console.print(f"Left out, though they differ: {', '.join(rest)}.", markup=False)
@@ -388,13 +391,13 @@ def verify(
         if opened.format != "lora_jax":
             raise ValueError("PEFT saves nothing about its base that could be verified.")
         checkpoint = Checkpoint(base)
-        hashes = store.read(path).base
+        hashes = read_folder(path).base
         if not hashes:
             raise ValueError(f"{path} has no hashes of its base.")
         for name, said in _progress(hashes.items(), "comparing"):
             if name not in checkpoint:
                 raise ValueError(f"{base} lacks {name!r}, of the base that {path} was trained on.")
-            if store.fingerprint(checkpoint[name], name) != said:
+            if fingerprint(checkpoint[name], name) != said:
                 raise ValueError(f"{base} has another {name!r} than {path} was trained on.")
         console.print(f"{base} is the base that it was trained on.")
     return 0

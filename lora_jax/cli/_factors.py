@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, LoraBias
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._rule import scale
-from lora_jax.files import _store as store
-from lora_jax.files._tensors import StrPath
+from lora_jax.files._bytes import StrPath
+from lora_jax.files._format import INDEX
+from lora_jax.files._read import read
 from lora_jax.peft import _files as peft_files
 from lora_jax.peft._config import CONFIG, PeftConfig
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import EXPERTS
 from lora_jax.peft._torch_layout import to_factors
 
@@ -85,7 +87,7 @@ class Opened:
 
 def is_peft(path: StrPath) -> bool:
     """Whether a folder holds an adapter of PEFT, and not one of ours."""
-    return (Path(path) / CONFIG).exists() and not (Path(path) / store.INDEX).exists()
+    return (Path(path) / CONFIG).exists() and not (Path(path) / INDEX).exists()
 
 
 def open_adapter(path: StrPath) -> Opened:
@@ -99,7 +101,7 @@ def open_adapter(path: StrPath) -> Opened:
 
 
 def _open_own(path: StrPath) -> Opened:
-    stored = store.read(path)
+    stored = read(path)
     factors: dict[str, Factors] = {}
     for name, node in stored.adapters.items():
         if isinstance(node, Adapter):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files._checkpoint import MODEL_CONFIG, Checkpoint, said_in
-from lora_jax.files._tensors import read_json
+from lora_jax.files._json import read_json
 from lora_jax.peft._config import CONFIG
 from lora_jax.peft._files import PeftFiles
 

@@ -16,16 +16,18 @@ from lora_jax.cli._experts import alone_in
 from lora_jax.cli._heads import grown, is_head, is_vocabulary
 from lora_jax.cli._layouts import Layouts
 from lora_jax.cli._start import Start, check_floats, head_biases
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
+from lora_jax.core._fully_trained import as_node
 from lora_jax.core._matching import nearest_paths
+from lora_jax.core._node import Node
 from lora_jax.core._variants import VARIANTS
-from lora_jax.files import _store as store
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
-from lora_jax.files._tensors import Info, StrPath, floats, is_floating
+from lora_jax.files._read import read
+from lora_jax.files._tensors import Info, floats, is_floating
 from lora_jax.peft import _files as peft_files
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import EXPERTS
 from lora_jax.peft._torch_layout import factor_shapes, from_kernel, to_factors, to_kernel
-from lora_jax.trees._checks import check_fits, check_merges
 from lora_jax.trees._rounding import (
     Rounding,
     RoundingReport,
@@ -104,21 +106,22 @@ def of_own(path: StrPath, base: Checkpoint) -> Updates:
     """Of an adapter of ours, for a base with Flax's paths as names."""
     exact: dict[str, Callable[[np.ndarray], _Parts]] = {}
     whole: dict[str, np.ndarray] = {}
-    for name, node in store.read(path).adapters_alone(path).items():
+    for name, leaf in read(path).adapters_alone(path).items():
         _has(base, name, path)
-        if isinstance(node, Adapter | LoraBias):
-            check_merges(name, node)
-            check_fits(name, np.broadcast_to(np.float32(0), base.info[name].shape), node)
+        node = as_node(leaf)
+        if node.in_base:
+            node.check_merges(name)
+            node.check_fits(name, base.info[name].shape)
             exact[name] = functools.partial(_effective, node)
         else:
-            array = np.asarray(node.value if isinstance(node, FullyTrained) else node)
+            array = np.asarray(node.merge(None))
             _check_shape(name, Info(array.dtype, array.shape), base, path)
             whole[name] = array
     return Updates(base, exact, whole, base.info)
 
 
-def _effective(node: Adapter | LoraBias, W: np.ndarray) -> _Parts:
-    yield (), jax.jit(type(node).effective_kernel)(node, W)
+def _effective(node: Node, W: np.ndarray) -> _Parts:
+    yield (), jax.jit(type(node).merge)(node, W)
 
 
 def of_peft(
@@ -272,7 +275,7 @@ def _shifted(
 
     def merged(b: np.ndarray) -> _Parts:
         shift = LoraBias(jnp.asarray(files.tensors[key].astype(np.float32)), files.scale(module))
-        yield (), shift.effective_kernel(jnp.asarray(b))
+        yield (), shift.merge(jnp.asarray(b))
 
     return merged
 

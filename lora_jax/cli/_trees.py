@@ -14,11 +14,12 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft
 from lora_jax.cli._layouts import kinds_of
-from lora_jax.core._adapter import Adapter, LoraBias
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.files import _store as store
-from lora_jax.files._tensors import StrPath
+from lora_jax.files._bytes import StrPath
+from lora_jax.files._read import read
 from lora_jax.peft import _files as peft_files
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import CONV1D, CONV1D_LAYERS, EXPERTS, KeyMapping, find
 from lora_jax.peft._torch_params import TorchParams
 from lora_jax.trees._paths import flatten, path_of
@@ -48,7 +49,7 @@ def kernel_shape(node: Adapter) -> tuple[int, ...]:
 
 def from_own(path: StrPath, names: Sequence[KeyMapping]) -> tuple[Any, Any, dict[str, KernelAxes]]:
     """``(frozen, adapters)`` of an adapter of ours, and its axes; the base is only shapes."""
-    found = store.read(path).adapters_alone(path)
+    found = read(path).adapters_alone(path)
     base = {}
     for name, node in found.items():
         if isinstance(node, Adapter):

@@ -13,15 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files._tensors import (
-    Info,
-    StrPath,
-    Tensors,
-    json_bytes,
-    read_json,
-    write_bytes,
-    write_tensors,
-)
+from lora_jax.files._bytes import StrPath, write_bytes
+from lora_jax.files._json import json_bytes, read_json
+from lora_jax.files._tensors import Info, Tensors, write_tensors
 
 SHARDS = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"

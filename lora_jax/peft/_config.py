@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from lora_jax.files._checkpoint import PEFT_CONFIG
-from lora_jax.files._store import INDEX
-from lora_jax.files._tensors import read_json
+from lora_jax.files._format import INDEX
+from lora_jax.files._json import read_json
 
 CONFIG = PEFT_CONFIG
 

@@ -10,13 +10,12 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._paths import named_pair
-from lora_jax.files._tensors import Info, StrPath, write_tensors
+from lora_jax.files._tensors import Info, write_tensors
 from lora_jax.peft._names import KeyMapping, Torch, as_names
 from lora_jax.peft._torch_params import TorchParams
-from lora_jax.trees._checks import check_merges
 from lora_jax.trees._paths import unbox
 from lora_jax.trees._rounding import Rounding, RoundingReport, key_for, measure, round_to
 
@@ -64,9 +63,9 @@ def export(
       {'dense.weight': (2, 3), 'dense.bias': (2,)}
     """
     base, found = named_pair(frozen, adapters)
-    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | LoraBias)}
-    for leaf_path, adapter in kernels.items():
-        check_merges(leaf_path, adapter)
+    kernels = {p: node for p, node in found.items() if node.in_base}
+    for leaf_path, node in found.items():
+        node.check_merges(leaf_path)
     whole = {p: node for p, node in found.items() if p not in kernels}
     for leaf_path, leaf in base.items():
         if not hasattr(unbox(leaf), "dtype"):
@@ -75,8 +74,8 @@ def export(
                 f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
             )
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
-    leaves |= {p: unbox(n.value if isinstance(n, FullyTrained) else n) for p, n in whole.items()}
-    own = {p: node.dtype for p, node in whole.items() if isinstance(node, FullyTrained)}
+    leaves |= {p: node.merge(None) for p, node in whole.items()}
+    own = {p: node.merged_dtype(None) for p, node in whole.items()}
 
     def dtype_of(leaf_path: str) -> np.dtype[Any]:
         had = np.dtype(jnp.dtype(own.get(leaf_path, leaves[leaf_path].dtype)))
@@ -97,7 +96,7 @@ def export(
         if leaf_path not in found:
             return W.astype(to)
         adapter = kernels.get(leaf_path)
-        exact = W if adapter is None else adapter.effective_kernel(W)
+        exact = W if adapter is None else adapter.merge(W)
         out = round_to(exact, to, None if key is None else key_for(key, leaf_path))
         rows[leaf_path] = measure(exact, out, None if adapter is None else W.astype(to))
         return out

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.core._rule import scale
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
-from lora_jax.files._tensors import StrPath, Tensors
+from lora_jax.files._tensors import Tensors
 from lora_jax.peft._config import CONFIG, PeftConfig, read_config
 
 WEIGHTS = "adapter_model.safetensors"

@@ -18,14 +18,18 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._fully_trained import FullyTrained
+from lora_jax.files._bytes import StrPath, write_bytes
 from lora_jax.files._collections import arrays_of, listed
+from lora_jax.files._kinds import check_alone
+from lora_jax.files._load import in_box
 from lora_jax.files._paths import named_pair
-from lora_jax.files._store import check_alone, whole_leaf
-from lora_jax.files._tensors import StrPath, encode, write_bytes
+from lora_jax.files._tensors import encode
 from lora_jax.peft._config import CONFIG, DEFAULTS
 from lora_jax.peft._files import PREFIX, WEIGHTS, read
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import EXPERTS, KeyMapping, Torch, as_names
 from lora_jax.peft._reading import check_complete, sort_tensors, to_adapter, to_shift
 from lora_jax.peft._targets import check_equal, nested_modules, target_of
@@ -38,7 +42,8 @@ from lora_jax.peft._writing import (
     modules_to_save,
     whole_modules,
 )
-from lora_jax.trees._checks import base_of, check_fits
+from lora_jax.trees._leaves import check_floating
+from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, unbox, unflatten
 
 
@@ -85,17 +90,18 @@ def load(
     adapters: dict[Any, Any] = {}
     for leaf_path, ones in parts.items():
         adapter = to_adapter(leaf_path, ones, files, model)
-        check_fits(leaf_path, frozen[keys[leaf_path]], adapter)
+        check_pair(keys[leaf_path], adapter, frozen, name="params")
         adapters[keys[leaf_path]] = adapter
     for leaf_path, arrays in whole.items():
         value = model.to_leaf(leaf_path, arrays, files.tensors.path)
         leaf = frozen.pop(keys[leaf_path])
+        check_floating(leaf_path, leaf, "params has")
         dtype = jnp.dtype(unbox(leaf).dtype).name
-        node = value if dtype == value.dtype.name else FullyTrained(value, dtype)
-        adapters[keys[leaf_path]] = whole_leaf(leaf_path, node, leaf, str(path))
+        node = FullyTrained(jnp.asarray(value), None if dtype == value.dtype.name else dtype)
+        adapters[keys[leaf_path]] = in_box(leaf_path, node, leaf, str(path)).as_leaf()
     for leaf_path, found in shifts.items():
         shift = to_shift(leaf_path, found, files, model)
-        check_fits(leaf_path, frozen[keys[leaf_path]], shift)
+        check_pair(keys[leaf_path], shift, frozen, name="params")
         adapters[keys[leaf_path]] = shift
     return unflatten(frozen, params), unflatten(adapters, params)
 
@@ -151,10 +157,7 @@ def save(
         check_alone(leaf_path, adapter)
     shifts = {p: node for p, node in found.items() if isinstance(node, LoraBias)}
     whole = [p for p in found if p not in kernels and p not in shifts]
-    values = {
-        p: node.value if isinstance(node, FullyTrained) else node for p, node in found.items()
-    }
-    flat = base | {p: values[p] for p in whole}
+    flat = base | {p: found[p].value for p in whole}
     own = {p: adapter.axes for p, adapter in kernels.items()}
     model = TorchParams(flat, as_names(names), axes, own)
 

@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, LoraBias
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._matching import nearest_paths
 from lora_jax.core._variants import float32_or_more
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Tensors, is_floating
 from lora_jax.peft._config import CONFIG
 from lora_jax.peft._files import PeftFiles
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import EXPERTS, Torch
 from lora_jax.peft._targets import check_equal, nested_modules, target_of
 from lora_jax.peft._torch_layout import factor_shapes, to_factors

@@ -16,7 +16,7 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import GPT2_CONV1D
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.files._store import host
+from lora_jax.files._host import host
 from lora_jax.peft._names import (
     CONV1D,
     CONV1D_LAYERS,

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.files._store import host
+from lora_jax.core._adapter import Adapter
+from lora_jax.files._host import host
 from lora_jax.peft._config import PeftConfig, by_pattern
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._names import EXPERTS, Torch
 from lora_jax.peft._torch_layout import from_factors
 from lora_jax.peft._torch_params import TorchParams

@@ -357,7 +357,9 @@ def test_folders(tmp_path):
         assert relative_error(y[row], expected(tree, X[row : row + 1])[0]) < 1e-5
     inside = lora_jax.AdapterPool(PARAMS, like, slots=2, root=tmp_path / "ours")
     for name in ["", ".", "..", "../ours", "a/b", "/etc", "a\\b", "..\\ours", "C:", "a\0", "a/"]:
-        with pytest.raises(ValueError, match=r"is no name of adapters: it must be that of one fol"):
+        with pytest.raises(
+            ValueError, match=r"is not a name of adapters: it must be that of one fol"
+        ):
             inside.acquire(name)
     with pytest.raises(FileNotFoundError, match=r"no adapters 'x': .*neither adapter.json.* nor"):
         pool.acquire("x")
