@@ -27,8 +27,8 @@ from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.files._store import load, save
 from lora_jax.linen._apply import lora_apply
 from lora_jax.linen._discover import kernel_axes
+from lora_jax.linen._handlers import Handlers, register
 from lora_jax.linen._init_model import lora_init_model
-from lora_jax.linen._registry import register
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
 from lora_jax.many._stack import cache_norm, stack
@@ -44,6 +44,7 @@ __all__ = [
     "Approximation",
     "ApproximationReport",
     "FullyTrained",
+    "Handlers",
     "KernelAxes",
     "LoraBias",
     "LoraConfig",

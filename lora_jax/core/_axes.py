@@ -248,7 +248,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
       unlike: why PEFT would compute otherwise with an adapter of a convolution.
       linear: kernels of linear layers: those that are contracted with the input in each of their
         uses, so not embeddings and convolutions.
-      call: of the model, by :func:`lora_jax.linen._apply.name_of_call`.
+      call: of the model, by :func:`lora_jax.linen._model_call.name_of_call`.
       find_heads: finds :attr:`heads` and :attr:`unsure`, when they are asked for.
 
     Example:

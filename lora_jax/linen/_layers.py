@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from lora_jax._compat import only_converts
 from lora_jax.core._equation import Equation
 from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.core._variants import along
-from lora_jax.linen._registry import body, enter
+from lora_jax.linen._entry import Entry, MethodKey, body
 from lora_jax.trees._paths import unbox
 
 Kernels = tuple[AdaptedKernel, ...]
@@ -183,15 +184,6 @@ def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex
     )
 
 
-assert body(nn.ConvLocal.__call__) is body(nn.Conv.__call__)
-enter(nn.Dense.__call__, "nn.Dense", "kernel", _dense)
-enter(nn.DenseGeneral.__call__, "nn.DenseGeneral", "kernel", _dense)
-enter(nn.Einsum.__call__, "nn.Einsum", "kernel", _einsum)
-enter(nn.Conv.__call__, "nn.Conv, nn.ConvLocal", "kernel", _conv)
-enter(nn.ConvTranspose.__call__, "nn.ConvTranspose", "kernel", _conv_transpose)
-enter(nn.Embed.__call__, "nn.Embed", "embedding", _embed)
-enter(nn.Embed.attend, "nn.Embed", "embedding", _attend)
-
 # --- Flax's layers, from inside and outside ---
 
 
@@ -269,3 +261,18 @@ def _check(layer: Any, kernel: AdaptedKernel) -> None:
         operands = [W] if isinstance(layer, nn.Embed) else [W, W, W]
         if not only_converts(lambda *a: layer.promote_dtype(*a, dtype=layer.dtype), *operands):
             kernel.refuse("its promote_dtype does more to the kernel than to convert its dtype")
+
+
+_CONV = Entry("nn.Conv, nn.ConvLocal", ("kernel",), _conv)
+LAYERS: Mapping[MethodKey, Entry] = types.MappingProxyType(
+    {
+        body(nn.Dense.__call__): Entry("nn.Dense", ("kernel",), _dense),
+        body(nn.DenseGeneral.__call__): Entry("nn.DenseGeneral", ("kernel",), _dense),
+        body(nn.Einsum.__call__): Entry("nn.Einsum", ("kernel",), _einsum),
+        body(nn.Conv.__call__): _CONV,
+        body(nn.ConvLocal.__call__): _CONV,  # the same function, in the versions of Flax so far
+        body(nn.ConvTranspose.__call__): Entry("nn.ConvTranspose", ("kernel",), _conv_transpose),
+        body(nn.Embed.__call__): Entry("nn.Embed", ("embedding",), _embed),
+        body(nn.Embed.attend): Entry("nn.Embed", ("embedding",), _attend),
+    }
+)

@@ -1,11 +1,13 @@
 """Layers of well-known packages, which compute with a kernel of their own.
 
 The packages are not imported: a layer is known by the name of its method. What stands here is
-what a user would write with :func:`lora_jax.register` for a layer of theirs.
+what a user would write with :func:`lora_jax.register` for a layer of their own.
 """
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from lora_jax import _compat as compat
 from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.core._variants import along
-from lora_jax.linen._registry import enter
+from lora_jax.linen._entry import Entry, MethodKey
 
 Kernels = tuple[AdaptedKernel, ...]
 
@@ -60,7 +62,13 @@ def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> che
     return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)
 
 
-enter(compat.GPT2_CONV1D, "transformers' FlaxConv1D", "kernel", _gpt2_conv1d)
-enter(compat.GEMMA_EINSUM, "gemma's Einsum", lambda layer: (layer.weight_name,), _gemma_einsum)
-enter(compat.GEMMA_ENCODE, "gemma's Embedder", "input_embedding", _gemma_encode)
-enter(compat.GEMMA_DECODE, "gemma's Embedder", "input_embedding", _gemma_decode)
+PACKAGES: Mapping[MethodKey, Entry] = types.MappingProxyType(
+    {
+        compat.GPT2_CONV1D: Entry("transformers' FlaxConv1D", ("kernel",), _gpt2_conv1d),
+        compat.GEMMA_EINSUM: Entry(
+            "gemma's Einsum", lambda layer: (layer.weight_name,), _gemma_einsum
+        ),
+        compat.GEMMA_ENCODE: Entry("gemma's Embedder", ("input_embedding",), _gemma_encode),
+        compat.GEMMA_DECODE: Entry("gemma's Embedder", ("input_embedding",), _gemma_decode),
+    }
+)
