@@ -12,8 +12,8 @@ are all that is differentiated, optimized and saved, and the model's own code st
 `combine` adds adapters, and `compress` cuts their rank. `lora_jax.peft` reads and writes PEFT's
 files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every kernel, together a
 `ModelAxes`, and then `lora_init(key, params, config, axes=axes)`.
-`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`; `Handlers` are
-those of one call.
+`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`; `Handlers`
+are those of one call.
 """
 
 from lora_jax import peft

@@ -299,6 +299,18 @@ def _says_mapped(module: nn.Module) -> bool:
     return any("map_variables(" in str(part) for part in path)
 
 
+def is_intercepted_inside(
+    next_fun: Callable[..., Any], context: nn.module.InterceptorContext
+) -> bool:
+    """Whether a method is intercepted once more, by the model itself, inside of our interceptor.
+
+    Why: a handler computes in the place of the method, and would skip what the model does there.
+    Flax gives an interceptor the method as it is where there is none.
+    Gone: every method counts as intercepted, and its layer is refused.
+    """
+    return next_fun is not context.orig_method
+
+
 def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:
     """A key of a module's own stream, which then goes on as if it had not been asked.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from lora_jax._compat import is_intercepted_inside
 from lora_jax.core._kernel import AdaptedKernel
 
 # How a method is found again: by the function in the class body, so that a subclass that calls
@@ -27,8 +28,8 @@ class Entry:
       layer: what the layer is called in messages.
       kernels: the names of its kernels, or a function of the module that gives them.
       handler: computes the output. A handler of this library has the arguments ``(layer, kernels,
-        call, *args, **kwargs)``, with the layer's own method as ``call``; a user's has
-        ``(layer, *kernels, *args, **kwargs)``.
+        method, *args, **kwargs)``, with the layer's own method as a function of a layer; a user's
+        has ``(layer, *kernels, *args, **kwargs)``.
       built_in: whether the handler is of this library.
     """
 
@@ -43,24 +44,31 @@ class Entry:
 
     def output(
         self,
-        layer: nn.Module,
         kernels: tuple[AdaptedKernel | None, ...],
-        call: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
     ) -> Any:
-        """The output of a layer.
+        """The output of a layer, in the place of its method.
 
         Args:
-          layer: the module.
           kernels: one for each name; ``None`` where the module does not have it.
-          call: the layer's own method.
-          *args: of the method.
-          **kwargs: of the method.
+          next_fun: as an interceptor of Flax has it; so the others.
+          args: of the method.
+          kwargs: of the method.
+          context: says which layer, and which method.
+
+        Raises:
+          ValueError: if the model intercepts the method too, which would be skipped.
         """
+        for kernel in kernels if is_intercepted_inside(next_fun, context) else ():
+            if kernel is not None:
+                kernel.refuse("the model intercepts its calls itself, by nn.intercept_methods")
         if self.built_in:
-            return self.handler(layer, kernels, call, *args, **kwargs)
-        return self.handler(layer, *kernels, *args, **kwargs)
+            method = getattr(context.orig_method, "func", context.orig_method)
+            return self.handler(context.module, kernels, method, *args, **kwargs)
+        return self.handler(context.module, *kernels, *args, **kwargs)
 
 
 def body(method: Callable[..., Any]) -> Callable[..., Any]:

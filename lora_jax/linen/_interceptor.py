@@ -85,7 +85,7 @@ class Interceptor:
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
             return next_fun(*args, **kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
-        return entry.output(module, kernels, next_fun, *args, **kwargs)
+        return entry.output(kernels, next_fun, args, kwargs, context)
 
     def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
         """A kernel of a module for its handler, with its adapter if there is one."""

@@ -1,16 +1,15 @@
 """How the layers of Flax compute with their kernels.
 
-Each handler gets the layer, its kernels, Flax's own call of it, and the arguments of the call.
+Each handler gets the layer, its kernels, Flax's own method, and the arguments of the call.
 Where Flax lets the product be injected, all but the product stays Flax's: promotion of dtypes,
 bias, padding. Elsewhere the handler is the layer's method once more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -26,10 +25,10 @@ from lora_jax.linen._entry import Entry, MethodKey, body
 from lora_jax.trees._paths import unbox
 
 Kernels = tuple[AdaptedKernel, ...]
-Call = Callable[..., Any]
+Method = Callable[..., Any]
 
 
-def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
+def _dense(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwargs: Any) -> Any:
     """``nn.Dense`` and ``nn.DenseGeneral``, through their ``dot_general``."""
     (kernel,) = kernels
     _check(layer, kernel)
@@ -48,8 +47,8 @@ def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs:
 
         return dot_general
 
-    with _injected(layer, "dot_general", jax.lax.dot_general, with_adapter):
-        return call(*args, **kwargs)
+    adapted = _injected(layer, "dot_general", jax.lax.dot_general, with_adapter)
+    return method(adapted, *args, **kwargs)
 
 
 def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
@@ -65,7 +64,7 @@ def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
     return f"{''.join(x)},{''.join(W)}->{''.join(stack + free + out)}"
 
 
-def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
+def _conv(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwargs: Any) -> Any:
     """``nn.Conv``, through its ``conv_general_dilated``: ``x`` convolved with ``U``; then ``V``."""
     (kernel,) = kernels
     _check(layer, kernel)
@@ -89,8 +88,8 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
 
         return conv
 
-    with _injected(layer, "conv_general_dilated", jax.lax.conv_general_dilated, with_adapter):
-        return call(*args, **kwargs)
+    conv = jax.lax.conv_general_dilated
+    return method(_injected(layer, "conv_general_dilated", conv, with_adapter), *args, **kwargs)
 
 
 def _batch(kernel: AdaptedKernel, inputs: chex.Array) -> tuple[int, ...]:
@@ -111,9 +110,9 @@ def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.A
     return y if bias is None else y + along(bias, y)
 
 
-def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
+def _conv_transpose(layer: Any, kernels: Kernels, method: Method, inputs: chex.Array) -> chex.Array:
     """``nn.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
-    del call
+    del method
     (kernel,) = kernels
     _check(layer, kernel)
     _batch(kernel, inputs)
@@ -126,7 +125,7 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array
 
 
 def _einsum(
-    layer: Any, kernels: Kernels, call: Call, inputs: chex.Array, einsum_str: str | None = None
+    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, einsum_str: str | None = None
 ) -> chex.Array:
     """``nn.Einsum``."""
     (kernel,) = kernels
@@ -137,7 +136,7 @@ def _einsum(
         eq = Equation.parse(equation, x.shape, W.shape)
     except ValueError as error:
         kernel.refuse(str(error))
-        return call(inputs, einsum_str)
+        return method(layer, inputs, einsum_str)
 
     preferred = getattr(layer, "preferred_element_type", None)
 
@@ -154,9 +153,9 @@ def _einsum(
     return y + jnp.expand_dims(bias, [i for i, c in enumerate(eq.y) if c not in eq.W])
 
 
-def _embed(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
+def _embed(layer: Any, kernels: Kernels, method: Method, inputs: chex.Array) -> chex.Array:
     """``nn.Embed``: row ``i`` of ``W'`` is ``W_i + s U_i V``."""
-    del call
+    del method
     (embedding,) = kernels
     _check(layer, embedding)
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -171,9 +170,9 @@ def _embed(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex
     return embedding.linear(look_up, inputs, W, inputs=(0,))
 
 
-def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex.Array:
+def _attend(layer: Any, kernels: Kernels, method: Method, query: chex.Array) -> chex.Array:
     """``nn.Embed.attend``: the product with the transposed matrix."""
-    del call
+    del method
     (embedding,) = kernels
     _check(layer, embedding)
     query, W = layer.promote_dtype(query, embedding.value, dtype=layer.dtype)
@@ -193,38 +192,25 @@ def _promoted(layer: Any, kernel: AdaptedKernel, x: chex.Array) -> Any:
     return layer.promote_dtype(x, kernel.value, bias, dtype=layer.dtype)
 
 
-@contextlib.contextmanager
 def _injected(
     layer: Any,
     name: str,
     default: Callable[..., chex.Array],
     adapt: Callable[[Callable[..., chex.Array]], Callable[..., chex.Array]],
-) -> Iterator[None]:
-    """The layer with an adapted product, in the place where Flax lets it be injected."""
+) -> Any:
+    """The layer with an adapted product, in the place where Flax lets it be injected.
+
+    It is the same layer once more, in the same scope and in the same call; the given one is left as
+    it is.
+    """
     own_cls = getattr(layer, f"{name}_cls")
     if own_cls is not None:
-        fields: Mapping[str, Any] = {f"{name}_cls": lambda: adapt(own_cls())}
+        fields: dict[str, Any] = {f"{name}_cls": lambda: adapt(own_cls())}
     else:
         fields = {name: adapt(getattr(layer, name) or default)}
-    with _override(layer, fields):
-        yield
-
-
-@contextlib.contextmanager
-def _override(layer: nn.Module, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Sets fields of a bound module for the time of one call.
-
-    A bound module lives for one ``apply``, so nothing of this is seen outside. Python's own
-    ``object.__setattr__``, since a Flax module refuses its own.
-    """
-    before = {name: getattr(layer, name) for name in fields}
-    for name, value in fields.items():
-        object.__setattr__(layer, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(layer, name, value)
+    twin = object.__new__(type(layer))
+    vars(twin).update({**vars(layer), **fields})
+    return twin
 
 
 def _bare(

@@ -104,7 +104,7 @@ class Observer:
             if not as_given and self._maps.may_be_of_params(module):
                 self.refused[label.path] = MAPPED
         kernels = tuple(self._kernel(module, name, known.get(name)) for name in names)
-        return entry.output(module, kernels, next_fun, *args, **kwargs)
+        return entry.output(kernels, next_fun, args, kwargs, context)
 
     def _kernel(self, module: nn.Module, name: str, label: Label | None) -> AdaptedKernel | None:
         if label is None:

@@ -23,9 +23,9 @@ from lora_jax.linen._entry import Entry, MethodKey
 Kernels = tuple[AdaptedKernel, ...]
 
 
-def _gpt2_conv1d(layer: Any, kernels: Kernels, call: Any, inputs: chex.Array) -> chex.Array:
+def _gpt2_conv1d(layer: Any, kernels: Kernels, method: Any, inputs: chex.Array) -> chex.Array:
     """``FlaxConv1D`` of GPT-2: a dense layer that keeps its kernel as ``(k, d)``."""
-    del call
+    del method
     (kernel,) = kernels
     x = jnp.asarray(inputs, layer.dtype)
     W = kernel.value.astype(layer.dtype)
@@ -41,22 +41,22 @@ def _gpt2_conv1d(layer: Any, kernels: Kernels, call: Any, inputs: chex.Array) ->
     return y
 
 
-def _gemma_einsum(layer: Any, kernels: Kernels, call: Any, eqn: str, x: chex.Array) -> chex.Array:
+def _gemma_einsum(layer: Any, kernels: Kernels, method: Any, eqn: str, x: chex.Array) -> chex.Array:
     """``Einsum`` of gemma: the name of its kernel is a field, the equation an argument."""
-    del layer, call
+    del layer, method
     return kernels[0].einsum(eqn, x)
 
 
-def _gemma_encode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
+def _gemma_encode(layer: Any, kernels: Kernels, method: Any, x: chex.Array) -> chex.Array:
     """The input embeddings of gemma."""
-    del call
+    del method
     rows = kernels[0].linear(lambda ids, W: W[(ids,)], x, inputs=(0,))
     return rows * jnp.sqrt(layer.embed_dim).astype(rows.dtype)
 
 
-def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
+def _gemma_decode(layer: Any, kernels: Kernels, method: Any, x: chex.Array) -> chex.Array:
     """The logits of gemma: the product with the transposed embeddings."""
-    del layer, call
+    del layer, method
     if kernels[0].untied:
         return jnp.dot(x, kernels[0].value.T)
     return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)

@@ -51,6 +51,48 @@ def axes_of_leaves(axes: Any, tree: Any) -> list[Any]:
     return spread
 
 
+def axes_of_inputs(tree: Any, in_axes: Any, variable_axes: Mapping[str, Any]) -> list[Any]:
+    """What the caller says of each leaf of the inputs: an axis, ``None``, or ``...`` where nothing.
+
+    Args:
+      tree: ``(collections, args, kwargs)``.
+      in_axes: as for :func:`lora_jax.lora_apply`.
+      variable_axes: as there.
+
+    Raises:
+      ValueError: if axes do not have the structure of what they are for.
+    """
+    rest, args, kwargs = tree
+    of_args: Any = in_axes
+    of_kwargs: Any = {}
+    if isinstance(in_axes, Mapping):
+        of_args, of_kwargs = Ellipsis, in_axes
+    elif isinstance(in_axes, list | tuple):
+        of_args = tuple(in_axes)
+        if len(of_args) == len(args) + 1 and isinstance(of_args[-1], Mapping):
+            of_args, of_kwargs = of_args[:-1], of_args[-1]
+    else:
+        of_kwargs = dict.fromkeys(kwargs, in_axes)
+    if unknown := of_kwargs.keys() - kwargs.keys():
+        raise ValueError(
+            f"in_axes names {min(unknown)!r}, but the keyword arguments of the model are "
+            f"{', '.join(kwargs) or 'none'}."
+        )
+    of_kwargs = {name: of_kwargs.get(name, Ellipsis) for name in kwargs}
+    of_rest = {name: axes_of_collection(name, variable_axes) for name in rest}
+    try:
+        return [
+            *axes_of_leaves(of_rest, rest),
+            *axes_of_leaves(of_args, args),
+            *axes_of_leaves(of_kwargs, kwargs),
+        ]
+    except ValueError as error:
+        raise ValueError(
+            f"in_axes or variable_axes does not have the structure of what it is for, which is as "
+            f"for jax.vmap: {error}"
+        ) from error
+
+
 def name_of_leaf(path: tuple[Any, ...]) -> str:
     """What a leaf is called in messages, of ``(collections, args, kwargs)``."""
     first, *where = path

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.tracing._row_axes import axes_of_collection, axes_of_leaves, name_of_leaf
+from lora_jax.tracing._row_axes import axes_of_inputs, name_of_leaf
 
 # Calls the model: of ids, of its other collections, and of the arguments by position and by name.
 Call = Callable[[Any, dict[str, Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -54,7 +54,7 @@ class RowInputs:
         """
         tree = dict(rest), args, dict(kwargs)
         paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        given = _given_axes(tree, in_axes, variable_axes)
+        given = axes_of_inputs(tree, in_axes, variable_axes)
         one = cls(
             rows, [leaf for _, leaf in paths], treedef, [name_of_leaf(path) for path, _ in paths]
         )
@@ -192,39 +192,6 @@ class RowInputs:
             return [leaf if isinstance(leaf, jax.Array | np.ndarray) else 0 for leaf in out]
 
         return [leaf.shape for leaf in jax.eval_shape(result, id_, keys, given)]
-
-
-def _given_axes(tree: Any, in_axes: Any, variable_axes: Mapping[str, Any]) -> list[Any]:
-    """What the caller says of each leaf: an axis, ``None``, or ``...`` where nothing."""
-    rest, args, kwargs = tree
-    of_args: Any = in_axes
-    of_kwargs: Any = {}
-    if isinstance(in_axes, Mapping):
-        of_args, of_kwargs = Ellipsis, in_axes
-    elif isinstance(in_axes, list | tuple):
-        of_args = tuple(in_axes)
-        if len(of_args) == len(args) + 1 and isinstance(of_args[-1], Mapping):
-            of_args, of_kwargs = of_args[:-1], of_args[-1]
-    else:
-        of_kwargs = dict.fromkeys(kwargs, in_axes)
-    if unknown := of_kwargs.keys() - kwargs.keys():
-        raise ValueError(
-            f"in_axes names {min(unknown)!r}, but the keyword arguments of the model are "
-            f"{', '.join(kwargs) or 'none'}."
-        )
-    of_kwargs = {name: of_kwargs.get(name, Ellipsis) for name in kwargs}
-    of_rest = {name: axes_of_collection(name, variable_axes) for name in rest}
-    try:
-        return [
-            *axes_of_leaves(of_rest, rest),
-            *axes_of_leaves(of_args, args),
-            *axes_of_leaves(of_kwargs, kwargs),
-        ]
-    except ValueError as error:
-        raise ValueError(
-            f"in_axes or variable_axes does not have the structure of what it is for, which is as "
-            f"for jax.vmap: {error}"
-        ) from error
 
 
 def _row_of(tree: Any) -> Any:

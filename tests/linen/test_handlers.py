@@ -244,3 +244,76 @@ def test_an_argument_of_the_model_with_this_name_is_passed_by_position():
     ):
         with pytest.raises(TypeError, match=r"lora_jax\.Handlers, got int.*by position only"):
             call()
+
+
+def test_the_layer_of_the_user_is_left_as_it_is():
+    """Also while its product is computed."""
+    bound, seen = [], []
+
+    class Layer(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            bound.append(self)
+            return super().__call__(x)
+
+    def own_dot(x, W, dims, **kwargs):
+        seen.append(bound[-1].dot_general is own_dot)
+        return jax.lax.dot_general(x, W, dims, **kwargs)
+
+    model = Layer(6, dot_general=own_dot)
+    variables, adapters = split(model, "kernel", handlers=None)
+    seen.clear()
+    y = lora_jax.lora_apply(model, variables, adapters, X)
+    merged = {"params": lora_jax.lora_merge(variables["params"], adapters)}
+    assert relative_error(y, model.apply(merged, X)) < 1e-5
+    assert seen
+    assert all(seen)
+
+
+def doubles(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    return 2 * y if context.method_name == "__call__" else y
+
+
+LAYERS = [nn.Dense(6), nn.Conv(6, (3,)), nn.Einsum((6, 6), "nd,dk->nk"), Own()]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_interceptors_around_the_call_are_as_they_are_without_adapters(layer):
+    variables, adapters = split(layer, "kernel|w")
+    merged = {"params": lora_jax.lora_merge(variables["params"], adapters)}
+    with nn.intercept_methods(doubles):
+        y = lora_jax.lora_apply(layer, variables, adapters, X, handlers=ONCE)
+        assert relative_error(y, layer.apply(merged, X)) < 1e-5
+
+
+class Intercepts(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        with nn.intercept_methods(doubles):
+            return self.layer(x)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_interceptors_inside_of_the_model_are_not_skipped_in_silence(layer):
+    model = Intercepts(layer)
+    params = random_variables(model, X)["params"]
+    rule = Rule(".*(kernel|w)", 2)
+    match = r"'layer/(kernel|w)' .*model intercepts its calls itself.*materialize=True"
+    axes = lora_jax.kernel_axes(model, {"params": params}, X, handlers=ONCE)
+    with pytest.raises(ValueError, match=match):
+        lora_jax.lora_init(KEY, params, LoraConfig([rule]), axes=axes)
+    for materialize in (False, True):
+        inputs = tuple(range(jax.tree.leaves(params["layer"])[-1].ndim - 1))
+        config = LoraConfig([dataclasses.replace(rule, input_axes=inputs, materialize=materialize)])
+        frozen, adapters = lora_jax.lora_init(KEY, params, config)
+        adapters = random_like(adapters)
+        if materialize:
+            y = lora_jax.lora_apply(model, {"params": frozen}, adapters, X, handlers=ONCE)
+            merged = {"params": lora_jax.lora_merge(frozen, adapters)}
+            assert relative_error(y, model.apply(merged, X)) < 1e-5
+        else:
+            with pytest.raises(ValueError, match=match):
+                lora_jax.lora_apply(model, {"params": frozen}, adapters, X, handlers=ONCE)
