@@ -252,7 +252,7 @@ class Maps:
     """
 
     @functools.cached_property
-    def _is_said(self) -> bool:
+    def _is_reported(self) -> bool:
         inside: list[nn.Module] = []
         _MAPPED_PROBE(inside.append, parent=None).apply({})
         return any(map(_says_mapped, inside))
@@ -263,7 +263,7 @@ class Maps:
         Which collections are mapped stands nowhere but in Flax's own call of the map, further up.
         Gone: every map is one of parameters.
         """
-        is_around = not self._is_said or _says_mapped(module)
+        is_around = not self._is_reported or _says_mapped(module)
         return is_around and not _maps_others_only()
 
 
@@ -282,7 +282,7 @@ def _maps_others_only() -> bool:
 
 
 class Probe(nn.Module):
-    """Tells what it is while it is called, which is no call of the model."""
+    """Tells what it is while it is called, which is not a call of the model."""
 
     tell: Callable[[nn.Module], None]
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lora_jax
+
 
 def relative_error(got, expected):
     """The largest difference over the largest magnitude."""
@@ -33,3 +35,11 @@ def random_variables(model, *args, **kwargs):
     if "batch_stats" in variables:
         variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     return variables
+
+
+def dense_case(model, x, **rule):
+    """A base, and adapters of all its kernels with noise on them."""
+    params = random_variables(model, x)["params"]
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", **{"rank": 2, **rule})])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, config)
+    return frozen, random_like(adapters)

@@ -11,6 +11,20 @@ from helpers import random_like, random_variables
 WIDTH = 6
 
 
+class Parts(nn.Module):
+    """A model of which a method runs a part."""
+
+    def setup(self):
+        self.encoder = nn.Dense(6)
+        self.head = nn.Dense(3)
+
+    def __call__(self, x):
+        return self.head(self.encoder(x))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
 class Compact(nn.Module):
     dense: Any = nn.Dense
 

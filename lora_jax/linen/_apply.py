@@ -79,15 +79,15 @@ def lora_apply(
         all, with ``None`` for what is one for all rows; or a tuple with one for each of ``args``,
         and behind them a dict for keyword arguments; or that dict alone. In the place of an axis
         may be a tree of them.
-      out_axes: where the result has the rows, as for ``jax.vmap``. Not said, it is the axis of the
-        batch, for which the model is traced with two rows where it is not plainly the first one.
+      out_axes: where the result has the rows, as for ``jax.vmap``. By default it is the axis of
+        the batch, for which the model is traced with two rows where it is not plainly the first.
       variable_axes: where the other collections have them, as for ``flax.linen.vmap``:
         ``{"cache": 0}``, or ``None`` or a tree in the place of ``0``. Arrays that have no such axis
         are one for all rows. ``batch_stats`` has no rows. Those that the call makes have them in
-        the axis of the batch, unless it is said.
+        the axis of the batch, unless it says another.
       spmd_axis_name: the axis of a mesh that the rows are sharded by, as for ``jax.vmap``: for
         models that say how their activations are sharded, and leave the batch out of it.
-      adapter_dropout: whether adapters have their dropout; by default as said above.
+      adapter_dropout: whether adapters have their dropout; by default as above.
       allow_unused: allow adapters that this call does not use, for a ``method`` that runs a part
         of the model. Otherwise they are an error: they would not be trained.
       handlers: which layers can be adapted, and by which handlers, in place of those that are

@@ -112,7 +112,7 @@ def kernel_axes(
 def _find_heads(
     call: _AbstractCall, labels: Mapping[Key, Label], tied: Set[str], matrices: Set[str]
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """The kernels of the output heads, and those of which it cannot be known.
+    """The kernels of the output heads, and those that may be, where it cannot be known.
 
     In another call every product forgets its input and depends on its kernel instead: what a result
     depends on then are the last layers before it.

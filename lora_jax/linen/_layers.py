@@ -53,15 +53,15 @@ def _dense(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwa
 
 def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
     """The einsum of a ``dot_general``."""
-    (x_in, W_in), (x_stack, W_stack) = dims
+    (x_in, W_in), (x_batch, W_batch) = dims
     letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     x = [next(letters) for _ in range(x_ndim)]
-    shared = dict(zip((*W_in, *W_stack), (*x_in, *x_stack), strict=True))
+    shared = dict(zip((*W_in, *W_batch), (*x_in, *x_batch), strict=True))
     W = [x[shared[i]] if i in shared else next(letters) for i in range(W_ndim)]
-    stack = [x[i] for i in x_stack]
+    batch = [x[i] for i in x_batch]
     free = [c for c in x if c not in W]
     out = [c for c in W if c not in x]
-    return f"{''.join(x)},{''.join(W)}->{''.join(stack + free + out)}"
+    return f"{''.join(x)},{''.join(W)}->{''.join(batch + free + out)}"
 
 
 def _conv(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ def _bare(
 def _check(layer: Any, kernel: AdaptedKernel) -> None:
     """Refuses a layer that computes with something else than the kernel that is stored."""
     if getattr(layer, "mask", None) is not None:
-        kernel.refuse("its layer has a mask, and a masked U V is no product of two factors")
+        kernel.refuse("its layer has a mask, and a masked U V is not a product of two factors")
     name = type(layer).__name__
     if type(layer).param is not nn.Module.param:
         kernel.refuse(f"{name} overrides param, and may compute with another kernel")

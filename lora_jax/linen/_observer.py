@@ -122,7 +122,7 @@ class _OneKernel:
     value: jax.Array
 
     def use(self, layer: KernelAxes, contracted: bool) -> None:
-        """The handler computes with the kernel, of which the layer sees these axes."""
+        """The handler computes with the kernel, as a layer that sees these axes of it."""
         label = self.label
         if not contracted:
             self.observer.not_contracted.add(label.path)

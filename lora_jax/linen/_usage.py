@@ -155,7 +155,7 @@ def _refuse_ties(
     """Refuses kernels that the model reads outside of their layers too.
 
     The call is traced with zeros for the kernels in their layers: what depends on one still is
-    another use. In a model that looks at its numbers, and so cannot be traced, nobody knows.
+    another use. In a model that looks at its numbers, and so cannot be traced, it is not known.
     """
     flat = flatten(params, "params")
     for key, node in nodes.items():

@@ -27,5 +27,5 @@ def arrays_in(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
 
 
 def _is_module(leaf: Any) -> bool:
-    """Whether it is a Flax module, whose variables are no results."""
+    """Whether it is a Flax module, whose variables are not results."""
     return hasattr(type(leaf), "variables")

@@ -4,8 +4,8 @@ Nothing public in JAX tells. So this goes through what ``jax.make_jaxpr`` gives,
 input as used where it does not know how jax writes something down
 (:func:`lora_jax._compat.written`). :func:`lora_jax.kernel_axes` may then say of a kernel that it is
 read in another place too, and ``lora_init`` asks for ``tied=`` in its rule: an error too many, and
-never an adapter that silently changes one use of two. And a parameter that nobody reads may pass
-for one that is read.
+never an adapter that silently changes one use of two. And a parameter that is not read may pass for
+one that is.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def marked_inputs(jaxpr: Any) -> tuple[list[bool], set[str]]:
 
 
 class _Dead(enum.Enum):
-    """Which equations count although nothing comes of them."""
+    """Which equations count as used although nothing comes of them."""
 
-    NOT_EVEN_EFFECTS = enum.auto()
-    NONE = enum.auto()
-    MARKED = enum.auto()
-    IN_JIT = enum.auto()
+    NOT_EVEN_EFFECTS = enum.auto()  # none, also not those that have effects
+    NONE = enum.auto()  # those that have effects
+    MARKED = enum.auto()  # the marks
+    IN_JIT = enum.auto()  # those inside of jax.jit, and those that have effects
     ALL = enum.auto()
 
 

@@ -24,7 +24,7 @@ from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.tracing._row_inputs import Call, RowInputs
 from lora_jax.tracing._row_results import RowResult
 
-# Arguments with keys of random numbers, of which each row gets its own.
+# Arguments with keys of random numbers: each row gets keys of its own.
 _KEYS = ("rngs", "dropout_rng")
 
 
