@@ -7,12 +7,12 @@ bias, padding. Elsewhere the handler is the layer's method once more.
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -198,38 +198,43 @@ def _injected(
     default: Callable[..., chex.Array],
     adapt: Callable[[Callable[..., chex.Array]], Callable[..., chex.Array]],
 ) -> Any:
-    """The layer with an adapted product, in the place where Flax lets it be injected.
-
-    It is the same layer once more, in the same scope and in the same call; the given one is left as
-    it is.
-    """
+    """The layer with an adapted product, in the place where Flax lets it be injected."""
     own_cls = getattr(layer, f"{name}_cls")
     if own_cls is not None:
-        fields: dict[str, Any] = {f"{name}_cls": lambda: adapt(own_cls())}
-    else:
-        fields = {name: adapt(getattr(layer, name) or default)}
-    twin = object.__new__(type(layer))
-    vars(twin).update({**vars(layer), **fields})
-    return twin
+        return _changed(layer, type(layer), **{f"{name}_cls": lambda: adapt(own_cls())})
+    return _changed(layer, type(layer), **{name: adapt(getattr(layer, name) or default)})
 
 
 def _bare(
     cls: type[nn.Module], layer: nn.Module, out: int = -1
 ) -> Callable[[chex.Array, chex.Array], chex.Array]:
     """The product of Flax's own layer, without its bias: of an input and a kernel."""
-    fields = {
-        field.name: getattr(layer, field.name)
-        for field in dataclasses.fields(cls)
-        if field.init and field.name not in ("parent", "name")
-    }
-    fields |= {"use_bias": False, "dtype": None, "promote_dtype": nn.dtypes.promote_dtype}
 
     def product(x: chex.Array, K: chex.Array) -> chex.Array:
-        plain = cls(**{**fields, "features": K.shape[out]}, parent=None)
-        y: chex.Array = plain.apply({"params": {"kernel": K}}, x)
+        bare = _changed(
+            layer,
+            cls,
+            scope=flax.core.bind({"params": {"kernel": K}}),
+            features=K.shape[out],
+            use_bias=False,
+            dtype=None,
+            promote_dtype=nn.dtypes.promote_dtype,
+        )
+        y: chex.Array = body(cls.__call__)(bare, x)
         return y
 
     return product
+
+
+def _changed(layer: nn.Module, cls: type[nn.Module], **attributes: Any) -> Any:
+    """The layer once more, with other attributes; the given one is left as it is.
+
+    It is a part of the call that is under way, for the function in the class body. A module that
+    Flax binds or clones would be called anew, with all interceptors around it.
+    """
+    changed = object.__new__(cls)
+    vars(changed).update({**vars(layer), **attributes})
+    return changed
 
 
 def _check(layer: Any, kernel: AdaptedKernel) -> None:

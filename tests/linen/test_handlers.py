@@ -275,7 +275,14 @@ def doubles(next_fun, args, kwargs, context):
     return 2 * y if context.method_name == "__call__" else y
 
 
-LAYERS = [nn.Dense(6), nn.Conv(6, (3,)), nn.Einsum((6, 6), "nd,dk->nk"), Own()]
+LAYERS = [
+    nn.Dense(6),
+    nn.Conv(6, (3,)),
+    nn.ConvLocal(6, (3,)),
+    nn.ConvTranspose(6, (3,)),
+    nn.Einsum((6, 6), "nd,dk->nk"),
+    Own(),
+]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
