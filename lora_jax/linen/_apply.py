@@ -17,7 +17,7 @@ from lora_jax.linen._model_call import (
     dropout_is_active,
     has_dropout_rng,
 )
-from lora_jax.linen._place import CallIds, check_base, place, taken_out
+from lora_jax.linen._place import CallIds, is_complete, place, restored
 from lora_jax.linen._usage import check_ties, check_used
 from lora_jax.tracing._rows import gives_variables, over_rows
 from lora_jax.trees._checks import base_of, nodes_of, stack_size
@@ -141,7 +141,7 @@ def lora_apply(
     count = stack_size(list(nodes.values()), "adapter_ids is")
     ids = checked_ids(adapter_ids, count)
     call_ids = functools.partial(
-        CallIds, count=count, base_is_whole=check_base(base, nodes, ids), of_row=ids.ndim > 0
+        CallIds, count=count, base_is_complete=is_complete(base, nodes, ids), of_row=ids.ndim > 0
     )
     if ids.ndim == 0:
         return one(variables, adapters, args, kwargs, call_ids(ids))
@@ -195,4 +195,4 @@ def _apply(
     y, changed = out
     if "params" not in changed:
         return out
-    return y, {**changed, "params": taken_out(changed["params"], frozen, params)}
+    return y, {**changed, "params": restored(changed["params"], frozen, params)}

@@ -40,7 +40,7 @@ def lora_init_model(
         such as ``batch_stats`` and ``cache``.
       config: which leaves are adapted and how, and which are fully trained.
       *args: for ``model.apply``: a sample input, arrays or ``jax.ShapeDtypeStruct``.
-      handlers: as for :func:`lora_jax.lora_apply`, which must be given the same.
+      handlers: as for :func:`lora_jax.lora_apply`; give both the same.
       **kwargs: for ``model.apply``: ``train=True``, ``rngs``, ``mutable``, ``method``. The call
         must read every kernel that is adapted.
 

@@ -68,13 +68,13 @@ class CallIds:
     Attributes:
       ids: of one adapter, ``()``; or ``(1, tokens)``, of one for each token of the only row.
       count: how many adapters there are.
-      base_is_whole: whether it is known that no row needs a leaf which the base lacks.
+      base_is_complete: whether it is known that no row needs a leaf which the base lacks.
       of_row: whether the call is that of one row of many, over which it is mapped.
     """
 
     ids: chex.Array
     count: int
-    base_is_whole: bool
+    base_is_complete: bool
     of_row: bool
 
 
@@ -104,7 +104,8 @@ def place(
       The base with the adapters in it, and those that stand beside a kernel, by the kernel's key.
 
     Raises:
-      TypeError, ValueError: if a tree is wrong, or an adapter does not fit; as ``join``.
+      TypeError: if a tree is not a nested dict, or a node is not one of an adapter.
+      ValueError: if an adapter does not fit the base or the call.
     """
     placed: dict[Key, Placed] = {}
 
@@ -121,7 +122,7 @@ def place(
     return join(frozen, adapters, place_node, ids.count, functools.partial(_trained, ids)), placed
 
 
-def taken_out(params: chex.ArrayTree, frozen: chex.ArrayTree, placed: Any) -> chex.ArrayTree:
+def restored(params: chex.ArrayTree, frozen: chex.ArrayTree, placed: Any) -> chex.ArrayTree:
     """The parameters that a call with ``mutable`` gives back, without what was placed in them.
 
     Args:
@@ -137,7 +138,7 @@ def taken_out(params: chex.ArrayTree, frozen: chex.ArrayTree, placed: Any) -> ch
     return unflatten(kept, params)
 
 
-def check_base(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> bool:
+def is_complete(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> bool:
     """Whether it is known that no row needs a leaf of the base that is not there.
 
     Raises:
@@ -182,7 +183,7 @@ def _trained(ids: CallIds, key: Key, leaf: Any, node: Any) -> dict[Key, Any]:
             f"{path!r} was fully trained: its stack is {shape}, but the base has "
             f"{jnp.shape(unbox(leaf))} there. Was it made for another model?"
         )
-    base = (0.0 if ids.base_is_whole else jnp.nan) if leaf is None else unbox(leaf)
+    base = (0.0 if ids.base_is_complete else jnp.nan) if leaf is None else unbox(leaf)
     return {key: jax.tree.map(lambda array: taken(array, ids.ids, base).astype(dtype), box)}
 
 

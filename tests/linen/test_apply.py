@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 import types
 
 import flax.core
@@ -259,25 +258,6 @@ def test_magnitude_below_the_resolution_of_bfloat16():
     assert 0.2 < jnp.mean(y(ratio * norm) != y(norm)) < 0.9
 
 
-class RoundsWeights:
-    """A dot_general as quantization libraries inject it."""
-
-    def __call__(self, x, W, dims, **kwargs):
-        return jax.lax.dot_general(x, jnp.round(W * 4) / 4, dims, **kwargs)
-
-
-@pytest.mark.parametrize(
-    "options", [{"dot_general": RoundsWeights()}, {"dot_general_cls": RoundsWeights}]
-)
-def test_injected_dot_general_is_for_the_base_only(options):
-    model, x = nn.Dense(5, **options), jax.random.normal(jax.random.key(3), (2, 4))
-    frozen, adapters = dense_case(model, x)
-    U, V = adapters["kernel"].U, adapters["kernel"].V
-    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    expected = x @ (jnp.round(frozen["kernel"] * 4) / 4) + frozen["bias"] + x @ U @ V
-    assert relative_error(y, expected) < 1e-6
-
-
 def test_base_of_another_dtype_is_not_copied_to_float32():
     """Adapters are float32 whatever the base is; the base keeps its dtype."""
     model, x = nn.Dense(5, param_dtype=jnp.bfloat16), jnp.ones((2, 4))
@@ -467,38 +447,6 @@ def test_variables_that_come_back_are_the_base():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, updates["params"], expected))
 
 
-class Keyword(nn.Module):
-    layer: nn.Module
-
-    @nn.compact
-    def __call__(self, x):
-        return self.layer(inputs=x)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Dense(3),
-        nn.DenseGeneral((3, 2)),
-        nn.Einsum((6, 3), "...d,dk->...k"),
-        nn.Conv(3, (3,)),
-        nn.ConvTranspose(3, (3,)),
-        nn.ConvLocal(3, (3,)),
-        nn.Embed(7, 3),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_called_by_keyword(layer):
-    x = jnp.arange(4) if isinstance(layer, nn.Embed) else jnp.ones((2, 5, 6))
-    model = Keyword(layer)
-    variables = random_variables(model, x)
-    axes = lora_jax.kernel_axes(model, variables, x)
-    config = lora_jax.LoraConfig([lora_jax.Rule(KERNELS, 2)])
-    frozen, adapters = lora_jax.lora_init(jax.random.key(0), variables["params"], config, axes=axes)
-    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    assert jnp.array_equal(y, model.apply(variables, x))
-
-
 def test_adapters_saved_with_another_variant():
     model, x = nn.Dense(5), jnp.ones((2, 6))
     frozen, lora = dense_case(model, x)
@@ -631,36 +579,3 @@ def test_exported_with_a_symbolic_batch():
         exported = export.export(adapted)(jax.ShapeDtypeStruct(shape, "float32"))
         x = random_like(jnp.zeros((7, 4)))
         assert relative_error(exported.call(x), adapted(x)) < 1e-6
-
-
-PRECISE = {
-    "Dense": (nn.Dense(4, precision="highest"), (2, 5)),
-    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(-2, -1), precision="highest"), (2, 5, 3)),
-    "batched": (nn.DenseGeneral(3, batch_dims=(0,), precision="highest"), (2, 5, 3)),
-    "attention": (nn.MultiHeadDotProductAttention(2, precision="highest"), (2, 5, 4)),
-    "Einsum": (nn.Einsum((5, 4), "bd,dk->bk", precision="highest"), (2, 5)),
-    "Conv": (nn.Conv(4, (3,), precision="highest"), (2, 5, 6)),
-    "groups": (nn.Conv(4, (3,), feature_group_count=2, precision="highest"), (2, 5, 6)),
-    "ConvLocal": (nn.ConvLocal(4, (3,), precision="highest"), (2, 5, 6)),
-    "ConvTranspose": (nn.ConvTranspose(4, (3,), precision="highest"), (2, 5, 6)),
-}
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("layer", PRECISE)
-def test_every_product_has_the_precision_of_its_layer(layer, variant):
-    """Forwards and backwards, with `U` and with `V`."""
-    model, shape = PRECISE[layer]
-    x = jnp.ones(shape)
-    params = model.init(jax.random.key(0), x)["params"]
-    axes = lora_jax.kernel_axes(model, {"params": params}, x)
-    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 1, variant=variant)])
-    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
-
-    def loss(adapters, x):
-        return jnp.sum(lora_jax.lora_apply(model, {"params": frozen}, adapters, x))
-
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(adapters, x).as_text()
-    products = [line for line in text.splitlines() if re.search("dot_general|convolution", line)]
-    assert len(products) >= 4
-    assert not [line for line in products if "HIGHEST" not in line]
