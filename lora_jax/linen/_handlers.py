@@ -119,28 +119,13 @@ class Handlers:
         """
         _check_class("without", cls)
         function = _own_method("without", cls, method)
-        if self.entry_of(function) is None:
+        if entry_of(self, function) is None:
             raise ValueError(f"without({cls.__name__}, ...): its {method} has no handler.")
         gone = keys_of(function)
         return _handlers({key: entry for key, entry in self._entries.items() if key not in gone})
 
-    def entry_of(self, method: Callable[..., Any]) -> Entry | None:
-        """The entry for a method of a module."""
-        function, name = keys_of(method)
-        return self._entries.get(function) or self._entries.get(name)
-
-    def entries_of(self, cls: type[nn.Module]) -> list[Entry]:
-        """The entries for methods of a class and of those that it derives from."""
-        methods = [value for base in cls.__mro__ for value in vars(base).values()]
-        entries = [self.entry_of(method) for method in methods if callable(method)]
-        return [entry for entry in entries if entry is not None]
-
-    def layers(self) -> str:
-        """The layers that have a handler, for messages."""
-        return ", ".join(dict.fromkeys(entry.layer for entry in self._entries.values()))
-
     def __repr__(self) -> str:
-        return f"Handlers({self.layers()})"
+        return f"Handlers({known_layers(self)})"
 
     def __hash__(self) -> int:
         return hash(frozenset(self._entries))  # handlers that are callable objects may have none
@@ -159,7 +144,7 @@ class Handlers:
             raise TypeError(
                 f"{caller}({cls.__name__}, ...): the handler must be a function, got {handler!r}."
             )
-        there = self.entry_of(function)
+        there = entry_of(self, function)
         if there is not None and there.handler is not handler and not override:
             name = getattr(there.handler, "__qualname__", repr(there.handler))
             raise ValueError(
@@ -184,7 +169,7 @@ class Handlers:
                 f"{caller}({cls.__name__}, ...): name the parameters that are kernels."
             )
         function = _own_method(caller, cls, method)
-        there = self.entry_of(function)
+        there = entry_of(self, function)
         if there is not None and (there.built_in or there.kernels != kernels) and not override:
             what = "of this library" if there.built_in else f"for {there.kernels}"
             raise ValueError(
@@ -274,6 +259,24 @@ def handlers_of_call(handlers: Any) -> Handlers:
     return handlers
 
 
+def entry_of(handlers: Handlers, method: Callable[..., Any]) -> Entry | None:
+    """The entry for a method of a module."""
+    function, name = keys_of(method)
+    return handlers._entries.get(function) or handlers._entries.get(name)
+
+
+def entries_of(handlers: Handlers, cls: type[nn.Module]) -> list[Entry]:
+    """The entries for methods of a class and of those that it derives from."""
+    methods = [value for base in cls.__mro__ for value in vars(base).values()]
+    entries = [entry_of(handlers, method) for method in methods if callable(method)]
+    return [entry for entry in entries if entry is not None]
+
+
+def known_layers(handlers: Handlers) -> str:
+    """The layers that have a handler, for messages."""
+    return ", ".join(dict.fromkeys(entry.layer for entry in handlers._entries.values()))
+
+
 def _handlers(entries: Mapping[MethodKey, Entry]) -> Handlers:
     handlers = Handlers()
     object.__setattr__(handlers, "_entries", types.MappingProxyType(entries))
@@ -289,7 +292,7 @@ def _own_method(caller: str, cls: type[nn.Module], method: str) -> Callable[...,
     """The function of a method that a class defines itself."""
     if method not in vars(cls):
         owners = [base.__name__ for base in cls.__mro__ if method in vars(base)]
-        inherited = f"It inherits it from {owners[0]}: {caller} that." if owners else ""
+        inherited = f"It inherits it from {owners[0]}: pass that class." if owners else ""
         raise ValueError(
             f"{caller}({cls.__name__}, method={method!r}): the class does not define {method} "
             f"itself. {inherited}"

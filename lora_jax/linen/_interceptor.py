@@ -21,7 +21,7 @@ import jax
 
 from lora_jax import _compat as compat
 from lora_jax.core._kernel import AdaptedKernel, Unseen
-from lora_jax.linen._handlers import Handlers
+from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._mapped import refuse_mapped
 from lora_jax.linen._place import SUFFIX, Placed
 from lora_jax.trees._paths import Key, path_of, unbox
@@ -80,7 +80,7 @@ class Interceptor:
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))
-        entry = self.handlers.entry_of(context.orig_method)
+        entry = entry_of(self.handlers, context.orig_method)
         names = entry.names(module) if entry else ()
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
             return next_fun(*args, **kwargs)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax._compat import Maps, Probe
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._kernel import AdaptedKernel
-from lora_jax.linen._handlers import Handlers
+from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._label import LABEL, Label
 from lora_jax.linen._mapped import MAPPED
 from lora_jax.trees._paths import Key, unbox
@@ -84,7 +84,7 @@ class Observer:
         for label in labels.values():
             self.layers.setdefault(label.path, _name(module))
             self.batch.setdefault(label.path, label.batch)
-        entry = self.handlers.entry_of(context.orig_method)
+        entry = entry_of(self.handlers, context.orig_method)
         names = entry.names(module) if entry else ()
         known = {name: labels[name + LABEL] for name in names if name + LABEL in labels}
         if entry is None:

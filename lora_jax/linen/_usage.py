@@ -15,7 +15,7 @@ from typing import Any
 import chex
 import jax
 
-from lora_jax.linen._handlers import Handlers
+from lora_jax.linen._handlers import Handlers, entries_of, known_layers
 from lora_jax.linen._interceptor import Interceptor
 from lora_jax.linen._model_call import name_of_call
 from lora_jax.linen._place import Placed, key_of_adapter
@@ -129,7 +129,7 @@ def _not_used(key: Key, count: int, interceptor: Interceptor, model: Any, method
         )
     cls, handlers = classes[-1], interceptor.handlers
     name = f"{cls.__module__}.{cls.__qualname__}"
-    entries = handlers.entries_of(cls)
+    entries = entries_of(handlers, cls)
     registered = [entry.kernels for entry in entries if not entry.built_in]
     if any(isinstance(names, tuple) and key[-1] not in names for names in registered):
         reason = f"the handler registered for {name} is for other parameters"
@@ -139,7 +139,7 @@ def _not_used(key: Key, count: int, interceptor: Interceptor, model: Any, method
             f"call it (super().__call__), or the handler did not compute with the kernel"
         )
     else:
-        reason = f"there is no handler for {name}; there are handlers for {handlers.layers()}"
+        reason = f"there is no handler for {name}; there are handlers for {known_layers(handlers)}"
     add = "Register a handler with lora_jax.register"
     if handlers != Handlers.registered():
         add = "Add a handler to the handlers of the call, with_handler(...)"

@@ -323,7 +323,7 @@ def test_substituted_parameters(model, variant):
         ((Unknown,), {}, ValueError, "name the parameters"),
         ((Unknown, "w"), {"method": "encode"}, ValueError, "does not define encode"),
         ((zoo.MoreActivated, "kernel"), {"method": "setup"}, ValueError, "does not define setup"),
-        ((nn.Conv, "kernel"), {}, ValueError, "It inherits it from _Conv: register that"),
+        ((nn.Conv, "kernel"), {}, ValueError, "It inherits it from _Conv: pass that class"),
         ((nn.Dense, "kernel"), {}, ValueError, "a handler of this library.*override=True"),
         ((Experts, "b"), {}, ValueError, r"a handler for \('w',\).*name them all"),
     ],
