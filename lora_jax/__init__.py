@@ -12,7 +12,8 @@ are all that is differentiated, optimized and saved, and the model's own code st
 `combine` adds adapters, and `compress` cuts their rank. `lora_jax.peft` reads and writes PEFT's
 files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every kernel, together a
 `ModelAxes`, and then `lora_init(key, params, config, axes=axes)`.
-`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`.
+`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`; `Handlers`
+are those of one call.
 """
 
 from lora_jax import peft
@@ -32,8 +33,8 @@ from lora_jax.files._load import load
 from lora_jax.files._save import save
 from lora_jax.linen._apply import lora_apply
 from lora_jax.linen._discover import kernel_axes
+from lora_jax.linen._handlers import Handlers, register
 from lora_jax.linen._init_model import lora_init_model
-from lora_jax.linen._registry import register
 from lora_jax.many._cache_norm import cache_norm
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
@@ -52,6 +53,7 @@ __all__ = [
     "Approximation",
     "ApproximationReport",
     "FullyTrained",
+    "Handlers",
     "KernelAxes",
     "LoraBias",
     "LoraConfig",

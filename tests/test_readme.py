@@ -20,7 +20,7 @@ def test_code():
     """All blocks in one process, since each goes on from the one before."""
     document = Sybil([PythonCodeBlockParser()]).parse(README)
     examples = list(document.examples())
-    assert len(examples) == 14
+    assert len(examples) == 15
     for example in examples:
         example.evaluate()
     document.namespace["batches"] = []  # once more: resumes where it has ended, and takes no step

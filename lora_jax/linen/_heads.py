@@ -16,7 +16,7 @@ def output_heads(
     widths: Mapping[str, Collection[int]],
     matrices: Collection[str],
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """The kernels of the output heads, and those of which it cannot be known.
+    """The kernels of the output heads, and those that may be, where it cannot be known.
 
     A layer is an output head if a result is computed behind it without another layer, and if it
     feeds no other layer. Where a result is also computed behind layers that do feed others, it is

@@ -1,18 +1,18 @@
 """How the layers of Flax compute with their kernels.
 
-Each handler gets the layer, its kernels, Flax's own call of it, and the arguments of the call.
+Each handler gets the layer, its kernels, Flax's own method, and the arguments of the call.
 Where Flax lets the product be injected, all but the product stays Flax's: promotion of dtypes,
 bias, padding. Elsewhere the handler is the layer's method once more.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ from lora_jax._compat import only_converts
 from lora_jax.core._equation import Equation
 from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.core._variants import along
-from lora_jax.linen._registry import body, enter
+from lora_jax.linen._entry import Entry, MethodKey, body
 from lora_jax.trees._paths import unbox
 
 Kernels = tuple[AdaptedKernel, ...]
-Call = Callable[..., Any]
+Method = Callable[..., Any]
 
 
-def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
+def _dense(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwargs: Any) -> Any:
     """``nn.Dense`` and ``nn.DenseGeneral``, through their ``dot_general``."""
     (kernel,) = kernels
     _check(layer, kernel)
@@ -47,24 +47,24 @@ def _dense(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs:
 
         return dot_general
 
-    with _injected(layer, "dot_general", jax.lax.dot_general, with_adapter):
-        return call(*args, **kwargs)
+    adapted = _injected(layer, "dot_general", jax.lax.dot_general, with_adapter)
+    return method(adapted, *args, **kwargs)
 
 
 def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
     """The einsum of a ``dot_general``."""
-    (x_in, W_in), (x_stack, W_stack) = dims
+    (x_in, W_in), (x_batch, W_batch) = dims
     letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     x = [next(letters) for _ in range(x_ndim)]
-    shared = dict(zip((*W_in, *W_stack), (*x_in, *x_stack), strict=True))
+    shared = dict(zip((*W_in, *W_batch), (*x_in, *x_batch), strict=True))
     W = [x[shared[i]] if i in shared else next(letters) for i in range(W_ndim)]
-    stack = [x[i] for i in x_stack]
+    batch = [x[i] for i in x_batch]
     free = [c for c in x if c not in W]
     out = [c for c in W if c not in x]
-    return f"{''.join(x)},{''.join(W)}->{''.join(stack + free + out)}"
+    return f"{''.join(x)},{''.join(W)}->{''.join(batch + free + out)}"
 
 
-def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: Any) -> Any:
+def _conv(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwargs: Any) -> Any:
     """``nn.Conv``, through its ``conv_general_dilated``: ``x`` convolved with ``U``; then ``V``."""
     (kernel,) = kernels
     _check(layer, kernel)
@@ -88,8 +88,8 @@ def _conv(layer: nn.Module, kernels: Kernels, call: Call, *args: Any, **kwargs: 
 
         return conv
 
-    with _injected(layer, "conv_general_dilated", jax.lax.conv_general_dilated, with_adapter):
-        return call(*args, **kwargs)
+    conv = jax.lax.conv_general_dilated
+    return method(_injected(layer, "conv_general_dilated", conv, with_adapter), *args, **kwargs)
 
 
 def _batch(kernel: AdaptedKernel, inputs: chex.Array) -> tuple[int, ...]:
@@ -110,9 +110,9 @@ def _conv_local(layer: Any, kernel: AdaptedKernel, inputs: chex.Array) -> chex.A
     return y if bias is None else y + along(bias, y)
 
 
-def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
+def _conv_transpose(layer: Any, kernels: Kernels, method: Method, inputs: chex.Array) -> chex.Array:
     """``nn.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
-    del call
+    del method
     (kernel,) = kernels
     _check(layer, kernel)
     _batch(kernel, inputs)
@@ -125,7 +125,7 @@ def _conv_transpose(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array
 
 
 def _einsum(
-    layer: Any, kernels: Kernels, call: Call, inputs: chex.Array, einsum_str: str | None = None
+    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, einsum_str: str | None = None
 ) -> chex.Array:
     """``nn.Einsum``."""
     (kernel,) = kernels
@@ -136,7 +136,7 @@ def _einsum(
         eq = Equation.parse(equation, x.shape, W.shape)
     except ValueError as error:
         kernel.refuse(str(error))
-        return call(inputs, einsum_str)
+        return method(layer, inputs, einsum_str)
 
     preferred = getattr(layer, "preferred_element_type", None)
 
@@ -153,9 +153,9 @@ def _einsum(
     return y + jnp.expand_dims(bias, [i for i, c in enumerate(eq.y) if c not in eq.W])
 
 
-def _embed(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex.Array:
+def _embed(layer: Any, kernels: Kernels, method: Method, inputs: chex.Array) -> chex.Array:
     """``nn.Embed``: row ``i`` of ``W'`` is ``W_i + s U_i V``."""
-    del call
+    del method
     (embedding,) = kernels
     _check(layer, embedding)
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -170,9 +170,9 @@ def _embed(layer: Any, kernels: Kernels, call: Call, inputs: chex.Array) -> chex
     return embedding.linear(look_up, inputs, W, inputs=(0,))
 
 
-def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex.Array:
+def _attend(layer: Any, kernels: Kernels, method: Method, query: chex.Array) -> chex.Array:
     """``nn.Embed.attend``: the product with the transposed matrix."""
-    del call
+    del method
     (embedding,) = kernels
     _check(layer, embedding)
     query, W = layer.promote_dtype(query, embedding.value, dtype=layer.dtype)
@@ -183,15 +183,6 @@ def _attend(layer: Any, kernels: Kernels, call: Call, query: chex.Array) -> chex
     )
 
 
-assert body(nn.ConvLocal.__call__) is body(nn.Conv.__call__)
-enter(nn.Dense.__call__, "nn.Dense", "kernel", _dense)
-enter(nn.DenseGeneral.__call__, "nn.DenseGeneral", "kernel", _dense)
-enter(nn.Einsum.__call__, "nn.Einsum", "kernel", _einsum)
-enter(nn.Conv.__call__, "nn.Conv, nn.ConvLocal", "kernel", _conv)
-enter(nn.ConvTranspose.__call__, "nn.ConvTranspose", "kernel", _conv_transpose)
-enter(nn.Embed.__call__, "nn.Embed", "embedding", _embed)
-enter(nn.Embed.attend, "nn.Embed", "embedding", _attend)
-
 # --- Flax's layers, from inside and outside ---
 
 
@@ -201,63 +192,55 @@ def _promoted(layer: Any, kernel: AdaptedKernel, x: chex.Array) -> Any:
     return layer.promote_dtype(x, kernel.value, bias, dtype=layer.dtype)
 
 
-@contextlib.contextmanager
 def _injected(
     layer: Any,
     name: str,
     default: Callable[..., chex.Array],
     adapt: Callable[[Callable[..., chex.Array]], Callable[..., chex.Array]],
-) -> Iterator[None]:
+) -> Any:
     """The layer with an adapted product, in the place where Flax lets it be injected."""
     own_cls = getattr(layer, f"{name}_cls")
     if own_cls is not None:
-        fields: Mapping[str, Any] = {f"{name}_cls": lambda: adapt(own_cls())}
-    else:
-        fields = {name: adapt(getattr(layer, name) or default)}
-    with _override(layer, fields):
-        yield
-
-
-@contextlib.contextmanager
-def _override(layer: nn.Module, fields: Mapping[str, Any]) -> Iterator[None]:
-    """Sets fields of a bound module for the time of one call.
-
-    A bound module lives for one ``apply``, so nothing of this is seen outside. Python's own
-    ``object.__setattr__``, since a Flax module refuses its own.
-    """
-    before = {name: getattr(layer, name) for name in fields}
-    for name, value in fields.items():
-        object.__setattr__(layer, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(layer, name, value)
+        return _changed(layer, type(layer), **{f"{name}_cls": lambda: adapt(own_cls())})
+    return _changed(layer, type(layer), **{name: adapt(getattr(layer, name) or default)})
 
 
 def _bare(
     cls: type[nn.Module], layer: nn.Module, out: int = -1
 ) -> Callable[[chex.Array, chex.Array], chex.Array]:
     """The product of Flax's own layer, without its bias: of an input and a kernel."""
-    fields = {
-        field.name: getattr(layer, field.name)
-        for field in dataclasses.fields(cls)
-        if field.init and field.name not in ("parent", "name")
-    }
-    fields |= {"use_bias": False, "dtype": None, "promote_dtype": nn.dtypes.promote_dtype}
 
     def product(x: chex.Array, K: chex.Array) -> chex.Array:
-        plain = cls(**{**fields, "features": K.shape[out]}, parent=None)
-        y: chex.Array = plain.apply({"params": {"kernel": K}}, x)
+        bare = _changed(
+            layer,
+            cls,
+            scope=flax.core.bind({"params": {"kernel": K}}),
+            features=K.shape[out],
+            use_bias=False,
+            dtype=None,
+            promote_dtype=nn.dtypes.promote_dtype,
+        )
+        y: chex.Array = body(cls.__call__)(bare, x)
         return y
 
     return product
 
 
+def _changed(layer: nn.Module, cls: type[nn.Module], **attributes: Any) -> Any:
+    """The layer once more, with other attributes; the given one is left as it is.
+
+    It is a part of the call that is under way, for the function in the class body. A module that
+    Flax binds or clones would be called anew, with all interceptors around it.
+    """
+    changed = object.__new__(cls)
+    vars(changed).update({**vars(layer), **attributes})
+    return changed
+
+
 def _check(layer: Any, kernel: AdaptedKernel) -> None:
     """Refuses a layer that computes with something else than the kernel that is stored."""
     if getattr(layer, "mask", None) is not None:
-        kernel.refuse("its layer has a mask, and a masked U V is no product of two factors")
+        kernel.refuse("its layer has a mask, and a masked U V is not a product of two factors")
     name = type(layer).__name__
     if type(layer).param is not nn.Module.param:
         kernel.refuse(f"{name} overrides param, and may compute with another kernel")
@@ -269,3 +252,18 @@ def _check(layer: Any, kernel: AdaptedKernel) -> None:
         operands = [W] if isinstance(layer, nn.Embed) else [W, W, W]
         if not only_converts(lambda *a: layer.promote_dtype(*a, dtype=layer.dtype), *operands):
             kernel.refuse("its promote_dtype does more to the kernel than to convert its dtype")
+
+
+_CONV = Entry("nn.Conv, nn.ConvLocal", ("kernel",), _conv)
+LAYERS: Mapping[MethodKey, Entry] = types.MappingProxyType(
+    {
+        body(nn.Dense.__call__): Entry("nn.Dense", ("kernel",), _dense),
+        body(nn.DenseGeneral.__call__): Entry("nn.DenseGeneral", ("kernel",), _dense),
+        body(nn.Einsum.__call__): Entry("nn.Einsum", ("kernel",), _einsum),
+        body(nn.Conv.__call__): _CONV,
+        body(nn.ConvLocal.__call__): _CONV,  # the same function, in the versions of Flax so far
+        body(nn.ConvTranspose.__call__): Entry("nn.ConvTranspose", ("kernel",), _conv_transpose),
+        body(nn.Embed.__call__): Entry("nn.Embed", ("embedding",), _embed),
+        body(nn.Embed.attend): Entry("nn.Embed", ("embedding",), _attend),
+    }
+)

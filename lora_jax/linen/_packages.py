@@ -1,11 +1,13 @@
 """Layers of well-known packages, which compute with a kernel of their own.
 
 The packages are not imported: a layer is known by the name of its method. What stands here is
-what a user would write with :func:`lora_jax.register` for a layer of theirs.
+what a user would write with :func:`lora_jax.register` for a layer of their own.
 """
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -16,14 +18,14 @@ import jax.numpy as jnp
 from lora_jax import _compat as compat
 from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.core._variants import along
-from lora_jax.linen._registry import enter
+from lora_jax.linen._entry import Entry, MethodKey
 
 Kernels = tuple[AdaptedKernel, ...]
 
 
-def _gpt2_conv1d(layer: Any, kernels: Kernels, call: Any, inputs: chex.Array) -> chex.Array:
+def _gpt2_conv1d(layer: Any, kernels: Kernels, method: Any, inputs: chex.Array) -> chex.Array:
     """``FlaxConv1D`` of GPT-2: a dense layer that keeps its kernel as ``(k, d)``."""
-    del call
+    del method
     (kernel,) = kernels
     x = jnp.asarray(inputs, layer.dtype)
     W = kernel.value.astype(layer.dtype)
@@ -39,28 +41,34 @@ def _gpt2_conv1d(layer: Any, kernels: Kernels, call: Any, inputs: chex.Array) ->
     return y
 
 
-def _gemma_einsum(layer: Any, kernels: Kernels, call: Any, eqn: str, x: chex.Array) -> chex.Array:
+def _gemma_einsum(layer: Any, kernels: Kernels, method: Any, eqn: str, x: chex.Array) -> chex.Array:
     """``Einsum`` of gemma: the name of its kernel is a field, the equation an argument."""
-    del layer, call
+    del layer, method
     return kernels[0].einsum(eqn, x)
 
 
-def _gemma_encode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
+def _gemma_encode(layer: Any, kernels: Kernels, method: Any, x: chex.Array) -> chex.Array:
     """The input embeddings of gemma."""
-    del call
+    del method
     rows = kernels[0].linear(lambda ids, W: W[(ids,)], x, inputs=(0,))
     return rows * jnp.sqrt(layer.embed_dim).astype(rows.dtype)
 
 
-def _gemma_decode(layer: Any, kernels: Kernels, call: Any, x: chex.Array) -> chex.Array:
+def _gemma_decode(layer: Any, kernels: Kernels, method: Any, x: chex.Array) -> chex.Array:
     """The logits of gemma: the product with the transposed embeddings."""
-    del layer, call
+    del layer, method
     if kernels[0].untied:
         return jnp.dot(x, kernels[0].value.T)
     return kernels[0].einsum("...k,dk->...d", x, base=lambda x, W: jnp.dot(x, W.T), transposed=True)
 
 
-enter(compat.GPT2_CONV1D, "transformers' FlaxConv1D", "kernel", _gpt2_conv1d)
-enter(compat.GEMMA_EINSUM, "gemma's Einsum", lambda layer: (layer.weight_name,), _gemma_einsum)
-enter(compat.GEMMA_ENCODE, "gemma's Embedder", "input_embedding", _gemma_encode)
-enter(compat.GEMMA_DECODE, "gemma's Embedder", "input_embedding", _gemma_decode)
+PACKAGES: Mapping[MethodKey, Entry] = types.MappingProxyType(
+    {
+        compat.GPT2_CONV1D: Entry("transformers' FlaxConv1D", ("kernel",), _gpt2_conv1d),
+        compat.GEMMA_EINSUM: Entry(
+            "gemma's Einsum", lambda layer: (layer.weight_name,), _gemma_einsum
+        ),
+        compat.GEMMA_ENCODE: Entry("gemma's Embedder", ("input_embedding",), _gemma_encode),
+        compat.GEMMA_DECODE: Entry("gemma's Embedder", ("input_embedding",), _gemma_decode),
+    }
+)

@@ -1,8 +1,6 @@
 """Which kernels `"all-linear"` is for: of linear layers, and of no output head."""
 
-import dataclasses
 import pickle
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -162,114 +160,6 @@ def test_arguments_of_apply():
     assert (y.shape, set(state)) == ((2, 3), {"batch_stats", "cache"})
     abstract = jax.eval_shape(init, variables)
     assert jax.tree.structure(abstract) == jax.tree.structure((frozen, adapters))
-
-
-class Tied(nn.Module):
-    """An embedding with another use, of every kind."""
-
-    use: str
-
-    @nn.compact
-    def __call__(self, ids):
-        embed = nn.Embed(11, 8, name="embed")
-        x = nn.Dense(8, name="dense")(embed(ids))
-        match self.use:
-            case "attribute":
-                return x @ embed.embedding.T
-            case "variables":
-                return x @ self.variables["params"]["embed"]["embedding"].T
-            case "attend":
-                return embed.attend(x)
-            case "dense":
-                return x @ self.variables["params"]["dense"]["kernel"].T
-        return x * embed.embedding.shape[0]
-
-
-@pytest.mark.parametrize(
-    ("use", "tied"),
-    [
-        ("attribute", "embed/embedding"),
-        ("variables", "embed/embedding"),
-        ("dense", "dense/kernel"),
-        ("attend", ""),
-        ("shape", ""),
-    ],
-)
-def test_ties_are_seen_without_axes(use, tied):
-    model = Tied(use)
-    params = random_variables(model, IDS)["params"]
-    config = LoraConfig([Rule(".*(embedding|kernel)", 2)])
-    frozen, adapters = lora_jax.lora_init(KEY, params, config)
-    adapters = jax.tree.map(lambda a: a + 0.1, adapters)
-
-    def apply(adapters, frozen):
-        return lora_jax.lora_apply(model, {"params": frozen}, adapters, IDS)
-
-    if tied:
-        for call in (apply, jax.jit(apply)):
-            with pytest.raises(ValueError, match=rf"also reads '{tied}' outside .*tied="):
-                call(adapters, frozen)
-    else:
-        merged = model.apply({"params": lora_jax.lora_merge(frozen, adapters)}, IDS)
-        assert jnp.allclose(jax.jit(apply)(adapters, frozen), merged, atol=1e-5)
-
-
-class TwoCalls(nn.Module):
-    """Its embedding is tied in one of its calls only."""
-
-    def setup(self):
-        self.embed, self.dense = nn.Embed(11, 8), nn.Dense(8)
-
-    def encode(self, ids):
-        return self.dense(self.embed(ids))
-
-    def logits(self, h):
-        return self.dense(h) @ self.embed.embedding.T
-
-    def __call__(self, ids):
-        return self.logits(self.encode(ids))
-
-
-def test_ties_of_one_call_are_not_those_of_another():
-    model, h = TwoCalls(), jnp.ones((2, 3, 8))
-    variables = random_variables(model, IDS)
-    config = LoraConfig([Rule(".*(embedding|kernel)", 2)])
-    frozen, adapters = lora_init_model(KEY, model, variables, config, IDS, method="encode")
-    adapters = jax.tree.map(lambda a: a + 0.1, adapters)
-    base = {"params": frozen}
-    lora_jax.lora_apply(model, base, adapters, IDS, method="encode")
-    for args, kwargs in (((IDS,), {}), ((h,), {"method": "logits", "allow_unused": True})):
-        with pytest.raises(ValueError, match="also reads 'embed/embedding' outside"):
-            lora_jax.lora_apply(model, base, adapters, *args, **kwargs)
-
-
-@dataclasses.dataclass
-class Config:  # without a hash, as those of Hugging Face
-    width: int = 3
-
-
-class Counts(nn.Module):
-    looks: bool = False
-    config: Any = dataclasses.field(default_factory=Config)
-    calls = 0  # of all instances
-
-    @nn.compact
-    def __call__(self, x):
-        Counts.calls += 1
-        y = nn.Dense(self.config.width, name="dense")(x)
-        return y if not self.looks or float(y.sum()) < 1e9 else -y
-
-
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_call_is_looked_at_for_ties_once(looks):
-    model, x = Counts(looks), jnp.ones((2, 5 + looks))
-    params = Counts().init(KEY, x)["params"]
-    frozen, adapters = lora_jax.lora_init(KEY, params, LoraConfig([Rule(".*kernel", 2)]))
-    Counts.calls = 0
-    for _ in range(3):
-        y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    assert Counts.calls == 4
-    assert jnp.allclose(y, model.apply({"params": params}, x))
 
 
 class Chooses(nn.Module):

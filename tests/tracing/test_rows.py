@@ -134,7 +134,7 @@ def test_an_array_beside_the_input_is_of_all_rows_or_of_one():
         call(x, memory=MEMORY)
     with pytest.raises(ValueError, match=r"argument 'memory' \(4, 6\)\. As for"):
         call(x, memory=MEMORY, in_axes=(0,))
-    with pytest.raises(ValueError, match=r"4 rows, but argument 1 is \(3, 6\), of which axis 0"):
+    with pytest.raises(ValueError, match=r"4 rows, but argument 1 is \(3, 6\), whose axis 0"):
         call(x, MEMORY[:3], in_axes=0)
     of_all = call(x, MEMORY, in_axes=(0, None))
     assert (call(x, memory=MEMORY, in_axes={"memory": None}) == of_all).all()
