@@ -8,8 +8,10 @@ PEFT's ``lora_A`` is ``U`` transposed, its ``lora_B`` is ``V`` transposed, its
 """
 
 from lora_jax._renamed import renamed_names
-from lora_jax.peft._names import FAMILIES, KeyMapping
-from lora_jax.peft._peft import load, save
+from lora_jax.peft._families import FAMILIES
+from lora_jax.peft._key_mapping import KeyMapping
+from lora_jax.peft._load import load
+from lora_jax.peft._save import save
 
 __all__ = ["FAMILIES", "KeyMapping", "load", "save"]
 

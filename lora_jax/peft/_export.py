@@ -14,8 +14,10 @@ from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._paths import named_pair
 from lora_jax.files._tensors import Info, StrPath, write_tensors
-from lora_jax.peft._names import KeyMapping, Torch, as_names
-from lora_jax.peft._torch_params import TorchParams
+from lora_jax.peft._families import as_names
+from lora_jax.peft._key_mapping import KeyMapping
+from lora_jax.peft._torch_arrays import from_leaf, torch_shape
+from lora_jax.peft._torch_model import TorchModel, TorchParameter
 from lora_jax.trees._checks import check_merges
 from lora_jax.trees._paths import unbox
 from lora_jax.trees._rounding import Rounding, RoundingReport, key_for, measure, round_to
@@ -50,8 +52,9 @@ def export(
       The rounding of every parameter that was trained.
 
     Raises:
-      ValueError: adapters that do not fit the base or cannot be merged, numbers that are not finite
-        in the new dtype, parameters that no name is for.
+      TypeError: if a leaf of the base is not one array.
+      ValueError: if adapters do not fit the base or cannot be merged, if numbers are not finite in
+        the new dtype, or if no name is for a parameter.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -64,30 +67,30 @@ def export(
       {'dense.weight': (2, 3), 'dense.bias': (2,)}
     """
     base, found = named_pair(frozen, adapters)
-    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | LoraBias)}
-    for leaf_path, adapter in kernels.items():
-        check_merges(leaf_path, adapter)
-    whole = {p: node for p, node in found.items() if p not in kernels}
     for leaf_path, leaf in base.items():
         if not hasattr(unbox(leaf), "dtype"):
             raise TypeError(
                 f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
                 f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
             )
+    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | LoraBias)}
+    for leaf_path, adapter in kernels.items():
+        check_merges(leaf_path, adapter)
+    trained = {p: node for p, node in found.items() if p not in kernels}
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
-    leaves |= {p: unbox(n.value if isinstance(n, FullyTrained) else n) for p, n in whole.items()}
-    own = {p: node.dtype for p, node in whole.items() if isinstance(node, FullyTrained)}
+    leaves |= {p: unbox(n.value if isinstance(n, FullyTrained) else n) for p, n in trained.items()}
+    dtypes = {p: node.dtype for p, node in trained.items() if isinstance(node, FullyTrained)}
 
     def dtype_of(leaf_path: str) -> np.dtype[Any]:
-        had = np.dtype(jnp.dtype(own.get(leaf_path, leaves[leaf_path].dtype)))
+        had = np.dtype(jnp.dtype(dtypes.get(leaf_path, leaves[leaf_path].dtype)))
         changes = dtype is not None and jnp.issubdtype(had, jnp.floating)
         return jnp.dtype(dtype) if changes else had  # type: ignore[no-any-return]
 
     if names is None:
-        model = TorchParams(leaves, (), None)
-        torches = {p: Torch(p, p, (), "plain") for p in leaves}
+        model = TorchModel(leaves, (), None)
+        torches = {p: TorchParameter(p, p, (), "plain") for p in leaves}
     else:
-        model = TorchParams(leaves, as_names(names), axes)
+        model = TorchModel(leaves, as_names(names), axes)
         torches = {torch.name: torch for p in leaves for torch in model.complete(p)}
     rows: dict[str, Rounding] = {}
     last: dict[str, Any] = {}  # what is stacked in one leaf is merged once
@@ -107,9 +110,9 @@ def export(
         if torch.path not in last:
             last.clear()
             last[torch.path] = merged(torch.path)
-        return model.from_leaf(torch, last[torch.path])
+        return from_leaf(model, torch, last[torch.path])
 
-    info = {n: Info(dtype_of(t.path), model.torch_shape(t)) for n, t in torches.items()}
+    info = {n: Info(dtype_of(t.path), torch_shape(model, t)) for n, t in torches.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, info, read, {"format": "flax" if names is None else "pt"})

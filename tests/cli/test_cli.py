@@ -18,8 +18,9 @@ from helpers import random_like, relative_error
 
 import lora_jax
 from lora_jax.cli import __main__ as cli
-from lora_jax.cli import _commands as commands
-from lora_jax.cli._factors import difference, open_adapter
+from lora_jax.cli import _printing
+from lora_jax.cli._adapted_matrix import difference
+from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.files._checkpoint import Checkpoint, rewrite
 from lora_jax.files._tensors import Info, Tensors, write_tensors
 
@@ -81,7 +82,7 @@ def test_inspect(split, folders, call, form):
     delta = 1.5 * np.asarray(kernel.U @ kernel.V)
     values = np.linalg.svd(delta, compute_uv=False)[:2]
     name = "a/kernel" if form == "own" else "a"
-    one = open_adapter(folders / form).factors[name]
+    one = open_adapter(folders / form).matrices[name]
     assert np.allclose(one.singular_values, values, rtol=1e-5)
     share = values / values.sum()
     assert one.effective_rank == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
@@ -624,7 +625,7 @@ def test_inspect_keeps_its_digits(call, tmp_path):
     assert code == 0
     lines = out.splitlines()
     assert max(map(len, lines[:4])) <= 100
-    values = [one.singular_values for one in open_adapter(tmp_path / "x").factors.values()]
+    values = [one.singular_values for one in open_adapter(tmp_path / "x").matrices.values()]
     norms = sorted(float(np.linalg.norm(one)) for one in values)
     row = next(line for line in lines if "(12)" in line)
     assert row.startswith("...")
@@ -700,7 +701,7 @@ def test_diff(split, folders, call, tmp_path):
     code, out = call("diff", folders / "own", tmp_path / "other")
     assert code == 1
     assert "-1.0000" in out
-    a, b = (open_adapter(f).factors["a/kernel"] for f in (folders / "own", tmp_path / "other"))
+    a, b = (open_adapter(f).matrices["a/kernel"] for f in (folders / "own", tmp_path / "other"))
     assert difference(a, b) == pytest.approx((3.0, -1.0))
     assert difference(a, a) == pytest.approx((0.0, 1.0), abs=1e-12)
     lora_jax.save(tmp_path / "less", {"a": other["a"]})
@@ -835,7 +836,7 @@ def test_which_way_round_a_square_weight_is(
         for name, array in tuned.items():
             assert relative_error(merged[name], array) < 1e-6
     else:
-        one = open_adapter(tmp_path / "x").factors["h.c_proj"]
+        one = open_adapter(tmp_path / "x").matrices["h.c_proj"]
         assert relative_error(one.U @ one.V, (B @ A).T) < 1e-5
         said = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
         assert said["fan_in_fan_out"] == (expected == "conv1d")
@@ -906,7 +907,7 @@ def test_extract_makes_no_flax_adapter_of_torch(call, tmp_path, name):
     assert code == 1
     assert "there is nothing to extract" in out
     assert call("extract", *folders, "--allow-rest")[0] == 0
-    assert set(open_adapter(tmp_path / "x").factors) == {"l"}
+    assert set(open_adapter(tmp_path / "x").matrices) == {"l"}
 
 
 def test_extract_from_flax_finds_conv1d(call, tmp_path):
@@ -945,7 +946,7 @@ def test_extract_finds_the_adapter_again(split, folders, call, tmp_path, base):
     assert (
         call("extract", tuned, before, tmp_path / "y", "--explained_variance", "0.999999")[0] == 0
     )
-    assert {one.rank for one in open_adapter(tmp_path / "y").factors.values()} == {2}
+    assert {one.rank for one in open_adapter(tmp_path / "y").matrices.values()} == {2}
 
 
 def test_extract_leaves_nothing_out_in_silence(split, folders, call, tmp_path):
@@ -1047,4 +1048,4 @@ def test_as_a_program(folders):
         check=True,
     )
     assert "lora_jax, 2 matrices" in done.stdout
-    assert commands.console.file is sys.stdout
+    assert _printing.console.file is sys.stdout

@@ -16,10 +16,10 @@ from flax.traverse_util import unflatten_dict
 from helpers import random_like, random_variables
 
 import lora_jax
-from lora_jax.cli._factors import open_adapter
+from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.files._tensors import Tensors, encode
-from lora_jax.peft._config import by_pattern, first_match
-from lora_jax.peft._names import FAMILIES, KeyMapping
+from lora_jax.peft import FAMILIES, KeyMapping, _save
+from lora_jax.peft._patterns import by_pattern, first_match
 
 NAMES = [
     ("layers/{name}/kernel", "model.layers.{i}.{name}.weight"),
@@ -293,7 +293,11 @@ def test_a_layer_without_a_bias_says_so(biased, model):
             (),
             "one dropout",
         ),
-        (RULES["lora"], ["head/bias"], "'head' a part is fully trained, and 'head/kernel' is not"),
+        (
+            RULES["lora"],
+            ["head/bias"],
+            "part of the module 'head' is fully trained, and 'head/kernel' is not",
+        ),
         ([], ["head/.*"], "no adapter of a kernel"),
         ([lora_jax.Rule("embed/embedding", rank=2, materialize=True)], (), "all uses see"),
     ],
@@ -447,12 +451,12 @@ def test_names_that_end_alike(tmp_path):
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (said["target_modules"], said["exclude_modules"]) == (["lin"], ["sub.lin"])
     chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path, params), split("lin/kernel"))
-    with pytest.raises(ValueError, match=r"train 'sub\.(pre)?lin\.weight' whole too"):
+    with pytest.raises(ValueError, match=r"train 'sub\.(pre)?lin\.weight' fully too"):
         lora_jax.peft.save(tmp_path, *split("sub/prelin/kernel", ["lin/kernel"]))
     head = {"classifier": {"kernel": jnp.ones((3, 2))}} | params
     config = lora_jax.LoraConfig([lora_jax.Rule("lin/kernel", rank=1)])
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), head, config)
-    with pytest.raises(ValueError, match=r"'classifier\.weight' whole too.*leave out task_type"):
+    with pytest.raises(ValueError, match=r"'classifier\.weight' fully too.*leave out task_type"):
         lora_jax.peft.save(tmp_path, frozen, adapters, task_type="SEQ_CLS")
 
 
@@ -620,7 +624,7 @@ def edit_config(folder, **change):
         ({"rank_pattern": {"(a+)+": 4}}, "too complex .*of a group none but '\\?'"),
         ({"rank_pattern": {"(?:up){1,2}": 4}}, "too complex"),
         ({"rank_pattern": {".*a.*b.*c.*": 4}}, "too complex"),
-        ({"alpha_pattern": {"(": 4}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 4}}, "not a regular expression"),
         ({"alpha_pattern": {"layers.0.up": 4}}, "different ranks and alphas"),
         ({"use_dora": False}, "it should have A, B"),
         ({"use_rslora": 1}, "must be true or false"),
@@ -721,8 +725,8 @@ def test_tensors_that_do_not_fit(saved, model, change, message):
     ("name", "shape", "message"),
     [
         ("lora_A.weight", (0, 2**62), "is .* larger than an array may be"),
-        ("lora_A.weight", (0, 6), "which is no matrix with numbers"),
-        ("lora_B.weight", (6, 0), "which is no matrix with numbers"),
+        ("lora_A.weight", (0, 6), "which is not a matrix with numbers"),
+        ("lora_B.weight", (6, 0), "which is not a matrix with numbers"),
         ("lora_magnitude_vector", (0,), r"'model.layers.0.up' has m \(0,\), but 6 outputs"),
         ("lora_magnitude_vector", (2**62, 0), "is .* larger than an array may be"),
     ],
@@ -783,7 +787,7 @@ def test_a_config_is_never_beside_tensors_of_another(saved, model, monkeypatch):
     def fail(path, content):
         raise OSError("disk full")
 
-    monkeypatch.setattr(lora_jax.peft, "write_bytes", fail)
+    monkeypatch.setattr(_save, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         lora_jax.peft.save(folder, frozen, adapters, names=NAMES, axes=model[1])
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
@@ -936,7 +940,7 @@ def test_a_part_that_should_be_there(tmp_path):
     split = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig([rule]))
     with pytest.raises(ValueError, match="no name in PyTorch for part 1 of 'a/qkv/kernel'"):
         lora_jax.peft.save(tmp_path / "three", *split, names=some)
-    with pytest.raises(ValueError, match="3 kernels side by side, of which names names 2"):
+    with pytest.raises(ValueError, match="3 kernels side by side, and names names 2 of them"):
         lora_jax.export(tmp_path / "merged", *split, names=some)
 
 
