@@ -36,8 +36,8 @@ class Layouts:
     """What a base says of how its layers store their weights, and what the user answers.
 
     Args:
-      base: the base; ``config.json`` beside its files has the model's type.
-      answer: ``"in-out"`` or ``"out-in"``, for layers of which nothing else says it.
+      base: the base; ``config.json`` next to its files has the model's type.
+      answer: ``"in-out"`` or ``"out-in"``, for layers where nothing else says it.
       types: of the model, as others know them.
 
     Attributes:
@@ -102,14 +102,14 @@ class Layouts:
             raise ValueError(
                 f"{self._base.path}: {name!r} {shape} may be stored (in, out) or (out, in): in "
                 f"PyTorch as GPT-2's Conv1D or as a linear layer, in Flax the other way round. "
-                f"Neither shapes nor a config.json beside it say which. Say it, of all layers "
+                f"Neither shapes nor a config.json next to it say which. Say it, of all layers "
                 f"called {', '.join(layers)}, with --layout in-out or --layout out-in, or put the "
                 f"model's config.json there."
             )
         if self._answer == "in-out" and known and len(known) < len(layers):
             raise ValueError(
                 f"--layout in-out would be of all layers called {', '.join(layers)}, but in GPT-2 "
-                f"only {', '.join(known)} would be Conv1D: put the model's config.json beside "
+                f"only {', '.join(known)} would be Conv1D: put the model's config.json next to "
                 f"{self._base.path}."
             )
 
@@ -155,7 +155,7 @@ def kinds_of(types: Iterable[str], layer: str) -> set[str]:
 
 
 def model_types(base: Checkpoint) -> frozenset[str]:
-    """The types of the model, and of those in it, by the ``config.json`` beside its files."""
+    """The types of the model, and of those in it, by the ``config.json`` next to its files."""
     return frozenset(one for one in said_in(base.config, "model_type") if isinstance(one, str))
 
 

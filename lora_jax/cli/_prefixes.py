@@ -22,7 +22,7 @@ _WRAPPER = "module."  # of a model for several devices, as DistributedDataParall
 def aligned(
     files: PeftFiles, base: Checkpoint, ours: str | None = None, theirs: str | None = None
 ) -> tuple[PeftFiles, dict[str, str], list[str]]:
-    """The adapter, its name of every array of the base, and what is to be said of it.
+    """The adapter, its name of every array of the base, and notes on it.
 
     Args:
       files: the adapter.

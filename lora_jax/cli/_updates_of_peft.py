@@ -37,7 +37,7 @@ def updates_of_peft(
     Args:
       files: the adapter.
       base: the base, by the adapter's names.
-      layouts: how the base stores square weights, of which shapes do not say it.
+      layouts: how the base stores square weights, where shapes do not say it.
       experts: what shapes may not say of parameters that are adapted by themselves: their names in
         their module, in its order, and whether it stores them ``(experts, in, out)``.
       kinds: how weights are stored, where the adapter itself knows it, by their names.

@@ -1,4 +1,4 @@
-"""Trees for :mod:`lora_jax.peft` of adapters on disk, where nobody has the model."""
+"""Trees for :mod:`lora_jax.peft` of adapters on disk, without their model."""
 
 from __future__ import annotations
 

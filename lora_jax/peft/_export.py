@@ -36,7 +36,7 @@ def export(
     """Writes the merged model into a safetensors file, and says what rounding loses.
 
     ``W'`` is formed in float32 and cast once, one parameter after another: no more than one merged
-    parameter is in memory beside the base. The model's other collections are not in the file.
+    parameter is in memory besides the base. The model's other collections are not in the file.
 
     Args:
       path: the file, as ``"model.safetensors"``.

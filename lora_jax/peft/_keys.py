@@ -69,7 +69,7 @@ def split_role(name: str) -> tuple[str, str] | None:
 
 
 def without_copy(name: str) -> str:
-    """The name of a parameter of which this may name a copy: trained, or as it was before."""
+    """The name of a parameter, where this may name a copy of it: trained, or as it was before."""
     return _COPY.sub("", name)
 
 

@@ -49,7 +49,7 @@ def save(
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
     different dropouts; parts of a module that are fully trained; a :class:`lora_jax.LoraBias` of
     anything but the biases of all adapted layers. How this library computes an adapter
-    (``product``, ``detach_norm``) changes no result and is not saved. What training changed beside
+    (``product``, ``detach_norm``) changes no result and is not saved. What training changed besides
     the parameters, such as ``batch_stats``, has no place in PEFT's files: PEFT's model keeps its
     own, and where these differ, so do the outputs.
 

@@ -330,8 +330,8 @@ def test_merge_of_experts_rounds_each_by_chance(experts, call):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--layout", "in-out"), "said of the parameters that --experts names"),
-        (("--experts", "gate"), "--experts names 'gate', of which"),
+        (("--layout", "in-out"), "for the parameters that --experts names"),
+        (("--experts", "gate"), "--experts names 'gate', but"),
         (("--experts", "down", "up", "--layout", "out-in"), "do not fit the base's"),
     ],
 )
@@ -788,7 +788,7 @@ SAID = {
         {"model_type": "gpt2"},
         {},
         ("--layout", "in-out"),
-        "of which nothing else says it",
+        "where nothing else says it",
     ),
 }
 

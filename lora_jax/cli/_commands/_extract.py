@@ -48,9 +48,9 @@ def extract(
             PEFT, Flax's paths one of lora_jax.
         rank: the rank of every matrix; either this or explained_variance.
         explained_variance: keep this share of the squared norm of every difference.
-        match: only matrices whose whole name matches this regular expression; in PyTorch's names
+        match: only matrices whose full name matches this regular expression; in PyTorch's names
             it must leave out embeddings, which look like linear layers in a file.
-        allow_rest: leave out what differs and is no matrix that matches; else it is an error.
+        allow_rest: leave out what differs and is not a matrix that matches; else it is an error.
         layout: as for merge: whether PyTorch stores square weights of layers (in, out), as GPT-2's
             Conv1D does, or (out, in), where neither other shapes nor the base's config.json say it.
     """
@@ -111,7 +111,7 @@ def extract(
     if any(torch) and not all(torch):
         raise ValueError("The names are neither all PyTorch's nor all Flax's: narrow --match.")
     if layout is not None and not layouts.asked:
-        raise ValueError("--layout is said of square weights of which nothing else says it.")
+        raise ValueError("--layout is for square weights where nothing else says it.")
     if all(torch):
         names = [(name, name, kinds[name]) for name in found]
         frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape, jnp.float32) for n in found}

@@ -70,7 +70,7 @@ def merge(
             GPT-2's Conv1D does, or (out, in), where neither other shapes nor the base's config.json
             say it.
         adapter_prefix: how the adapter's names begin where the base's do not, as "bert."; found by
-            itself where there is one way only.
+            itself where there is one choice only.
         base_prefix: how the base's names begin where the adapter's do not.
     """
     check_new(out)
@@ -137,8 +137,8 @@ def _by_torch_names(
     updates = updates_of_peft(files, BaseAtStart(base, files, tie), layouts, order, kinds)
     if layout is not None and not (experts or layouts.asked):
         raise ValueError(
-            "--layout is said of the parameters that --experts names, or of square weights of "
-            "which nothing else says it, and there is none."
+            "--layout is for the parameters that --experts names, or for square weights where "
+            "nothing else says it, and there is none."
         )
     updates = with_consequences(updates, base, model, tie, notes)
     if set(updates.info) <= set(base):
@@ -153,4 +153,6 @@ def _check_experts(adapter: Path, experts: Sequence[str]) -> None:
     targets = read(adapter, tying=True).config.target_parameters if is_peft(adapter) else ()
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:
-            raise ValueError(f"--experts names {name!r}, of which {adapter} is no adapter of PEFT.")
+            raise ValueError(
+                f"--experts names {name!r}, but {adapter} is not an adapter of PEFT for it."
+            )

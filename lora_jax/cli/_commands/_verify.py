@@ -18,7 +18,7 @@ from lora_jax.files._checkpoint import Checkpoint
 def verify(
     path: Adapter, base: Annotated[Path | None, tyro.conf.arg(metavar="BASE")] = None
 ) -> int:
-    """Reads all of an adapter, and says whether it is whole and, if asked, fits its base.
+    """Reads all of an adapter, and says whether it is complete and, if asked, fits its base.
 
     Example: lora-jax verify my-adapter --base base.safetensors
 
