@@ -20,22 +20,27 @@ from lora_jax._renamed import renamed_names
 from lora_jax._version import __version__ as __version__
 from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
 from lora_jax.arithmetic._combine import combine, compress
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.core._config import LoraConfig, Rule
+from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._kernel import AdaptedKernel
-from lora_jax.files._store import load, save
+from lora_jax.files._load import load
+from lora_jax.files._save import save
 from lora_jax.linen._apply import lora_apply
 from lora_jax.linen._discover import kernel_axes
 from lora_jax.linen._init_model import lora_init_model
 from lora_jax.linen._registry import register
+from lora_jax.many._cache_norm import cache_norm
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
-from lora_jax.many._stack import cache_norm, stack
+from lora_jax.many._stack import stack
 from lora_jax.peft._export import export
-from lora_jax.trees._rounding import Rounding, RoundingReport
+from lora_jax.peft._lora_bias import LoraBias
+from lora_jax.trees._init import lora_init
+from lora_jax.trees._merge import lora_merge
+from lora_jax.trees._rounding import Rounding, RoundingReport, rounding
 from lora_jax.trees._summary import Summary, summary
-from lora_jax.trees._tree import lora_init, lora_merge, rounding
 
 __all__ = [
     "AdaptedKernel",

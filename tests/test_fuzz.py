@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax.files import _store as store
+from lora_jax.files._format import checksum
 from lora_jax.files._tensors import Tensors
 from lora_jax.peft._read_config import read_config
 
@@ -114,7 +114,7 @@ def reseal(folder, file):
         said = json.loads(index.read_text())
         if file.suffix == ".safetensors":
             said["tensors"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        said["checksum"] = store._checksum(said)
+        said["checksum"] = checksum(said)
     except (ValueError, TypeError, KeyError):
         return
     index.write_text(json.dumps(said))

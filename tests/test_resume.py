@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 import lora_jax
 from examples import data, finetune, minilm
 from examples.checkpoint import CannotResume, Checkpoints, Log
-from lora_jax.files import _store as store
+from lora_jax.files._read import read
 
 # The embeddings are nearly all of it, so that a checkpoint with the base would be large.
 CONFIG = minilm.Config(vocabulary=20_000, layers=1, width=12, heads=3, hidden=20, positions=8)
@@ -237,7 +237,7 @@ def run_demo(folder, **changes):
 
 
 def outcome(folder):
-    adapters = {way: store.read(folder / way).adapters for way in WAYS}
+    adapters = {way: read(folder / way).adapters for way in WAYS}
     return adapters, json.loads((folder / "results.json").read_text())
 
 
@@ -254,7 +254,7 @@ def test_demo(demo, tmp_path, capsys):
     run_demo(tmp_path / "b", resume=True, save_every=4)
     assert 0 < demo["done"] <= 2 * 4 * STEPS - 7 - 30 - 75 + 4 * 4
     chex.assert_trees_all_equal(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
-    assert store.read(tmp_path / "b" / "dora").metadata["rank"] == OPTIONS.rank
+    assert read(tmp_path / "b" / "dora").metadata["rank"] == OPTIONS.rank
 
     demo["left"] = 0  # all is finished: not a step more
     run_demo(tmp_path / "b", resume=True)

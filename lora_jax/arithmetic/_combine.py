@@ -16,18 +16,11 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import is_traced
 from lora_jax._renamed import renamed_arguments
 from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
-from lora_jax.arithmetic._combine_kernel import Plan, combine_kernel, combine_whole
+from lora_jax.arithmetic._combine_kernel import Plan, combine_fully_trained, combine_kernel
 from lora_jax.arithmetic._sums import matrix_of
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.core._config import nearest
-from lora_jax.trees._checks import (
-    base_of,
-    check_factors,
-    check_fits,
-    check_floating,
-    is_finite,
-    nodes_of,
-)
+from lora_jax.core._node import Node
+from lora_jax.trees._leaves import is_finite
+from lora_jax.trees._pair import base_of, check_pair, nodes_of
 from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
 
 # What must be alike to be added; the rest of an adapter says how it is trained.
@@ -170,37 +163,29 @@ def _combine(
     if not plan.exact and any(is_traced(x) for x in (*weights, plan.key)):
         raise TypeError(f"The weights or the key are traced: {_ON_HOST}")
     base = None if params is None else base_of(params, "params")
-    nodes = [flatten(tree, f"adapters[{i}]") for i, tree in enumerate(trees)]
-    for i, tree in enumerate(trees):
-        nodes_of(tree, f"adapters[{i}]", base)
+    leaves = [flatten(tree, f"adapters[{i}]") for i, tree in enumerate(trees)]
+    nodes = [nodes_of(tree, f"adapters[{i}]", base) for i, tree in enumerate(trees)]
     flat: dict[Key, Any] = {}
     rows: dict[str, Approximation] = {}
-    for key in _keys(nodes):
+    for key in _keys(leaves):
         path = path_of(key)
-        found = {
-            i: one[key] for i, one in enumerate(nodes) if one.get(key, empty_node) is not empty_node
-        }
+        found = {i: one[key] for i, one in enumerate(nodes) if key in one}
         if not found:
             flat[key] = empty_node
             continue
-        if any(isinstance(node, LoraBias) for node in found.values()):
-            raise ValueError(
-                f"Something is added to {path!r} (PEFT's lora_bias), of which there is no "
-                f"arithmetic: merge such an adapter into its base."
-            )
         _check_nodes(path, found, plan)
-        leaf = _base_leaf(path, key, base)
-        if not plan.exact and is_traced(unbox(leaf)):
+        leaf = _base_leaf(key, found, base)
+        if not plan.exact and is_traced(leaf):
             raise TypeError(f"params is traced at {path!r}: {_ON_HOST}")
-        own = [weights[i] for i in found]
-        if isinstance(next(iter(found.values())), Adapter):
-            W = _matrix(path, found, leaf, base)
-            flat[key], rows[path] = combine_kernel(path, found, own, W, plan)
+        own_weights = [weights[i] for i in found]
+        first = next(iter(found.values()))
+        if first.in_base:
+            W = _matrix(path, found, leaf)
+            flat[key], rows[path] = combine_kernel(path, found, own_weights, W, plan)
         else:
-            _check_whole_leaf(path, found, leaf)
             complete = len(found) == len(trees)
-            flat[key] = combine_whole(path, found, own, unbox(leaf), complete, plan)
-            rows[path] = Approximation(None, 0.0)
+            combined = combine_fully_trained(path, found, own_weights, leaf, complete, plan)
+            flat[key], rows[path] = combined.as_leaf(), Approximation(None, 0.0)
     return unflatten(flat, trees[0]), ApproximationReport(rows)
 
 
@@ -253,45 +238,36 @@ def _keys(nodes: Sequence[Mapping[Key, Any]]) -> list[Key]:
 
 
 def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
-    """Errors where what several trees have at a path cannot be added."""
-    (i, first), *rest = found.items()
+    """Raises an error if what several trees have at a path cannot be added."""
     for j, node in found.items():
+        node.check_combines(path, f"adapters[{j}]")
         arrays = jax.tree.leaves(node)
-        if not arrays or not all(isinstance(array, jax.Array | np.ndarray) for array in arrays):
+        if not all(isinstance(array, jax.Array | np.ndarray) for array in arrays):
             raise TypeError(
-                f"adapters[{j}] has {node!r} at {path!r}, which is neither an adapter nor an array."
+                f"adapters[{j}] has {node.as_leaf()!r} at {path!r}, which is neither an adapter "
+                f"nor an array."
             )
-        if isinstance(node, Adapter):
-            if node.count is not None:
-                raise ValueError(
-                    f"adapters[{j}] is a stack of {node.count} adapters, at {path!r}: combine each "
-                    f"one alone, jax.tree.map(lambda x: x[i], stacked)."
-                )
-            check_factors(path, node, f"adapters[{j}]")
         if any(is_traced(array) for array in arrays) and not plan.exact:
             raise TypeError(f"{path!r} is traced: {_ON_HOST}")
         if not all(map(is_finite, arrays)):
             raise ValueError(f"adapters[{j}] has NaN or infinite values at {path!r}.")
+    (i, first), *rest = found.items()
     for j, node in rest:
-        if isinstance(first, Adapter) != isinstance(node, Adapter):
-            ways = [
-                "an adapter" if isinstance(one, Adapter) else "the fully trained leaf"
-                for one in (first, node)
+        if first.in_base != node.in_base:
+            kinds = [
+                "an adapter" if one.in_base else "the fully trained leaf" for one in (first, node)
             ]
             raise ValueError(
-                f"adapters[{i}] has {ways[0]} at {path!r}, adapters[{j}] {ways[1]}: these cannot "
+                f"adapters[{i}] has {kinds[0]} at {path!r}, adapters[{j}] {kinds[1]}: these cannot "
                 f"be added. Merge one into the parameters instead."
             )
-        if isinstance(first, Adapter):
-            for name in _SAME:
-                if (a := getattr(first, name)) != (b := getattr(node, name)):
-                    raise ValueError(
-                        f"{path!r} is adapted with {name}={a} in adapters[{i}], and {name}={b} in "
-                        f"adapters[{j}]: only what is adapted alike can be added."
-                    )
-            shapes = [(*np.shape(one.U)[:-1], np.shape(one.V)[-1]) for one in (first, node)]
-        else:
-            shapes = [_leaf_facts(one) for one in (first, node)]
+        for name in _SAME if first.in_base else ():
+            if (a := getattr(first, name)) != (b := getattr(node, name)):
+                raise ValueError(
+                    f"{path!r} is adapted with {name}={a} in adapters[{i}], and {name}={b} in "
+                    f"adapters[{j}]: only what is adapted alike can be added."
+                )
+        shapes = [_shape(one) for one in (first, node)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"{path!r} is {shapes[0]} in adapters[{i}], and {shapes[1]} in adapters[{j}]: they "
@@ -299,54 +275,39 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
             )
 
 
-def _leaf_facts(node: Any) -> tuple[Any, ...]:
-    """Shape and dtypes of a fully trained leaf, in the tree and in the model."""
-    array = unbox(node.value if isinstance(node, FullyTrained) else node)
-    dtype = jnp.dtype(array.dtype).name
-    return (*array.shape, dtype, node.dtype if isinstance(node, FullyTrained) else dtype)
+def _shape(node: Any) -> tuple[Any, ...]:
+    """``(*stack, d, k)`` of a kernel; shape and dtypes of a fully trained leaf."""
+    if node.in_base:
+        return (*np.shape(node.U)[:-1], np.shape(node.V)[-1])
+    array = node.array
+    return (*array.shape, jnp.dtype(array.dtype).name, node.merged_dtype().name)
 
 
-def _base_leaf(path: str, key: Key, base: Mapping[Key, Any] | None) -> Any:
-    """What ``params`` has at a path; ``None`` where it has nothing."""
-    leaf = (base or {}).get(key, empty_node)
+def _base_leaf(key: Key, found: Mapping[int, Node], base: Mapping[Key, Any] | None) -> Any:
+    """The array that ``params`` has for these nodes; ``None`` where it is not known."""
+    if base is None:
+        return None
+    for i, node in found.items():
+        try:
+            check_pair(key, node, base, name="params")
+        except ValueError as error:
+            raise ValueError(f"adapters[{i}]: {error}") from None
+    leaf = base.get(key, empty_node)
     if leaf is empty_node:
         return None
-    check_floating(path, leaf, "params has")
-    if not is_finite(unbox(leaf)):
-        raise ValueError(f"params has NaN or infinite values at {path!r}.")
-    return leaf
+    if not is_finite(array := unbox(leaf)):
+        raise ValueError(f"params has NaN or infinite values at {path_of(key)!r}.")
+    return array
 
 
-def _matrix(
-    path: str, found: Mapping[int, Adapter], leaf: Any, base: Mapping[Key, Any] | None
-) -> chex.Array | None:
+def _matrix(path: str, found: Mapping[int, Any], kernel: Any) -> chex.Array | None:
     """``W``, where an adapter needs it."""
-    if base is not None and leaf is None:
-        near = nearest(path, [path_of(key) for key in base])
-        raise ValueError(
-            f"adapters[{min(found)}] has an adapter for {path!r}, but params has no such kernel. "
-            f"Was it made for another model? Nearest paths: {', '.join(near) or 'none'}."
-        )
-    if leaf is not None:
-        for node in found.values():
-            check_fits(path, leaf, node)
     dora = [i for i, node in found.items() if node.m is not None]
     if not dora:
         return None
-    if leaf is None:
+    if kernel is None:
         raise ValueError(
             f"adapters[{dora[0]}] is a DoRA at {path!r}, whose change depends on the kernel: pass "
             f"params=, the parameters that the adapters were trained on."
         )
-    return matrix_of(unbox(leaf), found[dora[0]])
-
-
-def _check_whole_leaf(path: str, found: Mapping[int, Any], leaf: Any) -> None:
-    if leaf is None:
-        return
-    shape, *_ = (unbox(getattr(node, "value", node)).shape for node in found.values())
-    if (there := tuple(unbox(leaf).shape)) != tuple(shape):
-        raise ValueError(
-            f"{path!r} is fully trained as {tuple(shape)}, but params has {there} there. Are they "
-            f"of another model?"
-        )
+    return matrix_of(kernel, found[dora[0]])

@@ -19,8 +19,9 @@ from lora_jax.arithmetic import _task_vectors as task_vectors
 from lora_jax.arithmetic._approximation import Approximation, Nearest, nearest, nearest_product
 from lora_jax.arithmetic._sums import Sum
 from lora_jax.arithmetic._task_vectors import METHODS, RANDOM
-from lora_jax.core._adapter import Adapter, FullyTrained
-from lora_jax.trees._paths import rebox, unbox
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._fully_trained import FullyTrained
+from lora_jax.trees._paths import rebox
 from lora_jax.trees._rounding import key_for
 
 
@@ -111,7 +112,7 @@ def _check_type(name: str, value: Any, kind: type) -> None:
 
 
 def combine_kernel(
-    path: str, found: dict[int, Adapter], weights: Sequence[Any], W: chex.Array | None, plan: Plan
+    path: str, found: dict[int, Any], weights: Sequence[Any], W: chex.Array | None, plan: Plan
 ) -> tuple[Adapter, Approximation]:
     """The adapters of one kernel as one.
 
@@ -137,14 +138,14 @@ def combine_kernel(
     return combined, Approximation(combined.rank, error)
 
 
-def combine_whole(
+def combine_fully_trained(
     path: str,
     found: dict[int, Any],
     weights: Sequence[Any],
     leaf: Any,
     complete: bool,
     plan: Plan,
-) -> Any:
+) -> FullyTrained:
     """One leaf that is fully trained: its base, and the combined changes.
 
     Args:
@@ -158,8 +159,8 @@ def combine_whole(
     Raises:
       ValueError: the base is needed, but not known.
     """
-    first = next(iter(found.values()))
-    values = [jnp.asarray(unbox(getattr(node, "value", node))) for node in found.values()]
+    first: FullyTrained = next(iter(found.values()))
+    values = [jnp.asarray(node.array) for node in found.values()]
     if leaf is None:
         known = complete and plan.linear and not is_traced(sum(weights))
         if not (known and math.isclose(sum(weights), 1.0, abs_tol=1e-6)):
@@ -181,13 +182,11 @@ def combine_whole(
                 plan.combination_type, arrays, weights, plan.density, keys
             )
     result = jnp.asarray(result, values[0].dtype)
-    if isinstance(first, FullyTrained):
-        return FullyTrained(rebox(first.value, result), first.dtype)
-    return rebox(first, result)
+    return FullyTrained(rebox(first.value, result), first.dtype)
 
 
 def _merged(
-    path: str, found: dict[int, Adapter], weights: Sequence[Any], W: chex.Array | None, plan: Plan
+    path: str, found: dict[int, Any], weights: Sequence[Any], W: chex.Array | None, plan: Plan
 ) -> tuple[Sum, float]:
     """Of dense task vectors, matrix by matrix, and its relative error."""
     if plan.rank is None and plan.explained_variance is None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.cli._adapted_matrix import AdaptedMatrix, Array
-from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.files import _store as store
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._fully_trained import as_node
+from lora_jax.files._format import INDEX
+from lora_jax.files._read import read as read_lora_jax
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft._config import CONFIG, PeftConfig
 from lora_jax.peft._folder import PeftFiles, read
@@ -42,7 +44,7 @@ class OpenedAdapter:
 
 def is_peft(path: StrPath) -> bool:
     """Whether a folder holds an adapter of PEFT, and not one of lora_jax."""
-    return (Path(path) / CONFIG).exists() and not (Path(path) / store.INDEX).exists()
+    return (Path(path) / CONFIG).exists() and not (Path(path) / INDEX).exists()
 
 
 def open_adapter(path: StrPath) -> OpenedAdapter:
@@ -57,17 +59,19 @@ def open_adapter(path: StrPath) -> OpenedAdapter:
 
 def _open_lora_jax(path: StrPath) -> OpenedAdapter:
     """The matrices of an adapter of lora_jax."""
-    stored = store.read(path)
+    stored = read_lora_jax(path)
     matrices: dict[str, AdaptedMatrix] = {}
     fully_trained: dict[str, Array] = {}
     added: dict[str, Array] = {}
-    for name, node in stored.adapters.items():
+    for name, leaf in stored.adapters.items():
+        node = as_node(leaf)
         if isinstance(node, Adapter):
             matrices |= _matrices(name, node)
-        elif isinstance(node, LoraBias):
-            added[name + ADDED] = node.scale * node.value
+        elif node.in_base:
+            (array,) = node.arrays.values()
+            added[name + ADDED] = np.asarray(node.merge(np.zeros_like(array)))
         else:
-            fully_trained[name] = np.asarray(getattr(node, "value", node))
+            fully_trained[name] = np.asarray(node.merge(None))
     fully_trained |= added
     for name, arrays in stored.collections.items():
         fully_trained |= {f"{name}: {path}": array for path, array in arrays.items()}

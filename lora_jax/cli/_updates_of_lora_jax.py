@@ -10,11 +10,11 @@ import numpy as np
 
 from lora_jax.cli._fits_base import check_has, check_shape
 from lora_jax.cli._updates import Parts, Updates
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
-from lora_jax.files import _store as store
+from lora_jax.core._fully_trained import as_node
+from lora_jax.core._node import Node
 from lora_jax.files._checkpoint import Checkpoint
+from lora_jax.files._read import read
 from lora_jax.files._tensors import Info, StrPath
-from lora_jax.trees._checks import check_fits, check_merges
 
 
 def updates_of_lora_jax(path: StrPath, base: Checkpoint) -> Updates:
@@ -25,19 +25,20 @@ def updates_of_lora_jax(path: StrPath, base: Checkpoint) -> Updates:
     """
     merged: dict[str, Callable[[np.ndarray], Parts]] = {}
     replaced: dict[str, np.ndarray] = {}
-    for name, node in store.read(path).adapters_alone(path).items():
+    for name, leaf in read(path).adapters_alone(path).items():
         check_has(base, name, path)
-        if isinstance(node, Adapter | LoraBias):
-            check_merges(name, node)
-            check_fits(name, np.broadcast_to(np.float32(0), base.info[name].shape), node)
+        node = as_node(leaf)
+        if node.in_base:
+            node.check_merges(name)
+            node.check_fits(name, base.info[name].shape)
             merged[name] = functools.partial(_parts, node)
         else:
-            array = np.asarray(node.value if isinstance(node, FullyTrained) else node)
+            array = np.asarray(node.merge(None))
             check_shape(name, Info(array.dtype, array.shape), base, path)
             replaced[name] = array
     return Updates(base, merged, replaced, base.info)
 
 
-def _parts(node: Adapter | LoraBias, W: np.ndarray) -> Parts:
+def _parts(node: Node, W: np.ndarray) -> Parts:
     """``W'``, which is one part."""
-    yield (), jax.jit(type(node).effective_kernel)(node, W)
+    yield (), jax.jit(type(node).merge)(node, W)

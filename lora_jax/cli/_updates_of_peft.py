@@ -15,7 +15,6 @@ from lora_jax.cli._fits_base import check_has, check_shape
 from lora_jax.cli._layouts import Layouts
 from lora_jax.cli._updates import Parts, Updates
 from lora_jax.cli._vocabulary import is_head
-from lora_jax.core._adapter import LoraBias
 from lora_jax.core._variants import VARIANTS
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft._key_mapping import EXPERTS
@@ -87,7 +86,7 @@ def _merged_layer(
         )
     merged = {name: _merged_weight(files, module, keys, kind, (d, k), r)}
     if "bias" in keys:
-        merged[f"{module}.bias"] = _merged_bias(files, module, keys["bias"], base)
+        merged[f"{module}.bias"] = _merged_bias(files, module, base)
     return merged
 
 
@@ -184,11 +183,9 @@ def _merged_weight(
     return merged
 
 
-def _merged_bias(
-    files: PeftFiles, module: str, key: str, base: BaseAtStart
-) -> Callable[[np.ndarray], Parts]:
+def _merged_bias(files: PeftFiles, module: str, base: BaseAtStart) -> Callable[[np.ndarray], Parts]:
     """The bias of a layer with that of ``B`` added."""
-    name, path = f"{module}.bias", files.tensors.path
+    name, key, path = f"{module}.bias", files.modules[module]["bias"], files.tensors.path
     if name not in base:
         raise ValueError(
             f"{path} has {key!r}, but {base.path} has no {name!r} that it could be added to: the "
@@ -202,9 +199,7 @@ def _merged_bias(
         )
 
     def merged(b: np.ndarray) -> Parts:
-        added = jnp.asarray(files.tensors[key].astype(np.float32))
-        node = LoraBias(added, files.config.scale_of(module))
-        yield (), node.effective_kernel(jnp.asarray(b))
+        yield (), files.lora_bias(module).merge(jnp.asarray(b))
 
     return merged
 

@@ -13,9 +13,10 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft
 from lora_jax.cli._layouts import kinds_of
-from lora_jax.core._adapter import Adapter, LoraBias
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.files import _store as store
+from lora_jax.core._fully_trained import as_node
+from lora_jax.files._read import read as read_lora_jax
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft._folder import PeftFiles, read
 from lora_jax.peft._key_mapping import EXPERTS, KeyMapping, find
@@ -54,9 +55,10 @@ def trees_of_lora_jax(
     Raises:
       ValueError: if only the model knows a shape.
     """
-    found = store.read(path).adapters_alone(path)
+    found = read_lora_jax(path).adapters_alone(path)
     base = {}
-    for name, node in found.items():
+    for name, leaf in found.items():
+        node = as_node(leaf)
         if isinstance(node, Adapter):
             mapping = find(name, names)
             maybe_conv = mapping is not None and mapping.kind in ("conv", "weight")
@@ -66,8 +68,9 @@ def trees_of_lora_jax(
                     f"convert it in Python, with lora_jax.peft.save and the model."
                 )
             base[name] = jax.ShapeDtypeStruct(kernel_shape(node), jnp.float32)
-        elif isinstance(node, LoraBias):
-            base[name] = jax.ShapeDtypeStruct(node.value.shape, jnp.float32)
+        elif node.in_base:
+            (array,) = node.arrays.values()
+            base[name] = jax.ShapeDtypeStruct(array.shape, jnp.float32)
     axes = {name: node.axes for name, node in found.items() if isinstance(node, Adapter)}
     return nested(base), nested(found), axes
 

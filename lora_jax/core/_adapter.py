@@ -1,4 +1,4 @@
-"""The nodes of an adapter tree: ``(U, V, m)`` beside a kernel, a shift, a fully trained leaf."""
+"""The node of an adapted kernel: its factors ``U`` and ``V``, and the magnitude ``m`` of DoRA."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lora_jax._compat import is_traced
 from lora_jax._renamed import renamed_fields
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._config import Rule, scale
 from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._variants import VARIANTS, float32_or_more
+from lora_jax.core._node import Node
+from lora_jax.core._variants import VARIANTS, column_norm, float32_or_more
 
 
-@renamed_fields(substitute="materialize")
+@renamed_fields(substitute="materialize", effective_kernel="merge")
 @flax.struct.dataclass
-class Adapter:
+class Adapter(Node):
     """The trained arrays of one kernel, and what is static about them.
 
     A pytree: its leaves are ``U``, ``V`` and, for DoRA, ``m``, all float32, but that ``m`` has the
@@ -70,6 +73,11 @@ class Adapter:
         return int(self.U.shape[0]) if self.U.ndim == self.ndim + 1 else None
 
     @property
+    def is_alone(self) -> bool:
+        """Whether this is one adapter; false of a tree that has other things for arrays."""
+        return np.ndim(self.U) == self.ndim
+
+    @property
     def ndim(self) -> int:
         """How many axes ``U`` and ``V`` of one adapter have."""
         return len(self.axes.batch) + (self.axes.fused > 1) + 2
@@ -83,7 +91,18 @@ class Adapter:
             del shapes["m"]
         return {name: (*stack, *shape) for name, shape in shapes.items()}
 
-    def effective_kernel(self, kernel: chex.Array) -> chex.Array:
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """``U``, ``V`` and, for DoRA, ``m``."""
+        arrays = {"U": self.U, "V": self.V, "m": self.m}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether the kernel's layer computes with the factors."""
+        return not self.materialize
+
+    def merge(self, kernel: chex.Array) -> chex.Array:
         """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
 
         def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
@@ -93,44 +112,94 @@ class Adapter:
             adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
             return self.axes.from_matrix(adapted, kernel)
 
-        whole: chex.Array = left_to_compiler(merged, kernel, self.U, self.V, self.m, like=kernel)
-        return whole
+        W_: chex.Array = left_to_compiler(merged, kernel, self.U, self.V, self.m, like=kernel)
+        return W_
 
+    def zero_columns(self, kernel: Any) -> int | None:
+        """How many columns of the kernel DoRA has no direction for; ``None`` where unknown."""
+        if self.m is None or isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel):
+            return None
+        matrix = self.axes.as_matrix(jnp.asarray(kernel))
+        return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
 
-@flax.struct.dataclass
-class LoraBias:
-    """What is added to a leaf that stays in the base: ``b' = b + s v``, as PEFT's ``lora_bias``.
+    def check(self, path: str) -> None:
+        """Raises ValueError if there is no such variant, or its arrays are not there."""
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"The adapter for {path!r} is of variant {self.variant!r}; there are "
+                f"{', '.join(VARIANTS)}."
+            )
+        if (self.m is None) != (VARIANTS[self.variant].magnitude is None):
+            has = "no m" if self.m is None else "an m"
+            raise ValueError(
+                f"The adapter for {path!r} is of variant {self.variant!r}, but has {has}. Was it "
+                f"saved with another variant?"
+            )
 
-    With ``b`` the bias of an adapted layer it is ``x W + b + s ((x U) V + v)``. Kept apart from
-    ``b``, ``v`` comes back from a file and goes into one as it is, trained further or not.
+    def check_fits(
+        self, path: str, shape: tuple[int, ...], count: int | None = None, name: str = "the base"
+    ) -> None:
+        """Checks the shapes of ``U``, ``V`` and ``m`` against that of the kernel."""
+        if len(shape) != self.axes.ndim:
+            raise ValueError(
+                f"The adapter for {path!r} is for a kernel of {self.axes.ndim} axes, but the base "
+                f"has {shape} there. Was it made for another model?"
+            )
+        self.check(path)
+        try:
+            shapes = self.shapes(shape)
+        except ValueError as error:
+            raise ValueError(f"The adapter for {path!r} does not fit: {error}") from None
+        for field, expected in shapes.items():
+            found = tuple(getattr(self, field).shape)
+            if count is not None:
+                expected = (count, *expected)
+            if found[1:] == expected and count is None:
+                raise ValueError(
+                    f"The adapter for {path!r} is a stack of {found[0]}. Say which one each "
+                    f"example of the batch shall have, lora_apply(..., adapter_ids=ids), or take "
+                    f"one alone: jax.tree.map(lambda x: x[i], stacked)."
+                )
+            if found != expected:
+                raise ValueError(
+                    f"The adapter for {path!r} does not fit the kernel {shape}: {field} is "
+                    f"{found}, but should be {expected}. Was it made for another model?"
+                )
 
-    Attributes:
-      value: ``v``, of the leaf's own shape, in float32.
-      scale: ``s``; of a bias, that of the adapter of its layer.
-    """
+    def check_merges(self, path: str) -> None:
+        """Raises ValueError if the adapter is for one of several uses of the kernel."""
+        if self.untied:
+            raise ValueError(
+                f"The adapter of {path!r} has tied='untie': it adapts one of several uses of the "
+                f"parameter, so no merged parameter gives the same model."
+            )
 
-    value: Any
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    def check_combines(self, path: str, name: str) -> None:
+        """Raises ValueError if this is not one adapter of one rank."""
+        if self.count is not None:
+            raise ValueError(
+                f"{name} is a stack of {self.count} adapters, at {path!r}: combine each one alone, "
+                f"jax.tree.map(lambda x: x[i], stacked)."
+            )
+        self.check_factors(path, name)
 
-    def effective_kernel(self, leaf: chex.Array) -> chex.Array:
-        """``b'`` in float32."""
-        return leaf.astype(float32_or_more(leaf.dtype)) + self.scale * self.value
+    def check_stacks(self, path: str, name: str) -> None:
+        """Raises ValueError if this is not one adapter of one rank."""
+        if self.count is not None:
+            raise ValueError(
+                f"{name} is a stack of {self.count} adapters already, at {path!r}: stack adapters "
+                f"that are alone."
+            )
+        self.check_factors(path, name)
 
-
-@flax.struct.dataclass
-class FullyTrained:
-    """A leaf that is fully trained, kept in float32 though the model has it in less.
-
-    An optimizer's small steps vanish in 16 bits. The leaf goes back to ``dtype`` where the model
-    uses it. A leaf that is float32 in the model stands in the tree as the plain array.
-
-    Attributes:
-      value: the leaf in float32.
-      dtype: name of the dtype that the model has it in.
-    """
-
-    value: Any
-    dtype: str = flax.struct.field(pytree_node=False, default="float32")
+    def check_factors(self, path: str, name: str) -> None:
+        """Raises ValueError if ``U`` and ``V`` are not factors of one product of rank ``rank``."""
+        U, V = np.shape(self.U), np.shape(self.V)
+        if U[:-2] != V[:-2] or not U[-1] == V[-2] == self.rank:
+            raise ValueError(
+                f"{name} has U {U} and V {V} at {path!r}, which are not of one stack and of rank "
+                f"{self.rank}."
+            )
 
 
 def default_std(d: int) -> float:

@@ -9,7 +9,7 @@ import chex
 from flax.traverse_util import empty_node
 
 from lora_jax.files._tensors import check_name
-from lora_jax.trees._checks import pair_of
+from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import Key, path_of
 
 
@@ -33,6 +33,6 @@ def named(leaves: Mapping[Key, Any], name: str) -> dict[str, Any]:
 def named_pair(
     frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, either: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """:func:`lora_jax.trees._checks.pair_of` by paths, of which no two may be the same."""
-    base, nodes = pair_of(frozen, adapters, either=either)
+    """:func:`lora_jax.trees._pair.pair` by paths, of which no two may be the same."""
+    base, nodes = pair(frozen, adapters, either=either)
     return named(base, "frozen"), named(nodes, "adapters")

@@ -27,7 +27,8 @@ import numpy as np
 
 from lora_jax import _compat as compat
 from lora_jax._compat import is_traced
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._kernel import AdaptedKernel, Unseen
 from lora_jax.core._mixed import BASE, Ids, checked_ids, taken
 from lora_jax.core._product import normalized
@@ -38,9 +39,10 @@ from lora_jax.linen import (
 from lora_jax.linen._registry import entries_of, entry_of, known_layers
 from lora_jax.tracing._liveness import arrays_in, live_inputs, read_inputs
 from lora_jax.tracing._rows import gives_variables, over_rows
-from lora_jax.trees._checks import base_of, nodes_of, stack_size
+from lora_jax.trees._merge import join, merged_leaf
+from lora_jax.trees._pair import base_of, nodes_of
 from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
-from lora_jax.trees._tree import join, merged_kernel
+from lora_jax.trees._stack_size import stack_size
 
 # The name of an adapter is that of its parameter and this.
 SUFFIX = "@lora"
@@ -219,10 +221,8 @@ def _apply(
     """:func:`lora_apply` with one adapter, or of one row of the batch."""
     nodes: dict[Key, _Placed] = {}
 
-    def place(key: Key, leaf: Any, node: Adapter | LoraBias) -> dict[Key, Any]:
-        if isinstance(node, LoraBias):  # never stacked
-            return {key: merged_kernel(leaf, node)}
-        if node.materialize:
+    def place(key: Key, leaf: Any, node: Adapter) -> dict[Key, Any]:
+        if not node.in_layer:
             return {key: _materialized(path_of(key), leaf, node, which)}
         nodes[key] = _placed(path_of(key), unbox(leaf), node, which, dropout)
         return {key: leaf, (*key[:-1], key[-1] + SUFFIX): nodes[key]}
@@ -261,7 +261,9 @@ def _apply(
     return _restored(out, variables["params"], placed)
 
 
-def _own_leaf(key: Key, leaf: Any, node: Any, ids: chex.Array, *, known: bool) -> dict[Key, Any]:
+def _own_leaf(
+    key: Key, leaf: Any, node: FullyTrained, ids: chex.Array, *, known: bool
+) -> dict[Key, Any]:
     """A leaf that was fully trained, such as a head or a bias: that of the id.
 
     Args:
@@ -280,9 +282,7 @@ def _own_leaf(key: Key, leaf: Any, node: Any, ids: chex.Array, *, known: bool) -
             f"{path!r} was fully trained, so that adapter_ids must be one number for each example, "
             f"not for each token."
         )
-    dtype = node.dtype if isinstance(node, FullyTrained) else unbox(node).dtype
-    box = node.value if isinstance(node, FullyTrained) else node
-    shape = jnp.shape(unbox(box))
+    dtype, box, shape = node.merged_dtype(), node.value, jnp.shape(node.array)
     if leaf is not None and jnp.shape(unbox(leaf)) != shape[1:]:
         raise ValueError(
             f"{path!r} was fully trained: its stack is {shape}, but the base has "
@@ -295,14 +295,14 @@ def _own_leaf(key: Key, leaf: Any, node: Any, ids: chex.Array, *, known: bool) -
 def _materialized(path: str, kernel: Any, adapter: Adapter, which: _Which | None) -> Any:
     """``W'`` in the place of the parameter."""
     if which is None:
-        return merged_kernel(kernel, adapter)
+        return merged_leaf(kernel, adapter)
     if which.ids.ndim > 0:
         raise ValueError(
             f"The adapters of {path!r} have materialize=True, and W' cannot be another one for "
             f"every token: give one id for each row."
         )
     adapter = jax.tree.map(lambda array: taken(array, which.ids, 0.0), adapter)
-    merged = merged_kernel(kernel, adapter)
+    merged = merged_leaf(kernel, adapter)
     return jax.tree.map(lambda W_, W: jnp.where(which.ids == BASE, W, W_), merged, kernel)
 
 
@@ -341,8 +341,7 @@ def _check_base(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> 
     if is_traced(ids) or not ids.is_fully_addressable:
         return False
     for key, node in nodes.items():
-        whole = not isinstance(node, Adapter | LoraBias)
-        if whole and key not in base and bool((np.asarray(ids) == BASE).any()):
+        if not node.in_base and key not in base and bool((np.asarray(ids) == BASE).any()):
             raise ValueError(
                 f"{path_of(key)!r} was fully trained, and the base lacks it, so no row can have "
                 f"the base alone (id {BASE}): pass all of the model's parameters as "

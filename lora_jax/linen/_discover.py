@@ -33,7 +33,7 @@ from lora_jax.linen._apply import MAPPED, call_model, check_model, name_of_call
 from lora_jax.linen._heads import output_heads
 from lora_jax.linen._registry import entry_of
 from lora_jax.tracing._liveness import arrays_in, live_inputs, marked_inputs
-from lora_jax.trees._checks import base_of
+from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unbox, unflatten
 
 _SUFFIX = "@label"

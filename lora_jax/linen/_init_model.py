@@ -10,7 +10,7 @@ import chex
 from lora_jax.core._config import LoraConfig, check_config
 from lora_jax.core._hints import key_comes_first, look_first
 from lora_jax.linen._discover import kernel_axes
-from lora_jax.trees._tree import lora_init
+from lora_jax.trees._init import lora_init
 
 
 @look_first(key_comes_first("lora_init_model(key, model, variables, config, *args)"))

@@ -9,7 +9,8 @@ from typing import Any
 import chex
 
 from lora_jax import peft
-from lora_jax.files import _store as store
+from lora_jax.files._format import INDEX
+from lora_jax.files._load import load as load_own
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft._config import CONFIG
 
@@ -44,15 +45,15 @@ def from_folders(
         alone = all(path(name).name == name for path in (PurePosixPath, PureWindowsPath))
         if not alone or name in ("", ".", "..") or "\0" in name:
             raise ValueError(
-                f"{name!r} is no name of adapters: it must be that of one folder in {root}."
+                f"{name!r} is not a name of adapters: it must be that of one folder in {root}."
             )
         folder = Path(root) / name
-        if (folder / store.INDEX).exists():
-            return store.load(folder, params)[1]
+        if (folder / INDEX).exists():
+            return load_own(folder, params)[1]
         if (folder / CONFIG).exists():
             return peft.load(folder, params, axes=axes, **options)[1]
         raise FileNotFoundError(
-            f"There are no adapters {name!r}: {folder} has neither {store.INDEX}, of "
+            f"There are no adapters {name!r}: {folder} has neither {INDEX}, of "
             f"lora_jax.save, nor {CONFIG}, of PEFT."
         )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.core._mixed import checked_ids
-from lora_jax.trees._checks import stack_size
+from lora_jax.trees._stack_size import stack_size
 
 _WHAT = "per_adapter is"
 

@@ -1,8 +1,8 @@
 """Many adapters, of which a few are in memory at a time, for a program that never retraces.
 
-The adapters in memory are in the slots of one stack (``_slots.py``). Its structure and shapes never
-change (``_form.py``), and its arrays are never written to: to load an adapter makes new arrays, in
-which one slot differs. Who has the arrays of before has them as they were.
+The adapters in memory are in the slots of one stack (``_lru_slots.py``). Its structure and shapes
+never change (``_structure.py``), and its arrays are never written to: to load an adapter makes new
+arrays, in which one slot differs. Who has the arrays of before has them as they were.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 from lora_jax.core._mixed import BASE
 from lora_jax.files._tensors import StrPath
 from lora_jax.many._folders import from_folders
-from lora_jax.many._form import Form
-from lora_jax.many._slots import PoolStats, Slots, check_adapter_name
+from lora_jax.many._lru_slots import LruSlots, PoolStats, check_adapter_name
+from lora_jax.many._structure import AdapterStructure
 
 
 class AdapterPool:
@@ -83,8 +83,8 @@ class AdapterPool:
             raise ValueError("Say where adapters come from, by root= or by load=, not by both.")
         if root is None and (names is not None or axes is not None):
             raise ValueError("names= and axes= are for the files in root=, which is not given.")
-        self._form = Form(params, like)
-        one = self._form.nbytes
+        self._structure = AdapterStructure(params, like)
+        one = self._structure.nbytes
         count = slots if slots is not None else (max_bytes or 0) // one
         if count < 1:
             raise ValueError(
@@ -94,14 +94,14 @@ class AdapterPool:
         source = load
         if root is not None:
             source = from_folders(root, params, names=names, axes=axes)
-        nothing = jax.device_put(self._form.base_alone())
+        nothing = jax.device_put(self._structure.base_alone())
         stacked = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), nothing)
         index = [jax.device_put(np.int32(slot)) for slot in range(count)]
-        self._slots = Slots(
+        self._slots = LruSlots(
             count,
             _updated(stacked, nothing, index[0]),  # compiles it
             update=lambda stacked, tree, slot: _updated(stacked, tree, index[slot]),
-            load=None if source is None else lambda name: self._formed(name, source(name)),
+            load=None if source is None else lambda name: self._conformed(name, source(name)),
         )
 
     @property
@@ -112,7 +112,7 @@ class AdapterPool:
     @property
     def nbytes(self) -> int:
         """Bytes of the stack, which is of one size whatever is in it."""
-        return self.slots * self._form.nbytes
+        return self.slots * self._structure.nbytes
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ class AdapterPool:
           ValueError: adapters that do not fit.
         """
         check_adapter_name(name)
-        self._slots.put(name, self._formed(name, adapters), timeout)
+        self._slots.put(name, self._conformed(name, adapters), timeout)
 
     def remove(self, name: str) -> bool:
         """Drops an adapter from memory, so that it is loaded when it is asked for next.
@@ -211,8 +211,8 @@ class AdapterPool:
         """
         return self._slots.remove(name)
 
-    def _formed(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
-        return jax.device_put(self._form.fit(name, adapters))
+    def _conformed(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.device_put(self._structure.fit(name, adapters))
 
 
 class Lease:

@@ -10,7 +10,6 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._paths import named_pair
 from lora_jax.files._tensors import Info, StrPath, write_tensors
@@ -18,7 +17,6 @@ from lora_jax.peft._families import as_names
 from lora_jax.peft._key_mapping import KeyMapping
 from lora_jax.peft._torch_arrays import from_leaf, torch_shape
 from lora_jax.peft._torch_model import TorchModel, TorchParameter
-from lora_jax.trees._checks import check_merges
 from lora_jax.trees._paths import unbox
 from lora_jax.trees._rounding import Rounding, RoundingReport, key_for, measure, round_to
 
@@ -73,13 +71,12 @@ def export(
                 f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
                 f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
             )
-    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter | LoraBias)}
-    for leaf_path, adapter in kernels.items():
-        check_merges(leaf_path, adapter)
-    trained = {p: node for p, node in found.items() if p not in kernels}
+    for leaf_path, node in found.items():
+        node.check_merges(leaf_path)
+    trained = {p: node for p, node in found.items() if not node.in_base}
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
-    leaves |= {p: unbox(n.value if isinstance(n, FullyTrained) else n) for p, n in trained.items()}
-    dtypes = {p: node.dtype for p, node in trained.items() if isinstance(node, FullyTrained)}
+    leaves |= {p: node.merge(None) for p, node in trained.items()}
+    dtypes = {p: node.merged_dtype(None) for p, node in trained.items()}
 
     def dtype_of(leaf_path: str) -> np.dtype[Any]:
         had = np.dtype(jnp.dtype(dtypes.get(leaf_path, leaves[leaf_path].dtype)))
@@ -99,10 +96,10 @@ def export(
         W, to = jnp.asarray(leaves[leaf_path]), dtype_of(leaf_path)
         if leaf_path not in found:
             return W.astype(to)
-        adapter = kernels.get(leaf_path)
-        exact = W if adapter is None else adapter.effective_kernel(W)
+        node = found[leaf_path]
+        exact = node.merge(W)
         out = round_to(exact, to, None if key is None else key_for(key, leaf_path))
-        rows[leaf_path] = measure(exact, out, None if adapter is None else W.astype(to))
+        rows[leaf_path] = measure(exact, out, W.astype(to) if node.in_base else None)
         return out
 
     def read(name: str) -> np.ndarray:

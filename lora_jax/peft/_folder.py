@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import StrPath, Tensors
 from lora_jax.peft._config import CONFIG, PeftConfig
 from lora_jax.peft._keys import PREFIX, WRAPPERS, names_of, split_role, without_copy
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._read_config import read_config
 
 WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +43,11 @@ class PeftFiles:
     parameters: Mapping[str, str]
     originals: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+
+    def lora_bias(self, module: str) -> LoraBias:
+        """What is added to the bias of a module."""
+        value = self.tensors[self.modules[module]["bias"]].astype(np.float32)
+        return LoraBias(jnp.asarray(value), self.config.scale_of(module))
 
     def without(self, prefix: str) -> PeftFiles:
         """The same, where all names begin with something that names no module.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.files._store import host
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._fully_trained import FullyTrained
+from lora_jax.core._node import Node
+from lora_jax.files._host import host
+from lora_jax.files._kinds import check_alone
 from lora_jax.peft._key_mapping import EXPERTS
 from lora_jax.peft._keys import BASE_LAYER, PREFIX, adapter_key
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._refusals import check_same_in_peft
 from lora_jax.peft._targets import nested_modules, target_of
 from lora_jax.peft._torch_arrays import from_leaf
@@ -17,6 +23,44 @@ from lora_jax.peft._torch_layout import from_factors
 from lora_jax.peft._torch_model import TorchModel, TorchParameter
 
 Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedNodes:
+    """Nodes by what PEFT has for them, each by the path of its leaf.
+
+    Attributes:
+      adapters: of kernels: PEFT's modules.
+      biases: what is added to biases (``lora_bias``).
+      fully_trained: leaves that are fully trained (``modules_to_save``, ``bias``).
+    """
+
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    biases: dict[str, LoraBias] = dataclasses.field(default_factory=dict)
+    fully_trained: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def sort_nodes(nodes: Mapping[str, Node]) -> SortedNodes:
+    """All nodes by what PEFT has for them.
+
+    Raises:
+      ValueError: if PEFT has nothing for one, or there is no adapter.
+    """
+    found = SortedNodes()
+    for path, node in nodes.items():
+        match node:
+            case Adapter():
+                check_alone(path, node)
+                found.adapters[path] = node
+            case LoraBias():
+                found.biases[path] = node
+            case FullyTrained():
+                found.fully_trained[path] = node.value
+            case _:
+                raise ValueError(f"PEFT has nothing for a {type(node).__name__}, as at {path!r}.")
+    if not found.adapters:
+        raise ValueError("adapters has no adapter of a kernel, and PEFT saves nothing else.")
+    return found
 
 
 def adapted_parameters(
@@ -115,7 +159,7 @@ def lora_bias_tensors(
 
 
 def saved_parameters(
-    model: TorchModel, paths: Sequence[str], adapted: Mapping[str, Adapter]
+    model: TorchModel, paths: Iterable[str], adapted: Mapping[str, Adapter]
 ) -> tuple[dict[str, TorchParameter], str]:
     """What is fully trained, by PyTorch's names, and which value of ``bias`` says so.
 

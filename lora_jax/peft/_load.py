@@ -7,9 +7,8 @@ from typing import Any
 
 import chex
 
-from lora_jax.core._adapter import Adapter, LoraBias
 from lora_jax.core._axes import KernelAxes
-from lora_jax.files._store import whole_leaf
+from lora_jax.files._load import in_box
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft._families import as_names
 from lora_jax.peft._folder import read
@@ -17,7 +16,7 @@ from lora_jax.peft._key_mapping import KeyMapping
 from lora_jax.peft._sort_tensors import sort_tensors
 from lora_jax.peft._to_nodes import to_nodes
 from lora_jax.peft._torch_model import TorchModel
-from lora_jax.trees._checks import base_of, check_fits
+from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, unflatten
 
 
@@ -72,9 +71,8 @@ def load(
     found = sort_tensors(files, model)
     for leaf_path, node in to_nodes(found, files, model).items():
         key = keys[leaf_path]
-        if isinstance(node, Adapter | LoraBias):
-            check_fits(leaf_path, frozen[key], node)
-        else:
-            node = whole_leaf(leaf_path, node, frozen.pop(key), str(path))
-        adapters[key] = node
+        check_pair(key, node, frozen, name="params")
+        if not node.in_base:
+            node = in_box(leaf_path, node, frozen.pop(key), str(path))
+        adapters[key] = node.as_leaf()
     return unflatten(frozen, params), unflatten(adapters, params)

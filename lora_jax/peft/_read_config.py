@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lora_jax.files._store import INDEX
+from lora_jax.files._format import INDEX
 from lora_jax.files._tensors import read_json
 from lora_jax.peft._config import CONFIG, PeftConfig
 from lora_jax.peft._patterns import compiled

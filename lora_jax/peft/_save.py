@@ -10,11 +10,9 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._collections import arrays_of, listed
 from lora_jax.files._paths import named_pair
-from lora_jax.files._store import check_alone
 from lora_jax.files._tensors import StrPath, encode, write_bytes
 from lora_jax.peft._config import CONFIG
 from lora_jax.peft._families import as_names
@@ -25,6 +23,7 @@ from lora_jax.peft._from_nodes import (
     lora_bias_tensors,
     saved_parameters,
     saved_tensors,
+    sort_nodes,
 )
 from lora_jax.peft._key_mapping import KeyMapping
 from lora_jax.peft._targets import target_of
@@ -86,25 +85,15 @@ def save(
             f"BatchNorm(use_running_average=True)."
         )
     base, found = named_pair(frozen, adapters, either=True)
-    kernels = {p: node for p, node in found.items() if isinstance(node, Adapter)}
-    if not kernels:
-        raise ValueError("adapters has no adapter of a kernel, and PEFT saves nothing else.")
-    for leaf_path, adapter in kernels.items():
-        check_alone(leaf_path, adapter)
-    biases = {p: node for p, node in found.items() if isinstance(node, LoraBias)}
-    trained = {
-        p: node.value if isinstance(node, FullyTrained) else node
-        for p, node in found.items()
-        if p not in kernels and p not in biases
-    }
-    adapter_axes = {p: adapter.axes for p, adapter in kernels.items()}
-    model = TorchModel(base | trained, as_names(names), axes, adapter_axes)
+    nodes = sort_nodes(found)
+    adapter_axes = {p: adapter.axes for p, adapter in nodes.adapters.items()}
+    model = TorchModel(base | nodes.fully_trained, as_names(names), axes, adapter_axes)
 
-    adapted = adapted_parameters(kernels, model, str(path))
-    modules = {target_of(torch): kernels[torch.path] for torch in adapted}
-    tensors = adapter_tensors(kernels, adapted, model)
-    tensors |= lora_bias_tensors(biases, model, modules)
-    saved, bias = saved_parameters(model, list(trained), modules)
+    adapted = adapted_parameters(nodes.adapters, model, str(path))
+    modules = {target_of(torch): nodes.adapters[torch.path] for torch in adapted}
+    tensors = adapter_tensors(nodes.adapters, adapted, model)
+    tensors |= lora_bias_tensors(nodes.biases, model, modules)
+    saved, bias = saved_parameters(model, nodes.fully_trained, modules)
     to_save = modules_to_save(model, {} if bias == "all" else saved, modules, task_type)
     tensors |= saved_tensors(saved, bias, model, modules, str(path))
     if dtype is not None:
@@ -113,7 +102,7 @@ def save(
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
         "bias": bias,
-        "lora_bias": bool(biases),
+        "lora_bias": bool(nodes.biases),
         "modules_to_save": to_save or None,
         "exclude_modules": excluded(model, modules) or None,
     }

@@ -9,11 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._variants import float32_or_more
 from lora_jax.files._tensors import is_floating
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft._key_mapping import EXPERTS
+from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._sort_tensors import Part, SortedTensors, Stack
 from lora_jax.peft._targets import target_of
 from lora_jax.peft._torch_arrays import to_leaf
@@ -104,11 +106,11 @@ def _rank_and_alpha(path: str, parts: Sequence[Part], files: PeftFiles) -> tuple
     return facts.pop()
 
 
-def _fully_trained(path: str, arrays: Stack, files: PeftFiles, model: TorchModel) -> Any:
-    """The leaf, or a :class:`FullyTrained` where the model has another dtype."""
+def _fully_trained(path: str, arrays: Stack, files: PeftFiles, model: TorchModel) -> FullyTrained:
+    """The leaf, with the dtype that the model has it in where that is another one."""
     value = to_leaf(model, path, arrays, files.tensors.path)
     dtype = jnp.dtype(model.leaves[path].dtype).name
-    return value if dtype == value.dtype.name else FullyTrained(value, dtype)
+    return FullyTrained(jnp.asarray(value), None if dtype == value.dtype.name else dtype)
 
 
 def _lora_bias(path: str, arrays: Stack, files: PeftFiles, model: TorchModel) -> LoraBias:

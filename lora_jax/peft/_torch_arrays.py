@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.files._store import host
+from lora_jax.files._host import host
 from lora_jax.peft._key_mapping import EXPERTS
 from lora_jax.peft._torch_layout import from_kernel, to_kernel
 from lora_jax.peft._torch_model import TorchModel, TorchParameter

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._variants import float32_or_more
+from lora_jax.trees._pair import pair
+from lora_jax.trees._paths import path_of, unbox
 from lora_jax.trees._table import Report, text_table
 
 MOST = 0.5  # an update of which more than this share vanishes is said to be lost
@@ -152,3 +154,48 @@ def _errors(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> 
         changed = exact != base.astype(wide)
         counts = jnp.sum(changed & (rounded == base)), jnp.sum(changed)
     return jnp.max(error), jnp.mean(error), counts
+
+
+def rounding(
+    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, key: chex.PRNGKey | None = None
+) -> RoundingReport:
+    """What :func:`lora_jax.lora_merge` loses by rounding, parameter by parameter.
+
+    Args:
+      frozen: the base.
+      adapters: the adapters, trained.
+      key: as for :func:`lora_jax.lora_merge`.
+
+    Returns:
+      A report that prints as a table. Only one merged kernel is in memory at a time.
+
+    Raises:
+      TypeError: as :func:`lora_jax.lora_merge`.
+      ValueError: likewise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+      >>> adapters = jax.tree.map(lambda x: jnp.full_like(x, 0.03), adapters)
+      >>> print(lora_jax.rounding(frozen, adapters))  # doctest: +ELLIPSIS
+      path    dtype     largest error  mean error  vanished, %
+      ------  --------  -------------  ----------  -----------
+      kernel  bfloat16         0.0009      0.0009        100.0
+      ------  --------  -------------  ----------  -----------
+      Most of the update vanishes in 1 of 1 parameters: keep the adapters apart, merge ...
+    """
+    base, nodes = pair(frozen, adapters)
+    rows: dict[str, Rounding] = {}
+    for key_, node in sorted(nodes.items(), key=lambda item: not item[1].in_base):
+        path = path_of(key_)
+        node.check_merges(path)
+        W = jnp.asarray(unbox(base[key_])) if node.in_base else None
+        exact, dtype = jnp.asarray(node.merge(W)), node.merged_dtype(W)
+        if W is not None:
+            path_key = None if key is None else key_for(key, path)
+            rows[path] = measure(exact, round_to(exact, dtype, path_key), W)
+        elif exact.dtype != dtype:  # lora_merge rounds it to the nearest, whatever the key
+            rows[path] = measure(exact, exact.astype(dtype), None)
+    return RoundingReport(rows)

@@ -10,16 +10,13 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 from flax.traverse_util import empty_node
 
-from lora_jax._compat import is_traced
-from lora_jax.core._adapter import Adapter, FullyTrained, LoraBias
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.core._config import LoraConfig, assign, check_config, matched_by
-from lora_jax.core._variants import column_norm
-from lora_jax.trees._checks import pair_of
+from lora_jax.core._node import Node
+from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of, unbox
 from lora_jax.trees._table import text_table
 
@@ -223,7 +220,7 @@ def summary(
         check_config(config)
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
-    flat, found = pair_of(frozen, adapters)
+    flat, found = pair(frozen, adapters)
     base = {path_of(k): unbox(leaf) for k, leaf in flat.items() if leaf is not empty_node}
     nodes = {path_of(key): node for key, node in sorted(found.items())}
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
@@ -234,7 +231,7 @@ def summary(
         for path, leaf in base.items()
         if path not in nodes and len(getattr(leaf, "shape", ())) - len(stacks.get(path, ())) > 1
     }
-    adapted = [path for path, node in nodes.items() if isinstance(node, Adapter)]
+    adapted = [path for path, node in nodes.items() if node.rank is not None]
     tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
     state = None if tx is None else jax.eval_shape(tx.init, adapters)
     return Summary(
@@ -250,10 +247,10 @@ def summary(
 
 
 def _rules(
-    config: LoraConfig, paths: list[str], nodes: Mapping[str, Any], axes: object
+    config: LoraConfig, paths: list[str], nodes: Mapping[str, Node], axes: object
 ) -> tuple[RuleReport, ...]:
     rules, whole = assign(config, paths, axes)
-    adapted_now = {path for path, node in nodes.items() if isinstance(node, Adapter)}
+    adapted_now = {path for path, node in nodes.items() if node.rank is not None}
     for path in sorted(rules.keys() ^ adapted_now | whole ^ (nodes.keys() - adapted_now)):
         raise ValueError(
             f"The adapters were made with another config: they and this one differ in {path!r}."
@@ -271,34 +268,22 @@ def _rules(
     return tuple(reports)
 
 
-def _row(path: str, node: Any, kernel: Any) -> Row:
-    trained = sum(map(_size, jax.tree.leaves(node)))
-    nbytes = _nbytes(node)
-    if isinstance(node, Adapter):
-        return Row(
-            path,
-            tuple(kernel.shape),
-            node.variant,
-            node.rank,
-            node.scale,
-            trained,
-            _size(kernel),
-            nbytes,
-            node.materialize,
-            _zero_columns(node, kernel),
-            node.product,
-        )
-    shape = tuple(unbox(node.value if isinstance(node, FullyTrained | LoraBias) else node).shape)
-    if isinstance(node, LoraBias):
-        return Row(path, shape, "shift", None, node.scale, trained, trained, nbytes)
-    return Row(path, shape, "whole", None, None, trained, trained, nbytes)
-
-
-def _zero_columns(adapter: Adapter, kernel: Any) -> int | None:
-    if adapter.m is None or isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel):
-        return None
-    matrix = adapter.axes.as_matrix(jnp.asarray(kernel))
-    return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
+def _row(path: str, node: Node, leaf: Any) -> Row:
+    """The row of a node; a leaf that the base lacks is the node's own."""
+    leaf = unbox(leaf) if node.in_base else node.merge(None)
+    return Row(
+        path,
+        tuple(leaf.shape),
+        node.variant,
+        node.rank,
+        node.scale,
+        trained=_size(node.arrays),
+        total=_size(leaf),
+        nbytes=_nbytes(node.arrays),
+        materialized=node.materialize,
+        zero_columns=node.zero_columns(leaf),
+        product=node.product,
+    )
 
 
 def _size(tree: Any) -> int:

@@ -23,8 +23,11 @@ import lora_jax
 from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.cli._updates_of_lora_jax import updates_of_lora_jax
 from lora_jax.cli._without_model import trees_of_lora_jax
-from lora_jax.files import _store as store
+from lora_jax.files import _kinds as kinds
 from lora_jax.files._checkpoint import Checkpoint
+from lora_jax.files._fingerprint import fingerprint
+from lora_jax.files._format import checksum
+from lora_jax.files._read import read
 from lora_jax.files._tensors import Tensors, encode, json_bytes, parse_json, write_bytes
 
 
@@ -75,7 +78,7 @@ def edit(folder, change):
     """Changes the index, and makes its checksum right again."""
     index = json.loads((folder / "adapter.json").read_text())
     change(index)
-    index["checksum"] = store._checksum(index)
+    index["checksum"] = checksum(index)
     (folder / "adapter.json").write_bytes(json_bytes(index))
 
 
@@ -98,7 +101,7 @@ def test_comes_back_bit_for_bit(params, rule, tmp_path):
     chex.assert_trees_all_equal((frozen, adapters), (frozen2, adapters2))
     assert jax.tree.structure(adapters) == jax.tree.structure(adapters2)
     chex.assert_trees_all_equal_dtypes(adapters, adapters2)
-    assert store.read(tmp_path / "a" / "b").metadata == {"task": ["x", 1]}
+    assert read(tmp_path / "a" / "b").metadata == {"task": ["x", 1]}
 
 
 def test_other_containers_boxes_and_dtypes(tmp_path):
@@ -162,11 +165,14 @@ def test_without_a_base_there_is_none_to_verify(params, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.pop("join"), "'join/kernel', but params has no such leaf.*Nearest paths"),
+        (lambda p: p.pop("join"), "'join/kernel', which params lacks.*Nearest paths"),
         (lambda p: p["join"].update(kernel=jnp.ones((2, 3, 6))), "'join/kernel' does not fit"),
         (lambda p: p["join"].update(kernel=jnp.ones((6, 5))), "kernel of 3 axes"),
         (lambda p: p["head"].update(kernel=jnp.ones((5, 3))), "fully trained as bfloat16"),
-        (lambda p: p["head"].update(bias=jnp.ones(4, jnp.bfloat16)), "'head/bias' fully trained"),
+        (
+            lambda p: p["head"].update(bias=jnp.ones(4, jnp.bfloat16)),
+            "'head/bias' was fully trained",
+        ),
     ],
 )
 def test_another_model(saved, params, change, message):
@@ -192,7 +198,7 @@ def no_kernels(U, V):
         (lambda a: {"a\nb": a["join"]["kernel"]}, ValueError, "no name"),
         (lambda a: {"k": a["join"]["kernel"], "k.U": jnp.ones(2)}, ValueError, "Two arrays"),
         (lambda a: jax.tree.map(lambda x: x * jnp.nan, a), ValueError, "'.*' has NaN"),
-        (lambda a: jax.eval_shape(lambda: a), TypeError, "no array"),
+        (lambda a: jax.eval_shape(lambda: a), TypeError, "not an array"),
         (lambda a: {"k": no_kernels((0, 4, 1), (0, 1, 3))}, ValueError, r"'k': U is \(0, 4, 1\)"),
         (lambda a: {"k": no_kernels((2, 4, 1), (1, 1, 3))}, ValueError, "'k': the shapes .* not"),
     ],
@@ -268,7 +274,7 @@ def test_folders_of_before_load(name):
     assert jax.tree.structure(got) == jax.tree.structure(adapters)
     chex.assert_trees_all_equal(got, adapters)
     assert set(frozen) == set(params) - {"head"}
-    assert store.read(FIXTURES / name).collections == {}
+    assert read(FIXTURES / name).collections == {}
 
 
 # --- other collections ---
@@ -395,8 +401,8 @@ def test_variables_are_no_base(normed, tmp_path):
         (set_in("collections", []), "'collections' must be dict"),
         (set_in("collections", {"batch_stats": "x"}), "'collections' has 'x' for 'batch_stats'"),
         (set_in("collections", {"x": ["mean"]}), "lacks 'x:mean'"),
-        (set_in("collections", {}), "has 'batch_stats:mean', of which .* says nothing"),
-        (set_in("collections", {"batch_stats": ["mean", "mean"]}), "no paths"),
+        (set_in("collections", {}), "has 'batch_stats:mean', which .* does not describe"),
+        (set_in("collections", {"batch_stats": ["mean", "mean"]}), "not paths"),
     ],
 )
 def test_an_index_whose_collections_make_no_sense(tmp_path, change, message):
@@ -474,15 +480,18 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
         (set_in("more", 1), "must have"),
         (lambda i: i.pop("base"), "must have"),
         (set_in("metadata", []), "'metadata' must be dict"),
-        (set_in("tensors", "file", "../x.safetensors"), "no file of its own"),
+        (set_in("tensors", "file", "../x.safetensors"), "not a file of its own"),
         (set_in("tensors", "file", "adapter-0000000000000000.safetensors"), "is missing"),
         (set_in("tensors", "sha256", "0" * 64), "is damaged"),
-        (set_in("base", {"x": 1}), "no string"),
-        (lambda i: i["adapters"].pop("join/kernel"), "of which .* says nothing"),
+        (set_in("base", {"x": 1}), "not a string"),
+        (lambda i: i["adapters"].pop("join/kernel"), "which .* does not describe"),
         (set_in("shifts", []), "'shifts' must be dict"),
         (set_in("shifts", {"x": 1.0}), "lacks 'x'"),
-        (set_in("shifts", {"join/kernel.U": 0.0}), "scale of a shift must be a positive number"),
-        (set_in("shifts", {"join/kernel.U": 1}), "scale of a shift must be a positive number"),
+        (
+            set_in("shifts", {"join/kernel.U": 0.0}),
+            "scale of a LoRA bias must be a positive number",
+        ),
+        (set_in("shifts", {"join/kernel.U": 1}), "scale of a LoRA bias must be a positive number"),
         (lambda i: i.update(shifts={next(iter(i["whole"])): 1.0}), "described twice"),
         (set_in("whole", "x", "float32"), "lacks 'x'"),
         (lambda i: i["adapters"]["join/kernel"].pop("rank"), "'join/kernel' must have"),
@@ -492,7 +501,7 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
         (set_in(*JOIN, "alpha", -1.0), "alpha must be positive"),
         (set_in(*JOIN, "alpha", 1), "'alpha' must be float"),
         (set_in(*JOIN, "variant", "x"), "no variant 'x'"),
-        (set_in(*JOIN, "variant", "lora"), "of which .* says nothing"),
+        (set_in(*JOIN, "variant", "lora"), "which .* does not describe"),
         (set_in(*JOIN, "product", "x"), "product must be one of"),
         (set_in(*JOIN, "axes", {}), "axes must have"),
         (set_in(*JOIN, "axes", "inputs", [0, 0]), "must name every axis"),
@@ -518,12 +527,12 @@ def test_an_index_that_makes_no_sense(saved, params, change, message):
 
 def test_a_stack_of_no_kernels(tmp_path, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr(store, "_check_arrays", lambda *_: None)
+        without.setattr(kinds, "_check_arrays", lambda *_: None)
         lora_jax.save(tmp_path / "x", {"k": no_kernels((0, 4, 1), (0, 1, 3))})
     with pytest.raises(
         ValueError, match=r"adapter.json: 'k': U is \(0, 4, 1\), in which there are"
     ):
-        store.read(tmp_path / "x")
+        read(tmp_path / "x")
 
 
 def test_an_edited_index(saved, params):
@@ -632,7 +641,7 @@ def test_every_truncation_and_every_flipped_bit_is_found(saved, params):
                 changed[rng.integers(len(content))] ^= 1 << rng.integers(8)
             file.write_bytes(changed)
             try:
-                adapters = store.read(folder).adapters
+                adapters = read(folder).adapters
             except (ValueError, FileNotFoundError):
                 continue
             # Only the last newline and the like may go.
@@ -661,7 +670,7 @@ while True:
 
 def check_whole(folder):
     """The folder loads, and all of it is of one save."""
-    adapters = store.read(folder).adapters
+    adapters = read(folder).adapters
     values = {float(x) for array in adapters.values() for x in np.unique(array)}
     assert len(values) == 1
     return values.pop()
@@ -707,5 +716,5 @@ def test_a_failed_save_leaves_the_old(saved, params, monkeypatch, suffix):
 
 def test_hash_is_of_values_shape_and_dtype():
     arrays = [np.zeros((2, 2)), np.zeros(4), np.zeros((2, 2), np.int64), np.ones((2, 2))]
-    assert len({store.fingerprint(array, "x") for array in arrays}) == len(arrays)
-    assert len(store.fingerprint(arrays[0], "x")) == hashlib.blake2b(digest_size=16).digest_size * 2
+    assert len({fingerprint(array, "x") for array in arrays}) == len(arrays)
+    assert len(fingerprint(arrays[0], "x")) == hashlib.blake2b(digest_size=16).digest_size * 2

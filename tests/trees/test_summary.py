@@ -102,7 +102,7 @@ def test_report_as_data():
 def test_report_as_text():
     text = str(report()).splitlines()
     for line in [
-        "block_*/query/kernel (10)  6 x 4  lora                  2      1      200    240   83.33",
+        "block_*/query/kernel (10)  6 x 4  lora                   2      1      200    240   83.33",
         "Rule('.*query/kernel'): 10 of 12 matched leaves adapted",
         "  not block_0/query/kernel: has a trainable pattern",
         "  not block_1/query/kernel: has Rule('.*block_1/query/kernel')",

@@ -7,7 +7,7 @@ from lora_jax.cli._arguments import Adapter, Names, Out, Text, check_new, read_n
 from lora_jax.cli._open_adapter import is_peft, open_adapter
 from lora_jax.cli._printing import print_line
 from lora_jax.cli._without_model import trees_of_lora_jax, trees_of_peft
-from lora_jax.files import _store as store
+from lora_jax.files._save import save
 
 
 def convert(
@@ -33,7 +33,7 @@ def convert(
     table = read_names(names)
     if is_peft(source):
         _, adapters = trees_of_peft(source, table)
-        store.save(target, adapters)
+        save(target, adapters)
     else:
         frozen, adapters, axes = trees_of_lora_jax(source, table)
         peft.save(

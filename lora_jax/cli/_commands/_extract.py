@@ -19,8 +19,8 @@ from lora_jax.cli._vocabulary import embedding_by
 from lora_jax.cli._without_model import lora_adapter, nested
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.files import _store as store
 from lora_jax.files._checkpoint import Checkpoint
+from lora_jax.files._save import save
 from lora_jax.files._tensors import floats
 from lora_jax.peft._torch_layout import CONV1D
 
@@ -117,7 +117,7 @@ def extract(
         frozen = {n: jax.ShapeDtypeStruct(old.info[n].shape, jnp.float32) for n in found}
         peft.save(out, frozen, found, names=names)
     else:
-        store.save(out, nested(found))
+        save(out, nested(found))
     print_table(("matrix", "rank", "||error|| / ||difference||"), body)
     if rest:
         print_line(f"Left out, though they differ: {', '.join(rest)}.")

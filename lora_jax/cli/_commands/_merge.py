@@ -34,9 +34,9 @@ from lora_jax.cli._updates import Updates
 from lora_jax.cli._updates_of_lora_jax import updates_of_lora_jax
 from lora_jax.cli._updates_of_peft import updates_of_peft
 from lora_jax.cli._without_model import as_peft
-from lora_jax.files import _store as store
 from lora_jax.files._checkpoint import Checkpoint, rewrite
-from lora_jax.peft._folder import read
+from lora_jax.files._read import read as read_lora_jax
+from lora_jax.peft._folder import read as read_peft
 from lora_jax.peft._key_mapping import KeyMapping
 
 
@@ -78,7 +78,7 @@ def merge(
     checkpoint = Checkpoint(base)
     key = None if seed is None else jax.random.key(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        if not is_peft(adapter) and set(store.read(adapter).adapters) <= set(checkpoint):
+        if not is_peft(adapter) and set(read_lora_jax(adapter).adapters) <= set(checkpoint):
             if adapter_prefix is not None or base_prefix is not None:
                 raise ValueError(f"{base} has the names of {adapter}: there is no prefix to give.")
             if layout is not None:
@@ -125,7 +125,7 @@ def _by_torch_names(
     """
     kinds: dict[str, str] = {}
     if is_peft(adapter):
-        files = read(adapter, tying=True)
+        files = read_peft(adapter, tying=True)
         order = dict.fromkeys(experts, None if layout is None else layout == "in-out")
     else:
         (files, kinds), order = as_peft(adapter, names, scratch), order_of(names)
@@ -150,7 +150,7 @@ def _by_torch_names(
 
 def _check_experts(adapter: Path, experts: Sequence[str]) -> None:
     """Raises ValueError if the option would have no effect."""
-    targets = read(adapter, tying=True).config.target_parameters if is_peft(adapter) else ()
+    targets = read_peft(adapter, tying=True).config.target_parameters if is_peft(adapter) else ()
     for name in experts:
         if name not in {target.rpartition(".")[2] for target in targets}:
             raise ValueError(

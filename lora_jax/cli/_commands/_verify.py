@@ -11,8 +11,9 @@ import tyro
 from lora_jax.cli._arguments import Adapter
 from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.cli._printing import print_line, progress
-from lora_jax.files import _store as store
 from lora_jax.files._checkpoint import Checkpoint
+from lora_jax.files._fingerprint import fingerprint
+from lora_jax.files._read import read
 
 
 def verify(
@@ -40,13 +41,13 @@ def verify(
         if adapter.format != "lora_jax":
             raise ValueError("PEFT saves nothing about its base that could be verified.")
         checkpoint = Checkpoint(base)
-        hashes = store.read(path).base
+        hashes = read(path).base
         if not hashes:
             raise ValueError(f"{path} has no hashes of its base.")
-        for name, fingerprint in progress(hashes.items(), "comparing"):
+        for name, expected in progress(hashes.items(), "comparing"):
             if name not in checkpoint:
                 raise ValueError(f"{base} lacks {name!r}, of the base that {path} was trained on.")
-            if store.fingerprint(checkpoint[name], name) != fingerprint:
+            if fingerprint(checkpoint[name], name) != expected:
                 raise ValueError(f"{base} has another {name!r} than {path} was trained on.")
         print_line(f"{base} is the base that it was trained on.")
     return 0

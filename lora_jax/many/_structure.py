@@ -16,16 +16,16 @@ import jax
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.core._adapter import Adapter, LoraBias
-from lora_jax.core._config import nearest
-from lora_jax.many._stack import conformed, nodes_of_each, template
-from lora_jax.trees._checks import base_of, check_node, nodes_of
+from lora_jax.core._adapter import Adapter
+from lora_jax.many._conform import common, conform
+from lora_jax.many._stack import nodes_of_each
+from lora_jax.trees._pair import base_of, check_pair, near, nodes_of
 from lora_jax.trees._paths import Key, path_of, unflatten
 
 _MAKE = "make the pool with an adapter like it in `like`"
 
 
-class Form:
+class AdapterStructure:
     """What all adapters of a pool are brought to.
 
     Args:
@@ -46,9 +46,9 @@ class Form:
       >>> def adapters(rank, alpha):
       ...     config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=rank, alpha=alpha)])
       ...     return lora_jax.lora_init(jax.random.key(0), params, config)[1]
-      >>> form = Form(params, [adapters(4, 1.0)])
-      >>> one = form.fit("reviews", adapters(2, 16.0))
-      >>> one["kernel"].U.shape, one["kernel"].scale, form.nbytes
+      >>> structure = AdapterStructure(params, [adapters(4, 1.0)])
+      >>> one = structure.fit("reviews", adapters(2, 16.0))
+      >>> one["kernel"].U.shape, one["kernel"].scale, structure.nbytes
       ((5, 4), 1.0, 144)
     """
 
@@ -69,13 +69,13 @@ class Form:
         for key in dict.fromkeys(key for tree in trees for key in tree):
             path, nodes = path_of(key), [tree[key] for tree in trees if key in tree]
             leaf = self._leaf(key)
-            common = template(path, list(map(_for_inference, nodes)))
-            if isinstance(common, Adapter):
-                product = "auto" if common.product == "dense" else common.product
-                common = common.replace(  # type: ignore[attr-defined]
-                    alpha=float(common.rank), rslora=False, product=product
+            like_all = common(path, list(map(_for_inference, nodes)))
+            if like_all.in_base:
+                product = "auto" if like_all.product == "dense" else like_all.product
+                like_all = like_all.replace(
+                    alpha=float(like_all.rank), rslora=False, product=product
                 )
-            nothing = conformed(path, None, common, leaf)
+            nothing = conform(path, None, like_all, leaf)
             self._nodes[key] = jax.tree.map(np.asarray, nothing)
         if not self._nodes:
             raise ValueError("like has no adapters in it: there is nothing to hold in a pool.")
@@ -85,7 +85,7 @@ class Form:
 
     def base_alone(self) -> chex.ArrayTree:
         """An adapter that adds nothing, in this form."""
-        return unflatten(self._nodes, self._params)
+        return unflatten({k: node.as_leaf() for k, node in self._nodes.items()}, self._params)
 
     def fit(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
         """Adapters in this form, as arrays of NumPy.
@@ -102,54 +102,48 @@ class Form:
         try:
             nodes = nodes_of(adapters, "it", self._base)
             for key, node in nodes.items():
-                if isinstance(node, LoraBias):
-                    raise ValueError(
-                        f"it adds something to {path_of(key)!r} (PEFT's lora_bias), which cannot "
-                        f"be stacked: serve it apart."
-                    )
+                node.check_stacks(path_of(key), "it")
                 if key not in self._nodes:
-                    paths = list(map(path_of, self._nodes))
                     raise ValueError(
                         f"it has {path_of(key)!r}, which nothing in the pool has: {_MAKE}. Nearest "
-                        f"paths: {', '.join(nearest(path_of(key), paths)) or 'none'}."
+                        f"paths: {near(key, self._nodes)}."
                     )
-                check_node(key, node, self._base, name="params")
-            out = {key: self._brought(key, nodes.get(key)) for key in self._nodes}
+                check_pair(key, node, self._base, name="params")
+            out = {key: self._conform(key, nodes.get(key)).as_leaf() for key in self._nodes}
         except TypeError as error:
             raise TypeError(f"Adapter {name!r} does not fit the pool: {error}") from error
         except ValueError as error:
             raise ValueError(f"Adapter {name!r} does not fit the pool: {error}") from error
         return unflatten(out, self._params)
 
-    def _brought(self, key: Key, node: Any) -> Any:
+    def _conform(self, key: Key, node: Any) -> Any:
         like, path = self._nodes[key], path_of(key)
         if node is None:
             return like
         leaf = self._leaf(key)
-        if isinstance(node, Adapter) and isinstance(like, Adapter):
+        if node.in_base and like.in_base:
             node = _of_rank(path, _for_inference(node, "dora"), like)
-        template(path, [like, node])  # errors where they differ in what nothing can hide
-        found = conformed(path, node, like, leaf)
+        common(path, [like, node])  # raises where they differ in what nothing can hide
+        found = conform(path, node, like, leaf)
         return jax.tree.map(lambda x, like: _as(path, np.asarray(x), like.dtype), found, like)
 
     def _leaf(self, key: Key) -> Any:
         leaf = self._base.get(key, empty_node)
         if leaf is empty_node:
-            paths = list(map(path_of, self._base))
             raise ValueError(
                 f"There is an adapter for {path_of(key)!r}, which the model's parameters lack: a "
                 f"pool takes all of them, not the frozen base. Nearest paths: "
-                f"{', '.join(nearest(path_of(key), paths)) or 'none'}."
+                f"{near(key, self._base)}."
             )
         return leaf
 
 
 def _for_inference(node: Any, dora: str = "scaled") -> Any:
     """Without what matters in training only."""
-    if not isinstance(node, Adapter):
+    if not node.in_base:
         return node
     variant = dora if node.variant == "dora" else node.variant
-    return node.replace(variant=variant, detach_norm=False, dropout=0.0)  # type: ignore[attr-defined]
+    return node.replace(variant=variant, detach_norm=False, dropout=0.0)
 
 
 def _of_rank(path: str, node: Adapter, like: Adapter) -> Adapter:

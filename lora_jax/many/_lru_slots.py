@@ -38,7 +38,7 @@ class Entry:
     uses: int = 0
 
 
-class Slots:
+class LruSlots:
     """Slots of a value, which every update replaces by another value.
 
     Args:
@@ -48,7 +48,7 @@ class Slots:
       load: gives what has a name; ``None`` if all is put.
 
     Example:
-      >>> slots = Slots(2, "--", lambda v, x, i: v[:i] + x + v[i + 1 :], load=str.upper)
+      >>> slots = LruSlots(2, "--", lambda v, x, i: v[:i] + x + v[i + 1 :], load=str.upper)
       >>> taken, value = slots.take(["a", "b"], timeout=None)
       >>> sorted(value)
       ['A', 'B']

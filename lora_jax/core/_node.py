@@ -1,0 +1,124 @@
+"""What every node of an adapter tree can do: the one protocol of all functions over such trees.
+
+A tree of adapters has a node for each leaf of the model that is trained. A node changes its leaf,
+which stays in the base, or takes its place.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import chex
+import jax.numpy as jnp
+
+
+class Node(abc.ABC):
+    """What is trained for one leaf of the model. A pytree, whose leaves are the trained arrays.
+
+    Attributes:
+      in_base: whether the leaf itself stays in the base, and the node only changes it.
+    """
+
+    in_base: ClassVar[bool] = True
+
+    @property
+    @abc.abstractmethod
+    def arrays(self) -> dict[str, Any]:
+        """The trained arrays by the names of their fields."""
+
+    @abc.abstractmethod
+    def merge(self, leaf: Any) -> chex.Array:
+        """The leaf of the merged model, in float32 or the leaf's own precision where that is more.
+
+        Args:
+          leaf: the array of the base; ``None`` where the base lacks it.
+        """
+
+    def merged_dtype(self, leaf: Any) -> Any:
+        """The dtype that the merged leaf has in the model."""
+        return jnp.dtype(leaf.dtype)
+
+    def as_parameter(self) -> Any:
+        """The leaf as the model has it, in its dtype and its box, where the base lacks it."""
+        raise TypeError(f"{type(self).__name__} only changes a leaf of the base.")
+
+    def as_leaf(self) -> Any:
+        """The node as it stands in a tree of adapters."""
+        return self
+
+    @abc.abstractmethod
+    def check_fits(
+        self, path: str, shape: tuple[int, ...], count: int | None = None, name: str = "the base"
+    ) -> None:
+        """Checks that the node is for a leaf of this shape.
+
+        Args:
+          path: of the leaf.
+          shape: of the leaf.
+          count: how many nodes are stacked in this one; ``None`` for one alone.
+          name: of the tree that the leaf is in, for messages.
+
+        Raises:
+          ValueError: if it is not.
+        """
+
+    # By default nothing is wrong.
+
+    def check(self, path: str) -> None:  # noqa: B027
+        """Raises ValueError if the fields of the node do not fit each other."""
+
+    def check_merges(self, path: str) -> None:  # noqa: B027
+        """Raises ValueError if no merged leaf gives the same model."""
+
+    def check_combines(self, path: str, name: str) -> None:  # noqa: B027
+        """Raises ValueError if such a node cannot be added to others; ``name`` is of its tree."""
+
+    def check_stacks(self, path: str, name: str) -> None:  # noqa: B027
+        """Raises ValueError if such a node cannot be stacked; ``name`` is of its tree."""
+
+    # What stacks, layers and summaries ask for. None where a node has no such thing.
+
+    @property
+    def count(self) -> int | None:
+        """How many nodes are stacked in this one; ``None`` for one alone, or where unknown."""
+        return None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it can be seen that this one is not a stack."""
+        return False
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether the leaf's layer computes with the node; else the leaf is merged before."""
+        return False
+
+    @property
+    @abc.abstractmethod
+    def variant(self) -> str:
+        """The kind of node in a word."""
+
+    @property
+    def rank(self) -> int | None:
+        """``r`` of its factors."""
+        return None
+
+    @property
+    def scale(self) -> float | None:
+        """``s`` of what is added."""
+        return None
+
+    @property
+    def materialize(self) -> bool:
+        """Whether ``W'`` stands in place of the parameter by the user's choice."""
+        return False
+
+    @property
+    def product(self) -> str | None:
+        """How the layer computes its product."""
+        return None
+
+    def zero_columns(self, leaf: Any) -> int | None:
+        """How many columns of the leaf are zero, where the node scales columns by their norms."""
+        return None

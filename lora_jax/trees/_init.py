@@ -1,0 +1,138 @@
+"""Splits parameters into a frozen base and the adapters to train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import empty_node
+
+from lora_jax.core._adapter import init_adapter
+from lora_jax.core._axes import KernelAxes, ModelAxes
+from lora_jax.core._config import LoraConfig, assign, check_config
+from lora_jax.core._fully_trained import raise_precision
+from lora_jax.core._hints import key_comes_first, look_first
+from lora_jax.trees._leaves import is_finite
+from lora_jax.trees._pair import base_of
+from lora_jax.trees._paths import Key, path_of, unbox, unflatten
+from lora_jax.trees._resolve import check_read, resolve_axes
+from lora_jax.trees._rounding import key_for
+
+
+@look_first(key_comes_first("lora_init(key, params, config)"))
+def lora_init(
+    key: chex.PRNGKey,
+    params: chex.ArrayTree,
+    config: LoraConfig,
+    *,
+    axes: Mapping[str, KernelAxes] | None = None,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """Splits parameters into a frozen base and the adapters to train.
+
+    Together the two trees hold every leaf of ``params`` exactly once: an adapted kernel and all
+    that is not trained is in ``frozen``, a fully trained leaf is only in ``adapters``. At the
+    start the adapters change nothing.
+
+    Args:
+      key: a JAX random key. The start of an adapter depends on it and on the kernel's path only.
+      params: the ``params`` collection of a Flax model: nested dicts or a ``FrozenDict``, of
+        arrays, which may be boxed (``nn.Partitioned``).
+      config: which leaves are adapted and how, and which are fully trained.
+      axes: which axes of each kernel are inputs, outputs and stacks, from
+        :func:`lora_jax.kernel_axes`; :func:`lora_jax.lora_init_model` finds them for you. Without
+        it every matched leaf must be a matrix ``(d, k)``, but for what its rule says, and it is not
+        checked here whether the model reads a leaf, and only in its layer, but by ``lora_apply``.
+
+    Returns:
+      ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
+      ``adapters`` has an :class:`Adapter`, with ``U`` of shape ``(d, r)``, ``V`` of shape
+      ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32; ``m`` of a float64
+      kernel is float64, as its norm is.
+
+    Raises:
+      TypeError: if ``params`` is not a nested dict of arrays, if arguments are in another order, or
+        if a pattern is for a list in ``params``.
+      ValueError: if a pattern matches nothing, a rule never wins, a matched leaf is not a
+        floating-point matrix, a rank is above ``min(d, k)``, or a kernel is not finite. The message
+        names the culprit.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+      >>> model, x = nn.Dense(3), jnp.ones((2, 5))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=2, variant="dora")])
+      >>> frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, config)
+      >>> jax.tree.map(jnp.shape, (adapters["kernel"].U, adapters["kernel"].V))
+      ((5, 2), (2, 3))
+    """
+    check_config(config)
+    if not isinstance(params, Mapping) and hasattr(params, "params"):
+        raise TypeError(
+            f"params must be a nested dict of arrays, got {type(params).__name__}: pass its "
+            f".params."
+        )
+    flat = base_of(params, "params")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        raise TypeError(
+            "params has jax.ShapeDtypeStruct for arrays. To see the adapters without computing "
+            "them: jax.eval_shape(lambda params: lora_jax.lora_init(key, params, config), params)."
+        )
+    _check_lists(flat, config)
+    arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
+    paths = {path_of(key_): key_ for key_ in arrays}
+    rules, trainable = assign(config, list(paths), axes)
+    if len(paths) < len(arrays):
+        twice = next(path_of(k) for k in arrays if paths[path_of(k)] != k)
+        raise ValueError(
+            f"Two parameters have the path {twice!r}, as the name of one has a '/' in it; patterns "
+            f"could not tell them apart."
+        )
+    if rules and not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a JAX random key, as jax.random.key(0), got {key!r}.")
+    leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
+    rules, resolved = resolve_axes(leaves, rules, axes)
+    tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
+    check_read(trainable, axes)
+
+    frozen: dict[Key, Any] = dict(flat)
+    adapters: dict[Key, Any] = {}
+    for path, key_ in paths.items():
+        if path in rules:
+            adapter_key = key_for(key, path)
+            kernel = jnp.asarray(leaves[path])
+            untied = path in tied and not rules[path].materialize
+            adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
+            _check_finite(path, kernel, adapter.m)
+            adapters[key_] = adapter
+        elif path in trainable:
+            adapters[key_] = raise_precision(path, frozen.pop(key_))
+    return unflatten(frozen, params), unflatten(adapters, params)
+
+
+def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
+    """Raises TypeError if a pattern is for a list of layers, or for something in it."""
+    lists = [path_of(key) for key, leaf in flat.items() if type(leaf) in (list, tuple)]
+    arrays = [path_of(key) for key in flat if path_of(key) not in lists]
+    patterns = (*(rule.pattern for rule in config.rules), *config.trainable)
+    for pattern in patterns if lists else ():
+        fits = re.compile(pattern).fullmatch
+        if any(map(fits, lists)) or not any(map(fits, arrays)):
+            raise TypeError(
+                f"params has a list at {lists[0]!r}, and {pattern!r} cannot reach into it: paths "
+                f"go through dicts. Make dicts of lists, params = "
+                f"flax.serialization.to_state_dict(params), where the path is "
+                f"{lists[0] + '/0/...'!r}."
+            )
+
+
+def _check_finite(path: str, *arrays: Any) -> None:
+    """Raises ValueError if a kernel, or its norm, has NaN or infinity."""
+    if not all(is_finite(array) for array in arrays if array is not None):
+        raise ValueError(
+            f"The kernel {path!r} has NaN or infinite values, or its column norms overflow: "
+            f"check how the checkpoint was loaded."
+        )
