@@ -19,7 +19,7 @@ from lora_jax.core._fully_trained import as_node
 from lora_jax.files._read import read as read_lora_jax
 from lora_jax.files._tensors import StrPath
 from lora_jax.peft._folder import PeftFiles, read
-from lora_jax.peft._key_mapping import EXPERTS, KeyMapping, find
+from lora_jax.peft._key_mapping import EXPERTS, KeyMapping, find, find_by_torch
 from lora_jax.peft._keys import without_base_layer
 from lora_jax.peft._torch_layout import CONV1D, CONV1D_LAYERS
 from lora_jax.peft._torch_model import TorchModel
@@ -168,7 +168,7 @@ def _axes_in(files: PeftFiles, module: str, flax: str) -> KernelAxes:
 
 def _flax_path(torch: str, names: Sequence[KeyMapping], path: StrPath) -> tuple[str, KeyMapping]:
     """The path in Flax that a name in PyTorch is of: the first of names that fits."""
-    for mapping in names:
-        if (flax := mapping.flax_path(torch)) is not None:
-            return flax, mapping
-    raise ValueError(f"{path}: no name is for {torch!r}: give --names.")
+    found = find_by_torch(torch, names)
+    if found is None:
+        raise ValueError(f"{path}: no name is for {torch!r}: give --names.")
+    return found

@@ -108,20 +108,6 @@ class KeyMapping:
             out.append((index, fill(self.torch, fixed | counted)))
         return out
 
-    def flax_path(self, name: str) -> str | None:
-        """The path in Flax of a parameter by its name in PyTorch: the inverse of :meth:`match`.
-
-        ``None`` if the name is of another parameter.
-
-        Example:
-          >>> KeyMapping("layers/q/kernel", "layers.{i}.q.weight").flax_path("layers.1.q.weight")
-          'layers/q/kernel'
-        """
-        shared = match(self.torch, name, ".")
-        if shared is None:
-            return None
-        return fill(self.flax, {key: value.replace(".", "/") for key, value in shared.items()})
-
     def _choices(self, path: str, stack: Sequence[int]) -> list[list[str]]:
         """What each placeholder that counts stands for, for each index of its stack axis."""
         if len(stack) != len(self.counted):
@@ -148,3 +134,20 @@ class KeyMapping:
 def find(path: str, names: Sequence[KeyMapping]) -> KeyMapping | None:
     """The first name that is for a path."""
     return next((name for name in names if match(name.flax, path, "/") is not None), None)
+
+
+def find_by_torch(torch: str, names: Sequence[KeyMapping]) -> tuple[str, KeyMapping] | None:
+    """The path in Flax of a name in PyTorch, and the first name that is for it.
+
+    Example:
+      >>> names = [KeyMapping("layers/q/kernel", "layers.{i}.q.weight")]
+      >>> path, name = find_by_torch("layers.1.q.weight", names)
+      >>> path
+      'layers/q/kernel'
+    """
+    for name in names:
+        shared = match(name.torch, torch, ".")
+        if shared is not None:
+            path = {key: value.replace(".", "/") for key, value in shared.items()}
+            return fill(name.flax, path), name
+    return None
