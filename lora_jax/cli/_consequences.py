@@ -62,54 +62,87 @@ def with_consequences(
     Raises:
       ValueError: if some of the arrays have tokens that others lack.
     """
-    info, config, notes = dict(updates.info), dict[str, Any](), list(notes_before)
+    info = dict(updates.info)
     for name, array in updates.replaced.items():
         dtype = info[name].dtype if name in info else array.dtype
         info[name] = Info(dtype, array.shape)
-    if tie is not None and {tie.embedding, tie.head} & (
-        set(updates.merged) | set(updates.replaced)
-    ):
-        if not base.path.is_dir():
-            raise ValueError(
-                f"{tie.embedding!r} and {tie.head!r} are tied in the base, and two arrays with "
-                f"the adapter, which {MODEL_CONFIG} must say: give the base's folder, "
-                f"{base.path.parent}, in place of {base.path.name}."
-            )
-        if tie.head not in base and tie.embedding.count(".") == tie.head.count(".") == 1:
-            raise ValueError(
-                f"{base.path} has {tie.embedding!r} without the prefix that it has with "
-                f"{tie.head!r}: say it, {ADAPTER} transformer. for GPT-2, model. for Llama."
-            )
-        config[TIED] = False
-        notes.append(
-            f"{tie.embedding} and {tie.head} are two arrays now, as PEFT computes with them: "
-            f"{TIED} is false."
-        )
-    elif tie is not None and tie.head not in base:
+    changed = set(updates.merged) | set(updates.replaced)
+    untied = tie if tie is not None and {tie.embedding, tie.head} & changed else None
+    if tie is not None and untied is None and tie.head not in base:
         del info[tie.head]
-    if added := sorted(set(updates.replaced) - set(updates.base)):
-        labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
-        _check_layers(model, info, base.path)
-        config |= _with_head(model, labels[-1] if labels else None)
-        notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
-        if classes := config.get("architectures"):
-            notes.append(
-                f"The model is a {classes[0]} now: transformers must not report newly initialized "
-                f"weights when it loads it."
-            )
-    if rows := _more_tokens(info, base):
-        config |= _with_tokens(model, *rows)
-        notes.append(
-            f"There are {rows[1]} tokens, and {rows[0]} in {base.path}, whose tokenizer is copied: "
-            f"put the adapter's in its place."
+    config, notes = dict[str, Any](), list(notes_before)
+    for new_config, new_notes in (
+        _of_untying(untied, base),
+        _of_added(updates, base, model, info),
+        _of_tokens(base, model, info),
+    ):
+        config |= new_config
+        notes += new_notes
+    if not config:
+        return dataclasses.replace(updates, info=info, notes=notes)
+    if base.path.is_dir() and model.config is not None:
+        new = {**model.config, **config}
+        return dataclasses.replace(updates, info=info, config=new, notes=notes)
+    changes = ", ".join(f"{key} = {value}" for key, value in config.items())
+    notes.append(f"{base.path} has no config that could be changed, which must have {changes}.")
+    return dataclasses.replace(updates, info=info, notes=notes)
+
+
+# What each thing that follows asks of the config, and notes on it.
+_Change = tuple[dict[str, Any], list[str]]
+
+
+def _of_untying(tie: Tie | None, base: Checkpoint) -> _Change:
+    """Of an embedding and a head that are two arrays with the adapter."""
+    if tie is None:
+        return {}, []
+    if not base.path.is_dir():
+        raise ValueError(
+            f"{tie.embedding!r} and {tie.head!r} are tied in the base, and two arrays with "
+            f"the adapter, which {MODEL_CONFIG} must say: give the base's folder, "
+            f"{base.path.parent}, in place of {base.path.name}."
         )
-    new_config = None
-    if config and base.path.is_dir() and model.config is not None:
-        new_config = {**model.config, **config}
-    elif config:
-        changes = ", ".join(f"{key} = {value}" for key, value in config.items())
-        notes.append(f"{base.path} has no config that could be changed, which must have {changes}.")
-    return dataclasses.replace(updates, info=info, config=new_config, notes=notes)
+    if tie.head not in base and tie.embedding.count(".") == tie.head.count(".") == 1:
+        raise ValueError(
+            f"{base.path} has {tie.embedding!r} without the prefix that it has with "
+            f"{tie.head!r}: say it, {ADAPTER} transformer. for GPT-2, model. for Llama."
+        )
+    note = (
+        f"{tie.embedding} and {tie.head} are two arrays now, as PEFT computes with them: {TIED} "
+        f"is false."
+    )
+    return {TIED: False}, [note]
+
+
+def _of_added(
+    updates: Updates, base: Checkpoint, model: Model, info: Mapping[str, Info]
+) -> _Change:
+    """Of arrays that the base lacks: those of a head."""
+    added = sorted(set(updates.replaced) - set(updates.base))
+    if not added:
+        return {}, []
+    labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
+    _check_layers(model, info, base.path)
+    config = _with_head(model, labels[-1] if labels else None)
+    notes = [f"{base.path} lacks {', '.join(added)}: added as the adapter has them."]
+    if classes := config.get("architectures"):
+        notes.append(
+            f"The model is a {classes[0]} now: transformers must not report newly initialized "
+            f"weights when it loads it."
+        )
+    return config, notes
+
+
+def _of_tokens(base: Checkpoint, model: Model, info: Mapping[str, Info]) -> _Change:
+    """Of tokens that the base lacks."""
+    rows = _more_tokens(info, base)
+    if rows is None:
+        return {}, []
+    note = (
+        f"There are {rows[1]} tokens, and {rows[0]} in {base.path}, whose tokenizer is copied: "
+        f"put the adapter's in its place."
+    )
+    return _with_tokens(model, *rows), [note]
 
 
 def _check_layers(model: Model, info: Mapping[str, Info], where: Path) -> None:
@@ -149,7 +182,7 @@ def _with_tokens(model: Model, before: int, after: int) -> dict[str, Any]:
     return {"vocab_size": after}
 
 
-def _more_tokens(info: dict[str, Info], base: Checkpoint) -> tuple[int, int] | None:
+def _more_tokens(info: Mapping[str, Info], base: Checkpoint) -> tuple[int, int] | None:
     """The number of tokens in the base, and the larger one of the merged model."""
     old = {name: one.shape[0] for name, one in base.info.items() if is_vocabulary(name)}
     more = {name: rows for name, rows in old.items() if info[name].shape[0] > rows}

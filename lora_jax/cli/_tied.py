@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -75,72 +77,125 @@ def tie_of(model: Model, files: PeftFiles, base: Checkpoint) -> Tie | None:
     Raises:
       ValueError: if that cannot be known, or it cannot be untied.
     """
-    embeddings = [n for n in base if is_vocabulary(n) and is_embedding(module_of(n))]
-    heads = [n for n in base if is_vocabulary(n) and is_head(module_of(n))]
-    # What the base lacks and is as large as its embedding is a head, however it is called.
-    sizes = {base.info[name].shape for name in embeddings}
-    shapes = {without_base_layer(n): shape for n, shape in _shapes(files).items()}
-    lost = {n for n, shape in shapes.items() if n not in base and shape in sizes}
-    touched = {n for n in shapes if is_vocabulary(n)} | lost
-    trained_heads = sorted(n for n in touched if not is_embedding(module_of(n)))
-    touched = touched or _by_size(model, files, base)
-    if not touched:
-        return None
-    what = f"{files.tensors.path} changes {min(touched)!r}"
+    change = _Change.of(model, files, base)
+    return _tie(model, change, base) if _may_be_tied(model, change, base) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """What an adapter changes of embeddings and heads, by its names.
+
+    Attributes:
+      embeddings: those of the base.
+      heads: those that are arrays of their own in the base.
+      touched: what the adapter changes of them.
+      trained_heads: the heads among these, in the base or not.
+      what: begins the messages.
+    """
+
+    embeddings: list[str]
+    heads: list[str]
+    touched: set[str]
+    trained_heads: list[str]
+    what: str
+
+    @classmethod
+    def of(cls, model: Model, files: PeftFiles, base: Checkpoint) -> _Change:
+        """What the files change of a base."""
+        embeddings = [n for n in base if is_vocabulary(n) and is_embedding(module_of(n))]
+        heads = [n for n in base if is_vocabulary(n) and is_head(module_of(n))]
+        # What the base lacks and is as large as its embedding is a head, however it is called.
+        sizes = {base.info[name].shape for name in embeddings}
+        shapes = {without_base_layer(n): shape for n, shape in _shapes(files).items()}
+        lost = {n for n, shape in shapes.items() if n not in base and shape in sizes}
+        touched = {n for n in shapes if is_vocabulary(n)} | lost
+        trained_heads = sorted(n for n in touched if not is_embedding(module_of(n)))
+        touched = touched or _by_size(model, files, base)
+        what = f"{files.tensors.path} changes {min(touched)!r}" if touched else ""
+        return cls(embeddings, heads, touched, trained_heads, what)
+
+
+def _may_be_tied(model: Model, change: _Change, base: Checkpoint) -> bool:
+    """Whether what is changed may be tied, by the model's config and the names of the base.
+
+    Raises:
+      ValueError: if there is no config that says it, or an encoder and a decoder share it.
+    """
+    what, trained_heads, heads = change.what, change.trained_heads, change.heads
+    if not change.touched:
+        return False
     if model.config is None:
         if heads or model.headless:
-            return None
+            return False
         lacks = trained_heads[0] if trained_heads else "a head"
         raise ValueError(
             f"{what}, and {base.path} lacks {lacks}, which may be tied to the embedding: give "
             f"the base's folder, with its {MODEL_CONFIG}, which says so."
         )
     if model.headless and not trained_heads:
-        return None
-    parts = [v for v in model.config.values() if isinstance(v, dict) and "vocab_size" in v]
-    flag = [model.config, *parts][-1].get(TIED, model.config.get(TIED))
-    shared = bool(model.config.get("is_encoder_decoder"))
+        return False
+    flag, shared = _flag(model), bool(model.config.get("is_encoder_decoder"))
     if flag is False and set(trained_heads) <= set(heads) and not shared:
-        return None
-    if shared or any(module_of(n).endswith("shared") for n in embeddings):
-        if flag is False and touched <= set(heads):
-            return None
+        return False
+    if shared or any(module_of(n).endswith("shared") for n in change.embeddings):
+        if flag is False and change.touched <= set(heads):
+            return False
         raise ValueError(
             f"{what}, of an encoder and a decoder that share their embedding: PEFT's adapter "
             f"is of one of its uses, for which the merged model has no array of its own. Train "
-            f"it without {', '.join(sorted({last_of(n) for n in touched}))}."
+            f"it without {', '.join(sorted({last_of(n) for n in change.touched}))}."
         )
     if flag is False:
         raise ValueError(
             f"{what}, and {base.path} lacks {trained_heads[0]!r}, though {model.path} says that "
             f"{TIED} is false."
         )
+    return True
+
+
+def _tie(model: Model, change: _Change, base: Checkpoint) -> Tie | None:
+    """The embedding and its head; ``None`` if the base has them as two that differ.
+
+    Raises:
+      ValueError: if it is not known which embedding is tied, or what its head is called.
+    """
+    what, heads = change.what, change.heads
     unknown = ValueError(
         f"{what}, which may be tied, and {base.path} has several parts, or no embedding that "
         f"is known by its name: untie it first, in transformers, and set {TIED} to false in "
         f"{model.path}."
     )
-    if len(embeddings) != 1 or len(heads) > 1:
+    if len(change.embeddings) != 1 or len(heads) > 1:
         raise unknown
-    (embedding,) = embeddings
-    if heads:
-        same = _equal(base[heads[0]], base[embedding])
-        if not same and flag is None:
+    (embedding,) = change.embeddings
+    if heads and not _equal(base[heads[0]], base[embedding]):
+        if _flag(model) is None:
             return None
-        if not same:
-            raise ValueError(
-                f"{what}, and {model.path} says that {TIED} is true, but {base.path} has "
-                f"another {heads[0]!r} than {embedding!r}: set {TIED} to what is right."
-            )
-    if parts:
+        raise ValueError(
+            f"{what}, and {model.path} says that {TIED} is true, but {base.path} has "
+            f"another {heads[0]!r} than {embedding!r}: set {TIED} to what is right."
+        )
+    if _parts(model):
         raise unknown
-    if model.tying and not trained_heads and last_of(embedding) == "embed_tokens":
+    if model.tying and not change.trained_heads and last_of(embedding) == "embed_tokens":
         raise ValueError(
             f"{what}, and by ensure_weight_tying its head too, but holds nothing for the head: "
             f"save it with a PEFT that does."
         )
-    known = [*trained_heads, *heads]
+    known = [*change.trained_heads, *heads]
     return Tie(embedding, known[0] if known else _head(model, base, embedding), model.tying)
+
+
+def _parts(model: Model) -> list[Mapping[str, Any]]:
+    """The configs of the model's parts that have a vocabulary."""
+    parts = (model.config or {}).values()
+    return [part for part in parts if isinstance(part, dict) and "vocab_size" in part]
+
+
+def _flag(model: Model) -> Any:
+    """What the config says of the tie, or that of its last part; ``None`` where it is silent."""
+    config = model.config or {}
+    return [config, *_parts(model)][-1].get(TIED, config.get(TIED))
 
 
 def _by_size(model: Model, files: PeftFiles, base: Checkpoint) -> set[str]:
