@@ -12,12 +12,12 @@ from lora_jax._version import __version__
 
 def main() -> None:
     """Runs a command. Exits with 0, with 1 where something differs or is wrong, or with 2."""
-    # Files need no accelerator, and must not take one away from a training beside them.
+    # Files need no accelerator, and must not take one away from a training that runs meanwhile.
     jax.config.update("jax_platforms", "cpu")
     try:
         import tyro
 
-        from lora_jax.cli import _commands as commands
+        from lora_jax.cli._commands import COMMANDS
     except ImportError as error:
         sys.exit(f"lora-jax needs {error.name}, which is not installed: pip install rich tyro")
     if sys.argv[1:] == ["--version"]:
@@ -25,14 +25,7 @@ def main() -> None:
         return
     try:
         code = tyro.extras.subcommand_cli_from_dict(
-            {
-                "inspect": commands.inspect,
-                "convert": commands.convert,
-                "merge": commands.merge,
-                "diff": commands.diff,
-                "extract": commands.extract,
-                "verify": commands.verify,
-            },
+            dict(COMMANDS),
             prog="lora-jax",
             description="Looks at adapters, converts, merges, compares, extracts, verifies them. "
             "Each command has a --help with an example; --version says which lora_jax this is.",

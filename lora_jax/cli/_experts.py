@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from lora_jax.cli._start import Start
-from lora_jax.peft._files import PeftFiles
-from lora_jax.peft._names import EXPERTS, KeyMapping
+from lora_jax.cli._base_at_start import BaseAtStart
+from lora_jax.peft._folder import PeftFiles
+from lora_jax.peft._key_mapping import EXPERTS, KeyMapping
+from lora_jax.peft._keys import wrapped_module
 from lora_jax.peft._torch_layout import factor_shapes
-
-_BELOW = ".base_layer"
 
 
 def alone_in(
-    files: PeftFiles, base: Start, order: Mapping[str, bool | None]
+    files: PeftFiles, base: BaseAtStart, order: Mapping[str, bool | None]
 ) -> dict[str, tuple[str, str]]:
     """For each wrap of a module, as the files call it, the parameter and how PyTorch stores it.
 
@@ -30,7 +29,7 @@ def alone_in(
         ``(experts, in, out)``; ``None`` where that is not known.
 
     Raises:
-      ValueError: adapters that fit no parameter, or several.
+      ValueError: if adapters fit no parameter, or several.
     """
     targeted: dict[str, list[str]] = {}
     for name in base:
@@ -38,9 +37,7 @@ def alone_in(
             targeted.setdefault(name.rpartition(".")[0], []).append(name)
     wraps: dict[str, list[str]] = {}
     for wrap in files.modules:
-        root = wrap
-        while root.endswith(_BELOW):
-            root = root.removesuffix(_BELOW)
+        root = wrapped_module(wrap)
         if root in targeted:
             wraps.setdefault(root, []).append(wrap)
     for module, names in targeted.items():
@@ -69,22 +66,27 @@ def order_of(names: Sequence[KeyMapping]) -> dict[str, bool | None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A module of which some parameters are adapted by themselves."""
+    """A module with parameters that are adapted by themselves."""
 
     files: PeftFiles
-    base: Start
+    base: BaseAtStart
     module: str
     wraps: Sequence[str]
     names: Sequence[str]
     order: Mapping[str, bool | None]
 
     def resolved(self) -> dict[str, tuple[str, str]]:
-        said = {self.order.get(name.rpartition(".")[2]) for name in self.names} - {None}
-        kinds = [k for k in EXPERTS if (k == "experts_transposed") in said] if said else EXPERTS
+        """The parameter for each wrap, and how PyTorch stores it."""
+        transposed = {self.order.get(name.rpartition(".")[2]) for name in self.names} - {None}
+        kinds = (
+            [k for k in EXPERTS if (k == "experts_transposed") in transposed]
+            if transposed
+            else EXPERTS
+        )
         possible: list[dict[str, tuple[str, str]] | None] = []
         for kind in kinds:
             fits = {w: [n for n in self.names if self._fits(w, n, kind)] for w in self.wraps}
-            found = self._by_order(fits) if self._is_ordered() else _only(fits)
+            found = self._by_order(fits) if self._is_ordered() else _only_choice(fits)
             if found is None:
                 possible.append(None)
             elif found:
@@ -133,10 +135,10 @@ class _Module:
         return self._shapes(wrap) == (expected["A"], expected["B"])
 
 
-def _only(fits: Mapping[str, Sequence[str]]) -> dict[str, str] | None:
-    """The one way to give every wrap a parameter; empty if there is none, ``None`` if several.
+def _only_choice(fits: Mapping[str, Sequence[str]]) -> dict[str, str] | None:
+    """The one choice of a parameter for every wrap; empty if there is none, ``None`` if several.
 
-    Where there is only one way, there is always a wrap with one choice, or a parameter with one.
+    Where there is only one choice, there is always a wrap with one choice, or a parameter with one.
     """
     left = {wrap: set(names) for wrap, names in fits.items()}
     found: dict[str, str] = {}

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping
 
 from lora_jax.files._checkpoint import Checkpoint, said_in
 from lora_jax.peft._config import PeftConfig
-from lora_jax.peft._files import PeftFiles
-from lora_jax.peft._names import CONV1D_LAYERS
-from lora_jax.peft._torch_layout import output_axis
+from lora_jax.peft._folder import PeftFiles
+from lora_jax.peft._torch_layout import CONV1D_LAYERS, output_axis
 
 # Types of transformers' models, or the packages that they are in, which call layers as
 # CONV1D_LAYERS has it: those where they are Conv1D, and those where they are linear.
@@ -37,8 +36,8 @@ class Layouts:
     """What a base says of how its layers store their weights, and what the user answers.
 
     Args:
-      base: the base; ``config.json`` beside its files has the model's type.
-      answer: ``"in-out"`` or ``"out-in"``, of layers of which nothing else says it.
+      base: the base; ``config.json`` next to its files has the model's type.
+      answer: ``"in-out"`` or ``"out-in"``, for layers where nothing else says it.
       types: of the model, as others know them.
 
     Attributes:
@@ -51,7 +50,7 @@ class Layouts:
         self._base, self._answer, self._given = base, answer, frozenset(types)
         self.asked: list[str] = []
 
-    def kind(self, name: str, own: str = "", files: PeftFiles | None = None) -> str:
+    def kind(self, name: str, known: str = "", files: PeftFiles | None = None) -> str:
         """``"linear"`` or ``"conv1d"``, for a matrix by its name, PyTorch's or Flax's.
 
         Empty where neither the bias, nor layers of the same name, nor the model's type say it, or
@@ -59,18 +58,18 @@ class Layouts:
 
         Args:
           name: as ``"h.0.attn.c_proj.weight"`` or ``"h/0/attn/c_proj/kernel"``.
-          own: what an adapter of ours knows itself.
+          known: what an adapter of lora_jax knows itself.
           files: those of an adapter of PEFT.
 
         Raises:
-          ValueError: the base says something else than an adapter of ours.
+          ValueError: if the base says something else than an adapter of lora_jax.
         """
         if found := self._by_bias(name):
             return found
         layer = _layer(name)
         either = layer in CONV1D_LAYERS
         config = PeftConfig(1, 1.0) if files is None else files.config
-        says = kinds_of(self._types | {config.package}, layer) | ({own} - {""})
+        says = kinds_of(self._types | {config.package}, layer) | ({known} - {""})
         if either:
             says |= self._seen.get(layer, set())
             if files and {_layer(f"{module}.weight") for module in files.modules} == {layer}:
@@ -80,10 +79,10 @@ class Layouts:
         others = {kind for layer in self._seen.keys() - CONV1D_LAYERS for kind in self._seen[layer]}
         if not (says or either or config.fan_in_fan_out or "conv1d" in others):
             return "linear"
-        if own:
+        if known:
             raise ValueError(
                 f"{self._base.path}: {name!r} is of another class of layers, by the base, than the "
-                f"adapter was made for, which is {own}: make it with axes=."
+                f"adapter was made for, which is {known}: make it with axes=."
             )
         self.asked.append(name)
         if self._answer is None:
@@ -91,10 +90,10 @@ class Layouts:
         return "conv1d" if (self._answer == "in-out") == name.endswith(".weight") else "linear"
 
     def check(self) -> None:
-        """Errors where an answer is needed, when all that it would be for is known.
+        """Checks the answer, when all that it is for is known.
 
         Raises:
-          ValueError: nothing says how a weight is stored, or the answer cannot be that of all.
+          ValueError: if nothing says how a weight is stored, or the answer cannot be that of all.
         """
         layers = dict.fromkeys(map(_layer, self.asked))
         known = [layer for layer in layers if layer in CONV1D_LAYERS]
@@ -103,19 +102,19 @@ class Layouts:
             raise ValueError(
                 f"{self._base.path}: {name!r} {shape} may be stored (in, out) or (out, in): in "
                 f"PyTorch as GPT-2's Conv1D or as a linear layer, in Flax the other way round. "
-                f"Neither shapes nor a config.json beside it say which. Say it, of all layers "
+                f"Neither shapes nor a config.json next to it say which. Say it, of all layers "
                 f"called {', '.join(layers)}, with --layout in-out or --layout out-in, or put the "
                 f"model's config.json there."
             )
         if self._answer == "in-out" and known and len(known) < len(layers):
             raise ValueError(
                 f"--layout in-out would be of all layers called {', '.join(layers)}, but in GPT-2 "
-                f"only {', '.join(known)} would be Conv1D: put the model's config.json beside "
+                f"only {', '.join(known)} would be Conv1D: put the model's config.json next to "
                 f"{self._base.path}."
             )
 
     def _by_bias(self, name: str) -> str:
-        """Empty where that does not say it. Every ``Conv1D`` has a bias."""
+        """The kind by the bias, which every ``Conv1D`` has; empty where that does not say it."""
         bias = _bias(name)
         if bias not in self._base:
             return "linear"
@@ -156,7 +155,7 @@ def kinds_of(types: Iterable[str], layer: str) -> set[str]:
 
 
 def model_types(base: Checkpoint) -> frozenset[str]:
-    """The types of the model, and of those in it, by the ``config.json`` beside its files."""
+    """The types of the model, and of those in it, by the ``config.json`` next to its files."""
     return frozenset(one for one in said_in(base.config, "model_type") if isinstance(one, str))
 
 

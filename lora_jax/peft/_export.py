@@ -14,8 +14,10 @@ from lora_jax.core._axes import KernelAxes
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._paths import named_pair
 from lora_jax.files._tensors import Info, write_tensors
-from lora_jax.peft._names import KeyMapping, Torch, as_names
-from lora_jax.peft._torch_params import TorchParams
+from lora_jax.peft._families import as_names
+from lora_jax.peft._key_mapping import KeyMapping
+from lora_jax.peft._torch_arrays import from_leaf, torch_shape
+from lora_jax.peft._torch_model import TorchModel, TorchParameter
 from lora_jax.trees._paths import unbox
 from lora_jax.trees._rounding import Rounding, RoundingReport, key_for, measure, round_to
 
@@ -33,7 +35,7 @@ def export(
     """Writes the merged model into a safetensors file, and says what rounding loses.
 
     ``W'`` is formed in float32 and cast once, one parameter after another: no more than one merged
-    parameter is in memory beside the base. The model's other collections are not in the file.
+    parameter is in memory besides the base. The model's other collections are not in the file.
 
     Args:
       path: the file, as ``"model.safetensors"``.
@@ -49,8 +51,9 @@ def export(
       The rounding of every parameter that was trained.
 
     Raises:
-      ValueError: adapters that do not fit the base or cannot be merged, numbers that are not finite
-        in the new dtype, parameters that no name is for.
+      TypeError: if a leaf of the base is not one array.
+      ValueError: if adapters do not fit the base or cannot be merged, if numbers are not finite in
+        the new dtype, or if no name is for a parameter.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -59,34 +62,33 @@ def export(
       >>> frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
       >>> report = lora_jax.export(file, frozen, adapters, names="transformers")
-      >>> {name: x.shape for name, x in lora_jax.files._tensors.Tensors(file).items()}
-      {'dense.weight': (2, 3), 'dense.bias': (2,)}
+      >>> list(report.rows)
+      ['dense/kernel']
     """
     base, found = named_pair(frozen, adapters)
-    kernels = {p: node for p, node in found.items() if node.in_base}
-    for leaf_path, node in found.items():
-        node.check_merges(leaf_path)
-    whole = {p: node for p, node in found.items() if p not in kernels}
     for leaf_path, leaf in base.items():
         if not hasattr(unbox(leaf), "dtype"):
             raise TypeError(
                 f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
                 f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
             )
+    for leaf_path, node in found.items():
+        node.check_merges(leaf_path)
+    trained = {p: node for p, node in found.items() if not node.in_base}
     leaves = {p: unbox(leaf) for p, leaf in base.items()}
-    leaves |= {p: node.merge(None) for p, node in whole.items()}
-    own = {p: node.merged_dtype(None) for p, node in whole.items()}
+    leaves |= {p: node.merge(None) for p, node in trained.items()}
+    dtypes = {p: node.merged_dtype(None) for p, node in trained.items()}
 
     def dtype_of(leaf_path: str) -> np.dtype[Any]:
-        had = np.dtype(jnp.dtype(own.get(leaf_path, leaves[leaf_path].dtype)))
+        had = np.dtype(jnp.dtype(dtypes.get(leaf_path, leaves[leaf_path].dtype)))
         changes = dtype is not None and jnp.issubdtype(had, jnp.floating)
         return jnp.dtype(dtype) if changes else had  # type: ignore[no-any-return]
 
     if names is None:
-        model = TorchParams(leaves, (), None)
-        torches = {p: Torch(p, p, (), "plain") for p in leaves}
+        model = TorchModel(leaves, (), None)
+        torches = {p: TorchParameter(p, p, (), "plain") for p in leaves}
     else:
-        model = TorchParams(leaves, as_names(names), axes)
+        model = TorchModel(leaves, as_names(names), axes)
         torches = {torch.name: torch for p in leaves for torch in model.complete(p)}
     rows: dict[str, Rounding] = {}
     last: dict[str, Any] = {}  # what is stacked in one leaf is merged once
@@ -95,10 +97,10 @@ def export(
         W, to = jnp.asarray(leaves[leaf_path]), dtype_of(leaf_path)
         if leaf_path not in found:
             return W.astype(to)
-        adapter = kernels.get(leaf_path)
-        exact = W if adapter is None else adapter.merge(W)
+        node = found[leaf_path]
+        exact = node.merge(W)
         out = round_to(exact, to, None if key is None else key_for(key, leaf_path))
-        rows[leaf_path] = measure(exact, out, None if adapter is None else W.astype(to))
+        rows[leaf_path] = measure(exact, out, W.astype(to) if node.in_base else None)
         return out
 
     def read(name: str) -> np.ndarray:
@@ -106,9 +108,9 @@ def export(
         if torch.path not in last:
             last.clear()
             last[torch.path] = merged(torch.path)
-        return model.from_leaf(torch, last[torch.path])
+        return from_leaf(model, torch, last[torch.path])
 
-    info = {n: Info(dtype_of(t.path), model.torch_shape(t)) for n, t in torches.items()}
+    info = {n: Info(dtype_of(t.path), torch_shape(model, t)) for n, t in torches.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, info, read, {"format": "flax" if names is None else "pt"})

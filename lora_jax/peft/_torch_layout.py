@@ -12,9 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.peft._names import EXPERTS
+from lora_jax.core._axes import KernelAxes
+from lora_jax.peft._key_mapping import EXPERTS
 
 Array = np.ndarray[Any, Any]
+
+# How transformers' FlaxConv1D stores its kernel, and what layers of that class, and of PyTorch's
+# Conv1D, are called. GPT-Neo and others call linear layers so.
+CONV1D = KernelAxes(inputs=(1,), outputs=(0,))
+CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")
 
 
 def factor_shapes(

@@ -20,9 +20,9 @@ import pytest
 from helpers import random_like
 
 import lora_jax
-from lora_jax.cli import _merging as merging
-from lora_jax.cli import _trees as trees
-from lora_jax.cli._factors import open_adapter
+from lora_jax.cli._open_adapter import open_adapter
+from lora_jax.cli._updates_of_lora_jax import updates_of_lora_jax
+from lora_jax.cli._without_model import trees_of_lora_jax
 from lora_jax.files import _kinds as kinds
 from lora_jax.files._bytes import write_bytes
 from lora_jax.files._checkpoint import Checkpoint
@@ -351,11 +351,11 @@ def test_the_command_forgets_no_collections(tmp_path):
     stats = {"batch_stats": {"mean": jnp.ones(2)}}
     lora_jax.save(tmp_path / "a", {"bias": jnp.ones(2)}, collections=stats)
     with pytest.raises(ValueError, match="'batch_stats' beside the adapters"):
-        trees.from_own(tmp_path / "a", [])
+        trees_of_lora_jax(tmp_path / "a", [])
     write_bytes(tmp_path / "base", encode({"bias": np.zeros(2, np.float32)}))
     with pytest.raises(ValueError, match="'batch_stats' beside the adapters"):
-        merging.of_own(tmp_path / "a", Checkpoint(tmp_path / "base"))
-    assert set(open_adapter(tmp_path / "a").whole) == {"bias", "batch_stats: mean"}
+        updates_of_lora_jax(tmp_path / "a", Checkpoint(tmp_path / "base"))
+    assert set(open_adapter(tmp_path / "a").fully_trained) == {"bias", "batch_stats: mean"}
 
 
 def test_peft_has_no_place_for_collections(normed, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from helpers import random_like, random_variables
-from test_peft import IDS, NAMES, Model
+from peft_folders import IDS, NAMES, Model
 
 import lora_jax
 from lora_jax.files._tensors import Info, Tensors, write_tensors

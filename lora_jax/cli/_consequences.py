@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli._heads import CLASSES, TIED, Model, Tie, is_vocabulary
-from lora_jax.cli._merging import Updates
+from lora_jax.cli._model import Model
 from lora_jax.cli._prefixes import ADAPTER
-from lora_jax.cli._start import head_biases
+from lora_jax.cli._tied import TIED, Tie
+from lora_jax.cli._updates import Updates
+from lora_jax.cli._vocabulary import head_biases, is_vocabulary
 from lora_jax.files._checkpoint import MODEL_CONFIG, Checkpoint
 from lora_jax.files._tensors import Info
 
@@ -43,8 +43,12 @@ _LAYERS = {
 }
 
 
-def completed(
-    updates: Updates, base: Checkpoint, model: Model, tie: Tie | None, said: Sequence[str] = ()
+def with_consequences(
+    updates: Updates,
+    base: Checkpoint,
+    model: Model,
+    tie: Tie | None,
+    notes_before: Sequence[str] = (),
 ) -> Updates:
     """Merged arrays with all that follows from them.
 
@@ -53,73 +57,97 @@ def completed(
       base: the base, by the adapter's names.
       model: what is known of it.
       tie: what it ties.
-      said: notes on what was done before.
+      notes_before: notes on what was done before.
 
     Raises:
-      ValueError: tokens that some of the arrays have and others lack.
+      ValueError: if some of the arrays have tokens that others lack.
     """
-    info, config, notes = dict(updates.info), dict[str, Any](), list(said)
-    for name, array in updates.whole.items():
+    info = dict(updates.info)
+    for name, array in updates.replaced.items():
         dtype = info[name].dtype if name in info else array.dtype
         info[name] = Info(dtype, array.shape)
-    if tie is not None and {tie.embedding, tie.head} & (set(updates.exact) | set(updates.whole)):
-        if not base.path.is_dir():
-            raise ValueError(
-                f"{tie.embedding!r} and {tie.head!r} are tied in the base, and two arrays with "
-                f"the adapter, which {MODEL_CONFIG} must say: give the base's folder, "
-                f"{base.path.parent}, in place of {base.path.name}."
-            )
-        if tie.head not in base and tie.embedding.count(".") == tie.head.count(".") == 1:
-            raise ValueError(
-                f"{base.path} has {tie.embedding!r} without the prefix that it has beside "
-                f"{tie.head!r}: say it, {ADAPTER} transformer. for GPT-2, model. for Llama."
-            )
-        config[TIED] = False
-        notes.append(
-            f"{tie.embedding} and {tie.head} are two arrays now, as PEFT computes with them: "
-            f"{TIED} is false."
-        )
-    elif tie is not None and tie.head not in base:
+    changed = set(updates.merged) | set(updates.replaced)
+    untied = tie if tie is not None and {tie.embedding, tie.head} & changed else None
+    if tie is not None and untied is None and tie.head not in base:
         del info[tie.head]
-    if added := sorted(set(updates.whole) - set(updates.base)):
-        labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
-        _check_whole(model, info, base.path)
-        config |= _with_head(model, labels[-1] if labels else None)
-        notes.append(f"{base.path} lacks {', '.join(added)}: added as the adapter has them.")
-        if classes := config.get("architectures"):
-            notes.append(
-                f"The model is a {classes[0]} now: transformers must not report newly initialized "
-                f"weights when it loads it."
-            )
-    if rows := _more_tokens(info, base):
-        config |= _with_tokens(model, *rows)
+    config, notes = dict[str, Any](), list(notes_before)
+    for new_config, new_notes in (
+        _of_untying(untied, base),
+        _of_added(updates, base, model, info),
+        _of_tokens(base, model, info),
+    ):
+        config |= new_config
+        notes += new_notes
+    if not config:
+        return dataclasses.replace(updates, info=info, notes=notes)
+    if base.path.is_dir() and model.config is not None:
+        new = {**model.config, **config}
+        return dataclasses.replace(updates, info=info, config=new, notes=notes)
+    changes = ", ".join(f"{key} = {value}" for key, value in config.items())
+    notes.append(f"{base.path} has no config that could be changed, which must have {changes}.")
+    return dataclasses.replace(updates, info=info, notes=notes)
+
+
+# What each thing that follows asks of the config, and notes on it.
+_Change = tuple[dict[str, Any], list[str]]
+
+
+def _of_untying(tie: Tie | None, base: Checkpoint) -> _Change:
+    """Of an embedding and a head that are two arrays with the adapter."""
+    if tie is None:
+        return {}, []
+    if not base.path.is_dir():
+        raise ValueError(
+            f"{tie.embedding!r} and {tie.head!r} are tied in the base, and two arrays with "
+            f"the adapter, which {MODEL_CONFIG} must say: give the base's folder, "
+            f"{base.path.parent}, in place of {base.path.name}."
+        )
+    if tie.head not in base and tie.embedding.count(".") == tie.head.count(".") == 1:
+        raise ValueError(
+            f"{base.path} has {tie.embedding!r} without the prefix that it has with "
+            f"{tie.head!r}: say it, {ADAPTER} transformer. for GPT-2, model. for Llama."
+        )
+    note = (
+        f"{tie.embedding} and {tie.head} are two arrays now, as PEFT computes with them: {TIED} "
+        f"is false."
+    )
+    return {TIED: False}, [note]
+
+
+def _of_added(
+    updates: Updates, base: Checkpoint, model: Model, info: Mapping[str, Info]
+) -> _Change:
+    """Of arrays that the base lacks: those of a head."""
+    added = sorted(set(updates.replaced) - set(updates.base))
+    if not added:
+        return {}, []
+    labels = [info[n].shape[0] for n in added if f".{n}".endswith(_LABELS)]
+    _check_layers(model, info, base.path)
+    config = _with_head(model, labels[-1] if labels else None)
+    notes = [f"{base.path} lacks {', '.join(added)}: added as the adapter has them."]
+    if classes := config.get("architectures"):
         notes.append(
-            f"There are {rows[1]} tokens, and {rows[0]} in {base.path}, whose tokenizer is copied: "
-            f"put the adapter's in its place."
+            f"The model is a {classes[0]} now: transformers must not report newly initialized "
+            f"weights when it loads it."
         )
-    whole = None
-    if config and base.path.is_dir() and model.config is not None:
-        whole = {**model.config, **config}
-    elif config:
-        changes = ", ".join(f"{key} = {value}" for key, value in config.items())
-        notes.append(f"{base.path} has no config that could be changed, which must have {changes}.")
-    return dataclasses.replace(updates, info=info, config=whole, notes=notes)
+    return config, notes
 
 
-def _class(model: Model) -> str | None:
-    """The class that the adapter was trained in, as far as it can be known."""
-    name = model.trained
-    if name is not None and name in CLASSES.values():  # only how it ends
-        known = re.match(
-            r"(.+?)(?:For[A-Z]\w*|(?:LMHead|DoubleHeads)?Model)$", model.architecture or ""
-        )
-        name = known[1] + name if known else None
-    return name
+def _of_tokens(base: Checkpoint, model: Model, info: Mapping[str, Info]) -> _Change:
+    """Of tokens that the base lacks."""
+    rows = _more_tokens(info, base)
+    if rows is None:
+        return {}, []
+    note = (
+        f"There are {rows[1]} tokens, and {rows[0]} in {base.path}, whose tokenizer is copied: "
+        f"put the adapter's in its place."
+    )
+    return _with_tokens(model, *rows), [note]
 
 
-def _check_whole(model: Model, info: Mapping[str, Info], where: Path) -> None:
-    """Errors where the class has a layer that neither the base nor the adapter has."""
-    name, has = _class(model) or "", {part for one in info for part in one.split(".")}
+def _check_layers(model: Model, info: Mapping[str, Info], where: Path) -> None:
+    """Raises ValueError if neither the base nor the adapter has a layer of the class."""
+    name, has = model.trained_class or "", {part for one in info for part in one.split(".")}
     for (end, layer), types in _LAYERS.items():
         asks = name.endswith(end) and (model.config or {}).get("model_type") in types.split()
         if asks and layer not in has:
@@ -133,7 +161,7 @@ def _check_whole(model: Model, info: Mapping[str, Info], where: Path) -> None:
 def _with_head(model: Model, labels: int | None) -> dict[str, Any]:
     """What the config says of a model with the head that the adapter was trained with."""
     new: dict[str, Any] = {}
-    name, base = _class(model), model.architecture
+    name, base = model.trained_class, model.architecture
     if name is not None and name != base:
         new["architectures"] = [name]
     had = (model.config or {}).get("id2label") or {"0": "", "1": ""}
@@ -154,7 +182,7 @@ def _with_tokens(model: Model, before: int, after: int) -> dict[str, Any]:
     return {"vocab_size": after}
 
 
-def _more_tokens(info: dict[str, Info], base: Checkpoint) -> tuple[int, int] | None:
+def _more_tokens(info: Mapping[str, Info], base: Checkpoint) -> tuple[int, int] | None:
     """The number of tokens in the base, and the larger one of the merged model."""
     old = {name: one.shape[0] for name, one in base.info.items() if is_vocabulary(name)}
     more = {name: rows for name, rows in old.items() if info[name].shape[0] > rows}

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.cli._heads import Tie, grown, is_head, is_vocabulary
+from lora_jax.cli._fits_base import check_floats
+from lora_jax.cli._tied import Tie
+from lora_jax.cli._vocabulary import grown, is_vocabulary
 from lora_jax.files._checkpoint import Checkpoint
-from lora_jax.files._tensors import Info, floats
-from lora_jax.peft._files import PeftFiles
+from lora_jax.files._tensors import Info
+from lora_jax.peft._folder import PeftFiles
+from lora_jax.peft._keys import without_base_layer
 
 
-class Start(Mapping[str, np.ndarray]):
+class BaseAtStart(Mapping[str, np.ndarray]):
     """The arrays of the base, and those that the adapter's files have in their place.
 
     PEFT saves an embedding, or a head, as it was before the training (``base_layer``,
@@ -26,7 +29,7 @@ class Start(Mapping[str, np.ndarray]):
       taken: arrays of the adapter's files that are used here, by their keys.
 
     Raises:
-      ValueError: the adapter was trained on another base.
+      ValueError: if the adapter was trained on another base.
     """
 
     def __init__(self, base: Checkpoint, files: PeftFiles, tie: Tie | None) -> None:
@@ -34,25 +37,26 @@ class Start(Mapping[str, np.ndarray]):
         self.info = dict(base.info)
         self.taken: set[str] = set()
         self._base, self._files, self._tie = base, files, tie
-        self._own: dict[str, tuple[Mapping[str, np.ndarray], str]] = {}
+        self._replaced: dict[str, tuple[Mapping[str, np.ndarray], str]] = {}
         both = () if tie is None else (tie.embedding, tie.head)
-        kept = {n: n.replace(".base_layer.", ".") for n in files.whole}
+        kept = {n: without_base_layer(n) for n in files.parameters}
         kept = {n: plain for n, plain in kept.items() if is_vocabulary(plain)}
         trained = {n for n in kept if files.config.saves(n)}
         if tie is not None and tie.together and tie.embedding in trained:
             trained |= {tie.head} & set(kept)
         for name, plain in kept.items():
             if name != plain or name not in trained:
-                self._take(plain, files.whole[name], in_place=name == plain)
+                self._take(plain, files.parameters[name], in_place=name == plain)
         if not (both and set(both) <= trained):  # else nothing is left of what was before
-            for name, key in files.before.items():
+            for name, key in files.originals.items():
                 if is_vocabulary(name):
                     self._take(name, key, in_place=False)
         if tie is not None:
             self.info[tie.head] = self.info[tie.embedding]
-            self._own[tie.head] = self._own.get(tie.embedding, (base, tie.embedding))
+            self._replaced[tie.head] = self._replaced.get(tie.embedding, (base, tie.embedding))
 
     def _take(self, name: str, key: str, in_place: bool) -> None:
+        """Puts an array of the adapter's files in place of the base's, where that is other."""
         tensors, tie = self._files.tensors, self._tie
         if tie is not None and name == tie.head:
             name = tie.embedding
@@ -60,8 +64,8 @@ class Start(Mapping[str, np.ndarray]):
             return
         new, old = tensors.info[key].shape, self._base.info[name]
         more = grown([new], old.shape)
-        if name in self._own:
-            same = np.array_equal(tensors[key], tensors[self._own[name][1]])
+        if name in self._replaced:
+            same = np.array_equal(tensors[key], tensors[self._replaced[name][1]])
         else:
             same = more or new == old.shape
             if same and not in_place:
@@ -75,11 +79,11 @@ class Start(Mapping[str, np.ndarray]):
         if more or in_place:
             check_floats(self._base, name)
             self.info[name] = Info(old.dtype, new)
-            self._own[name] = (tensors, key)
+            self._replaced[name] = (tensors, key)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array, in the dtype of the base."""
-        arrays, key = self._own.get(name, (self._base, name))
+        arrays, key = self._replaced.get(name, (self._base, name))
         return arrays[key].astype(self.info[name].dtype, copy=False)
 
     def __contains__(self, name: object) -> bool:
@@ -93,24 +97,3 @@ class Start(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         """Number of arrays."""
         return len(self.info)
-
-
-def check_floats(base: Checkpoint | Start, name: str) -> None:
-    """Errors where an array is no weights, but what a quantizer made of them."""
-    dtype = base.info[name].dtype
-    if not floats(dtype):
-        raise ValueError(
-            f"{base.path}: {name!r} is {dtype}, the codes of a quantized base, to which nothing "
-            f"can be added: merge into the base in floating point."
-        )
-
-
-def head_biases(base: Mapping[str, object]) -> list[str]:
-    """The biases that have a number for every token, by their names."""
-    names = [name for name in base if name.endswith(".bias")]
-    return [
-        name
-        for name in names
-        if is_head(name.removesuffix(".bias"))
-        or name.endswith(("cls.predictions.bias", "lm_head.bias"))
-    ]

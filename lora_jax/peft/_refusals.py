@@ -1,0 +1,52 @@
+"""What is refused because PEFT would compute something else than the model."""
+
+from __future__ import annotations
+
+from lora_jax.peft._torch_model import TorchModel, TorchParameter
+
+
+def check_same_in_peft(
+    torch: TorchParameter, model: TorchModel, untied: bool | None, where: str
+) -> None:
+    """Checks that PEFT would compute the same as the model.
+
+    Args:
+      torch: what is adapted, or fully trained.
+      model: the parameters.
+      untied: whether the adapter is for one use only; ``None`` for what is fully trained.
+      where: the file, for errors.
+
+    Raises:
+      ValueError: if PEFT would not, or if that cannot be known without ``axes``.
+    """
+    axes, path = model.model_axes, torch.path
+    if untied is not None:
+        model.check_orientation(path)
+    if torch.kind == "unused":
+        raise ValueError(
+            f"{where}: PyTorch's {torch.name!r} is not where the model computes with {path!r}, so "
+            f"that in PEFT the same adapter, or a saved copy, would do something else."
+        )
+    if axes is None and (torch.kind == "conv" or (torch.kind == "embedding" and not untied)):
+        raise ValueError(
+            f"{where}: whether PEFT computes with {torch.name!r} as Flax with {path!r} depends on "
+            f"the model (dilation, padding, groups; other uses of an embedding): pass "
+            f"axes=lora_jax.kernel_axes(...)."
+        )
+    if axes is None:
+        return
+    reason = axes.unlike.get(path)
+    if reason and (untied is not None or "transposed" in reason):
+        raise ValueError(f"{where}: {path!r} has no equal in PEFT: {reason}.")
+    several = path in axes.tied or path in axes.shared
+    if torch.kind == "embedding" and several and not untied:
+        raise ValueError(
+            f"{where}: the model uses {path!r} several times. In PEFT only its lookup would be "
+            f"{'trained' if untied is None else 'adapted'}, and the other uses keep the base."
+            + ("" if untied is None else " Adapt it with tied='untie'.")
+        )
+    if untied is None and "BatchNorm" in axes.layers.get(path, ""):
+        raise ValueError(
+            f"{where}: {path!r} is of a BatchNorm, whose running statistics PEFT saves too, and "
+            f"which are not parameters here."
+        )
