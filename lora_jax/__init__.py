@@ -44,7 +44,8 @@ from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init
 from lora_jax.trees._merge import lora_merge
 from lora_jax.trees._rounding import Rounding, RoundingReport, rounding
-from lora_jax.trees._summary import Summary, summary
+from lora_jax.trees._summary import summary
+from lora_jax.trees._summary_report import Summary
 
 __all__ = [
     "AdaptedKernel",

@@ -68,7 +68,7 @@ def combine(
       ``(adapters, report)``. The adapters have ``s = 1``, are a ``FrozenDict`` if the first tree is
       one, and would be trained on with the dropout, product and ``detach_norm`` of the first
       adapter of the same variant. The report has the rank and the relative error of every path; it
-      is no pytree, so that what is jitted returns the adapters alone. With ``rank``,
+      is not a pytree, so that what is jitted returns the adapters alone. With ``rank``,
       ``explained_variance``, or another combination_type than ``"linear"``, the host computes, in
       float64 where factors are cut.
 

@@ -1,4 +1,4 @@
-"""Files opened only if they end, and written whole or not at all."""
+"""Files opened only if they end, and written completely or not at all."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def save(
       frozen: the base. With it the adapters are checked to fit, and a hash of every frozen
         parameter is saved, so that :func:`load` can verify that it is given the same base.
       collections: the model's other collections that training changed, as ``mutable=`` returns
-        them: ``{"batch_stats": ...}``. They are no part of the base that ``frozen`` is, and
+        them: ``{"batch_stats": ...}``. They are not part of the base that ``frozen`` is, and
         without them the model does not compute what it did.
       metadata: anything that JSON has; it stands in ``adapter.json`` under that name.
 

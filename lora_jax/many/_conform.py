@@ -129,8 +129,8 @@ def conform(path: str, node: Any, like: Any, leaf: Any) -> Any:
         padded.replace(variant="lora").check_fits(path, _leaf(path, leaf).shape)
         m = dense_norm(_leaf(path, leaf), padded)
     if node.m is not None:
-        own = jnp.asarray(node.m)
-        m = own if everywhere else m.at[..., parts, :].set(own.astype(m.dtype))
+        trained = jnp.asarray(node.m)
+        m = trained if everywhere else m.at[..., parts, :].set(trained.astype(m.dtype))
     return padded.replace(m=m)
 
 

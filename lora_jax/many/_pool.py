@@ -1,4 +1,4 @@
-"""Many adapters, of which a few are in memory at a time, for a program that never retraces.
+"""Many adapters with a few of them in memory at a time, for a program that never retraces.
 
 The adapters in memory are in the slots of one stack (``_lru_slots.py``). Its structure and shapes
 never change (``_structure.py``), and its arrays are never written to: to load an adapter makes new
