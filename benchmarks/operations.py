@@ -27,10 +27,10 @@ from benchmarks.running import files, stats
 from benchmarks.running.environment import environment
 from benchmarks.running.race import alternate
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._equation import Equation
-from lora_jax.core._layer_factors import layer_factors
-from lora_jax.core._norm import normalized
-from lora_jax.core._product import adapted_einsum
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._layer_factors import layer_factors
+from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._product import adapted_einsum
 
 Shapes = Sequence[tuple[int, ...]]
 PYTORCH = ", PyTorch"

@@ -24,11 +24,11 @@ from lora_jax.arithmetic._compress import compress
 from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._config import LoraConfig
 from lora_jax.core._fully_trained import FullyTrained
-from lora_jax.core._kernel import AdaptedKernel
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.core._rule import Rule
+from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.rules._config import LoraConfig
+from lora_jax.core.rules._rule import Rule
 from lora_jax.files._load import load
 from lora_jax.files._save import save
 from lora_jax.linen._apply import lora_apply

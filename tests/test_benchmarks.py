@@ -19,7 +19,7 @@ from benchmarks.many.process import PeftProcess
 from benchmarks.models import arrays, cases, data, linen
 from benchmarks.models.cases import CASES
 from benchmarks.running import files, stats, worker
-from lora_jax.core._skinny import on_cpu
+from lora_jax.core.products._skinny_matmul import on_cpu
 
 ENVIRONMENT = {
     "cpu": "a CPU",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 from lora_jax.cli._vocabulary import is_embedding, is_head
-from lora_jax.core._matching import nearest_paths
+from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft._keys import PREFIX, without_base_layer, wrapped_module

@@ -14,8 +14,8 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
-from lora_jax.core._rule import Rule
 from lora_jax.core._variants import VARIANTS
+from lora_jax.core.rules._rule import Rule
 from lora_jax.files._tensors import is_ints
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import chex
 
-from lora_jax.core._ids import checked_ids
+from lora_jax.core.products._row_ids import checked_ids
 from lora_jax.linen._handlers import Handlers, handlers_of_call
 from lora_jax.linen._interceptor import Interceptor
 from lora_jax.linen._model_call import (

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from lora_jax._compat import is_intercepted_inside
-from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.core.products._adapted_kernel import AdaptedKernel
 
 # How a method is found again: by the function in the class body, so that a subclass that calls
 # super().__call__ reaches it once, where the product is, and a lifted class reaches it inside its

@@ -20,8 +20,8 @@ import flax.linen as nn
 import jax
 
 from lora_jax import _compat as compat
-from lora_jax.core._kernel import AdaptedKernel
-from lora_jax.core._observer import Unseen
+from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.products._observer import Unseen
 from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._mapped import refuse_mapped
 from lora_jax.linen._place import SUFFIX, Placed

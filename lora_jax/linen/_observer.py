@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax._compat import Maps, Probe
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._label import LABEL, Label
 from lora_jax.linen._mapped import MAPPED

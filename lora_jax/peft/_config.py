@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from lora_jax.core._rule import scale
+from lora_jax.core.rules._rule import scale
 from lora_jax.files._checkpoint import PEFT_CONFIG
 from lora_jax.peft._keys import without_base_layer
 from lora_jax.peft._patterns import compiled, first_match

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lora_jax.core._matching import nearest_paths
+from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.peft._config import CONFIG
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft._keys import BASE_LAYER, without_base_layer

@@ -10,11 +10,11 @@ from helpers import layer_arrays, relative_error
 
 import lora_jax
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._equation import Equation
-from lora_jax.core._layer_factors import LayerFactors, layer_factors
-from lora_jax.core._norm import normalized
-from lora_jax.core._product import adapted_einsum, adapted_linear, choose_product
 from lora_jax.core._variants import dora_kernel, lora_kernel
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
+from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._product import adapted_einsum, adapted_linear, choose_product
 
 
 @pytest.mark.parametrize("detach_norm", [False, True])

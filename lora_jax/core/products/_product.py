@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._dense import dense_product
-from lora_jax.core._equation import Equation
-from lora_jax.core._factored import Product, factored_linear, factored_product, scaled
-from lora_jax.core._layer_factors import LayerFactors
 from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._skinny import on_cpu
+from lora_jax.core.products._dense import dense_product
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._factored import Product, factored_linear, factored_product, scaled
+from lora_jax.core.products._layer_factors import LayerFactors
+from lora_jax.core.products._skinny_matmul import on_cpu
 
 
 def adapted_einsum(

@@ -7,8 +7,8 @@ import pytest
 from helpers import layer_arrays, relative_error
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._norm import dense_norm, factored_norm
 from lora_jax.core._variants import column_norm
+from lora_jax.core.products._norm import dense_norm, factored_norm
 
 
 @pytest.mark.parametrize("r", [1, 3, 5])

@@ -20,8 +20,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core._ids import nan_where, presence, taken
-from lora_jax.core._skinny import on_cpu
+from lora_jax.core.products._row_ids import nan_where, presence, taken
+from lora_jax.core.products._skinny_matmul import on_cpu
 
 # In multiplications of one-hot, as measured on CPUs: what gather takes to copy a number, and for a
 # multiplication with one of the first FEW vectors of a row.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax._renamed import renamed_fields
-from lora_jax.core._hints import OF_A_RULE, as_glob, refuse_words
 from lora_jax.core._variants import VARIANTS
+from lora_jax.core.rules._hints import OF_A_RULE, as_glob, refuse_words
 
 # The pattern of a rule for the kernel of every linear layer but the output heads.
 ALL_LINEAR = "all-linear"

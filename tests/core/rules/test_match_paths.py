@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from lora_jax.core._matching import assign
+from lora_jax.core.rules._match_paths import assign
 
 PATHS = [
     "encoder/layer_0/query/kernel",

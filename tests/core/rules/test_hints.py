@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import lora_jax
 from lora_jax import LoraConfig, Rule, lora_init, lora_init_model
-from lora_jax.core._hints import meant
+from lora_jax.core.rules._hints import meant
 
 
 class Layer(nn.Module):

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._equation import Equation
-from lora_jax.core._factored import Product, factored_linear, factored_product, scaled
-from lora_jax.core._ids import check_tokens, taken
-from lora_jax.core._layer_factors import LayerFactors
 from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._product import refuse_product, require_factored
-from lora_jax.core._row_factors import gather_or_one_hot, ids_after, row_factors
-from lora_jax.core._skinny import on_cpu
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._factored import Product, factored_linear, factored_product, scaled
+from lora_jax.core.products._layer_factors import LayerFactors
+from lora_jax.core.products._product import refuse_product, require_factored
+from lora_jax.core.products._row_factors import gather_or_one_hot, ids_after, row_factors
+from lora_jax.core.products._row_ids import check_tokens, taken
+from lora_jax.core.products._skinny_matmul import on_cpu
 
 
 def mixed_einsum(

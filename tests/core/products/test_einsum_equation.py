@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import relative_error
 
-from lora_jax.core._equation import Equation
+from lora_jax.core.products._einsum_equation import Equation
 
 EQUATIONS = [
     # equation, shapes of x and W

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from lora_jax._renamed import renamed_arguments
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._equation import Equation
-from lora_jax.core._factored import Product
-from lora_jax.core._ids import Ids, repeat_ids
-from lora_jax.core._layer_factors import LayerFactors, layer_factors
-from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._mixed import mixed_einsum, mixed_linear
-from lora_jax.core._observer import Observer
-from lora_jax.core._product import adapted_einsum, adapted_linear
+from lora_jax.core.products._dropout import dropped
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._factored import Product
+from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
+from lora_jax.core.products._mixed_product import mixed_einsum, mixed_linear
+from lora_jax.core.products._observer import Observer
+from lora_jax.core.products._product import adapted_einsum, adapted_linear
+from lora_jax.core.products._row_ids import Ids, repeat_ids
 
 
 class AdaptedKernel:
@@ -301,14 +301,9 @@ class AdaptedKernel:
                 f"numbers, which cannot be dropped. Give it a rule of its own with dropout=0."
             )
 
-        def dropped(x: chex.Array, rng: chex.PRNGKey) -> chex.Array:
-            keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
-            return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
         rng = jax.random.fold_in(self._rng, self._draws) if self._draws else self._rng
         self._draws += 1
-        rest: chex.Array = left_to_compiler(dropped, x, rng, like=x)
-        return rest
+        return dropped(x, rng, rate)
 
 
 def _as_arguments(axes: KernelAxes) -> str:

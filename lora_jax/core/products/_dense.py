@@ -17,9 +17,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core._equation import Equation
-from lora_jax.core._skinny import contract, merge_free_axes, skinny_matmul
 from lora_jax.core._variants import product
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, skinny_matmul
 
 
 @functools.partial(jax.jit, static_argnames=("equation", "s", "precision", "on_cpu"))

@@ -6,10 +6,10 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from lora_jax.core._config import LoraConfig
-from lora_jax.core._hints import meant
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.core._rule import ALL_LINEAR, Rule
+from lora_jax.core.rules._config import LoraConfig
+from lora_jax.core.rules._hints import meant
+from lora_jax.core.rules._rule import ALL_LINEAR, Rule
 
 
 def assign(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from lora_jax.core._hints import OF_A_RULE, refuse_words
-from lora_jax.core._rule import Rule, as_patterns
+from lora_jax.core.rules._hints import OF_A_RULE, refuse_words
+from lora_jax.core.rules._rule import Rule, as_patterns
 
 # Words that are a rule's, and what the error says of them.
 _IN_A_RULE = {

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._equation import Equation
-from lora_jax.core._layer_factors import LayerFactors
-from lora_jax.core._skinny import contract, merge_free_axes, on_cpu, skinny_matmul
 from lora_jax.core._variants import along, float32_or_more
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._layer_factors import LayerFactors
+from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, on_cpu, skinny_matmul
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
 
