@@ -197,7 +197,7 @@ def no_kernels(U, V):
         (lambda a: {"a/b": a["join"]["kernel"]}, ValueError, "'a/b'"),
         (lambda a: {0: jnp.ones(1), "0": jnp.ones(1)}, ValueError, "two leaves have the path '0'"),
         (lambda a: {(0, 1): a["join"]["kernel"]}, ValueError, r"\(0, 1\) is part of it"),
-        (lambda a: {"a\nb": a["join"]["kernel"]}, ValueError, "no name"),
+        (lambda a: {"a\nb": a["join"]["kernel"]}, ValueError, "not a name"),
         (lambda a: {"k": a["join"]["kernel"], "k.U": jnp.ones(2)}, ValueError, "Two arrays"),
         (lambda a: jax.tree.map(lambda x: x * jnp.nan, a), ValueError, "'.*' has NaN"),
         (lambda a: jax.eval_shape(lambda: a), TypeError, "not an array"),
@@ -569,7 +569,7 @@ FOUR = b"\0" * 4
         (b"1234567", "7 bytes only"),
         (struct.pack("<Q", 10), "truncated"),
         (struct.pack("<Q", 2**64 - 1) + b"{}", "truncated"),
-        (header_of(b"[]"), "no JSON object"),
+        (header_of(b"[]"), "not a JSON object"),
         (header_of(b"{"), "cannot be read"),
         (header_of(b"\xff\xfe"), "cannot be read"),
         (header_of(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "nested too deep"),
@@ -595,11 +595,11 @@ FOUR = b"\0" * 4
         (header_of({"x": entry(dtype=["F32"])}, FOUR), "dtype"),
         (header_of({"x": []}, FOUR), "must have dtype"),
         (header_of({"x": entry() | {"more": 1}}, FOUR), "must have dtype"),
-        (header_of({"": entry()}, FOUR), "no name"),
-        (header_of({"\x1b[2J": entry()}, FOUR), "no name"),
+        (header_of({"": entry()}, FOUR), "not a name"),
+        (header_of({"\x1b[2J": entry()}, FOUR), "not a name"),
         (header_of({"__metadata__": {"a": 1}}), "__metadata__"),
         (header_of(b'{"x":1,"x":1}'), "'x' is there twice"),
-        (header_of(b'{"x":NaN}'), "no number"),
+        (header_of(b'{"x":NaN}'), "not a number"),
         (header_of(b'{"x":' + b"9" * 5000 + b"}"), "cannot be read"),
         (header_of({"x": entry()}, struct.pack("<f", float("inf"))), "'x' has NaN"),
     ],
@@ -614,7 +614,7 @@ def test_a_broken_safetensors_file(tmp_path, content, message):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         Tensors(tmp_path / "pipe")
     with pytest.raises(OSError, match="directory"):
         Tensors(tmp_path)
