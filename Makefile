@@ -54,7 +54,7 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
-NOT_OLDEST = cli peft core/rules trees/test_rounding.py linen/test_mixed.py test_fuzz.py test_smollm2.py test_serve.py \
+NOT_OLDEST = cli peft core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
 	test_benchmarks.py test_benchmarks_gpu.py test_resume.py test_examples.py test_entry_points.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
 VARIANTS = not rslora and not detached and not -lora]

@@ -17,7 +17,7 @@ are those of one call.
 """
 
 from lora_jax import peft
-from lora_jax._renamed import renamed_names as _renamed_names
+from lora_jax._deprecated import renamed_names as _renamed_names
 from lora_jax._version import __version__ as __version__
 from lora_jax.arithmetic._combine import combine
 from lora_jax.arithmetic._compress import compress
@@ -32,9 +32,9 @@ from lora_jax.core.rules._rule import Rule
 from lora_jax.files._load import load
 from lora_jax.files._save import save
 from lora_jax.linen._apply import lora_apply
-from lora_jax.linen._discover import kernel_axes
 from lora_jax.linen._handlers import Handlers, register
 from lora_jax.linen._init_model import lora_init_model
+from lora_jax.linen._kernel_axes import kernel_axes
 from lora_jax.many._cache_norm import cache_norm
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 
-from lora_jax.cli._vocabulary import is_embedding, is_head
+from lora_jax.cli._vocabulary_arrays import is_embedding, is_head
 from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._keys import PREFIX, without_base_layer, wrapped_module
+from lora_jax.peft.names._keys import PREFIX, without_base_layer, wrapped_module
 
 ADAPTER, BASE = "--adapter-prefix", "--base-prefix"
 

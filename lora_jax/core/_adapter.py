@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._compat import is_traced
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._node import Node

@@ -13,7 +13,7 @@ import chex
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._meshes import left_to_compiler, spec_of
 
 

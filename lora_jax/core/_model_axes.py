@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._axes import KernelAxes
 
 

@@ -9,17 +9,16 @@ from typing import Any
 import chex
 
 from lora_jax.core.products._row_ids import checked_ids
+from lora_jax.linen._check_use import check_ties, check_used
+from lora_jax.linen._dropout import dropout_is_active, has_dropout_rng
 from lora_jax.linen._handlers import Handlers, handlers_of_call
 from lora_jax.linen._interceptor import Interceptor
 from lora_jax.linen._model_call import (
     call_model,
     check_model,
-    dropout_is_active,
-    has_dropout_rng,
 )
-from lora_jax.linen._place import CallIds, is_complete, place, restored
-from lora_jax.linen._usage import check_ties, check_used
-from lora_jax.tracing._rows import gives_variables, over_rows
+from lora_jax.linen._place_adapters import CallIds, is_complete, place, restored
+from lora_jax.tracing._map_rows import gives_variables, over_rows
 from lora_jax.trees._pair import base_of, nodes_of
 from lora_jax.trees._stack_size import stack_size
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import flax.linen as nn
 
-from lora_jax.linen._entry import Entry, Handler, MethodKey, body, keys_of
-from lora_jax.linen._layers import LAYERS
-from lora_jax.linen._packages import PACKAGES
+from lora_jax.linen._flax_layers import LAYERS
+from lora_jax.linen._handler_entry import Entry, Handler, MethodKey, body, keys_of
+from lora_jax.linen._other_layers import PACKAGES
 
 BUILT_IN: Mapping[MethodKey, Entry] = types.MappingProxyType({**LAYERS, **PACKAGES})
 

@@ -9,8 +9,8 @@ import chex
 
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._hints import key_comes_first, look_first
-from lora_jax.linen._discover import kernel_axes
 from lora_jax.linen._handlers import Handlers
+from lora_jax.linen._kernel_axes import kernel_axes
 from lora_jax.trees._init import lora_init
 
 

@@ -1,8 +1,8 @@
 """The interceptor of one ``lora_apply``: it gives each adapted layer to its handler.
 
 A layer is adapted where the function in the layer's own class body runs, as
-:mod:`lora_jax.linen._entry` finds it. Its adapter is read from the scope of the module, so it is
-the one that the transforms around the layer have sliced.
+``_handler_entry.py`` finds it. Its adapter is read from the scope of the module, so it is the one
+that the transforms around the layer have sliced.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lora_jax import _compat as compat
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
 from lora_jax.linen._handlers import Handlers, entry_of
-from lora_jax.linen._mapped import refuse_mapped
-from lora_jax.linen._place import SUFFIX, Placed
+from lora_jax.linen._map_variables import refuse_mapped
+from lora_jax.linen._place_adapters import SUFFIX, Placed
 from lora_jax.trees._paths import Key, path_of, unbox
 
 

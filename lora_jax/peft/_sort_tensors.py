@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 
 from lora_jax.core.rules._match_paths import nearest_paths
-from lora_jax.peft._config import CONFIG
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._keys import BASE_LAYER, without_base_layer
 from lora_jax.peft._refusals import check_same_in_peft
-from lora_jax.peft._targets import nested_modules
-from lora_jax.peft._torch_arrays import from_leaf
-from lora_jax.peft._torch_model import TorchModel, TorchParameter
+from lora_jax.peft.config._module_config import CONFIG
+from lora_jax.peft.names._keys import BASE_LAYER, without_base_layer
+from lora_jax.peft.names._targets import nested_modules
+from lora_jax.peft.torch._arrays import from_leaf
+from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 # Arrays of a module by their role, with the PyTorch parameter that they adapt.
 Part = tuple[TorchParameter, dict[str, np.ndarray]]

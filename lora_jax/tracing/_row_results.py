@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
-from lora_jax.tracing._arrays import arrays_in
+from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.tracing._row_axes import (
     MAP_ROWS,
     axes_of_collection,

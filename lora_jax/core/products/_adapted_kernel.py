@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax._renamed import renamed_arguments
+from lora_jax._deprecated import renamed_arguments
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core.products._dropout import dropped

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._variants import VARIANTS
 from lora_jax.core.rules._hints import OF_A_RULE, as_glob, refuse_words
 

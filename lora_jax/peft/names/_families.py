@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.peft._key_mapping import KeyMapping
+from lora_jax.peft.names._key_mapping import KeyMapping
 
 _GEMMA = "model.layers.{i}.self_attn."
 _GEMMA_MLP = "model.layers.{i}.mlp."

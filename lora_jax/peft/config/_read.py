@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lora_jax.files._format import INDEX
+from lora_jax.files._adapter_json import INDEX
 from lora_jax.files._json import read_json
-from lora_jax.peft._config import CONFIG, PeftConfig
-from lora_jax.peft._patterns import compiled
+from lora_jax.peft.config._module_config import CONFIG, PeftConfig
+from lora_jax.peft.config._patterns import compiled
 
 # Initializations that leave the base as it is; the others subtract from it.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true")

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.peft._config import PeftConfig
-from lora_jax.peft._key_mapping import EXPERTS
-from lora_jax.peft._patterns import by_pattern
-from lora_jax.peft._torch_model import TorchModel, TorchParameter
+from lora_jax.peft.config._module_config import PeftConfig
+from lora_jax.peft.config._patterns import by_pattern
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 # What PEFT 0.21 writes for an adapter where nothing else is given.
 DEFAULTS: Mapping[str, Any] = {

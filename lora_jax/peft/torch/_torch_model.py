@@ -8,8 +8,8 @@ import functools
 from collections.abc import Mapping
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.peft._flax_model import FlaxModel
-from lora_jax.peft._key_mapping import EXPERTS, find
+from lora_jax.peft.names._key_mapping import EXPERTS, find
+from lora_jax.peft.torch._flax_model import FlaxModel
 
 
 @dataclasses.dataclass(frozen=True)

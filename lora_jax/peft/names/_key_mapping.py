@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.peft._templates import fill, match, placeholders
+from lora_jax.peft.names._templates import fill, match, placeholders
 
 EXPERTS = ("experts", "experts_transposed")
 KINDS = ("linear", "conv1d", "conv", "weight", "embedding", "plain", "unused", *EXPERTS)

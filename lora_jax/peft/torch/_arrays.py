@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.files._host import host
-from lora_jax.peft._key_mapping import EXPERTS
-from lora_jax.peft._torch_layout import from_kernel, to_kernel
-from lora_jax.peft._torch_model import TorchModel, TorchParameter
+from lora_jax.files._to_host import host
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.torch._layout import from_kernel, to_kernel
+from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 # Kinds that are matrices in PyTorch, or stacks of them.
 MATRICES = ("linear", "conv1d", *EXPERTS)

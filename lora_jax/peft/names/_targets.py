@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_jax.peft._key_mapping import EXPERTS
-from lora_jax.peft._keys import BASE_LAYER
-from lora_jax.peft._torch_model import TorchParameter
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.names._keys import BASE_LAYER
+from lora_jax.peft.torch._torch_model import TorchParameter
 
 
 def target_of(torch: TorchParameter) -> str:

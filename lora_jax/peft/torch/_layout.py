@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.peft._key_mapping import EXPERTS
+from lora_jax.peft.names._key_mapping import EXPERTS
 
 Array = np.ndarray[Any, Any]
 

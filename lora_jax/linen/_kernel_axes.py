@@ -17,12 +17,12 @@ from flax.traverse_util import empty_node
 
 from lora_jax.core._meshes import explicit_sharding
 from lora_jax.core._model_axes import ModelAxes
+from lora_jax.linen._axes_observer import MARK, Observer
+from lora_jax.linen._axis_labels import Label, labels_of, renewed
 from lora_jax.linen._handlers import Handlers, handlers_of_call
-from lora_jax.linen._heads import output_heads
-from lora_jax.linen._label import Label, labels_of, renewed
 from lora_jax.linen._model_call import call_model, check_model, name_of_call
-from lora_jax.linen._observer import MARK, Observer
-from lora_jax.tracing._arrays import arrays_in
+from lora_jax.linen._output_heads import output_heads
+from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.tracing._liveness import live_inputs, marked_inputs
 from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unbox, unflatten

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from lora_jax.cli._fits_base import check_has, check_shape
-from lora_jax.cli._updates import Parts, Updates
+from lora_jax.cli._merged_arrays import Parts, Updates
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
-from lora_jax.files._read import read
+from lora_jax.files._read_folder import read
 from lora_jax.files._tensors import Info
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from lora_jax.core.rules._rule import scale
 from lora_jax.files._checkpoint import PEFT_CONFIG
-from lora_jax.peft._keys import without_base_layer
-from lora_jax.peft._patterns import compiled, first_match
+from lora_jax.peft.config._patterns import compiled, first_match
+from lora_jax.peft.names._keys import without_base_layer
 
 CONFIG = PEFT_CONFIG
 

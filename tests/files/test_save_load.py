@@ -20,16 +20,16 @@ import pytest
 from helpers import random_like
 
 import lora_jax
+from lora_jax.cli._merge_lora_jax import updates_of_lora_jax
 from lora_jax.cli._open_adapter import open_adapter
-from lora_jax.cli._updates_of_lora_jax import updates_of_lora_jax
-from lora_jax.cli._without_model import trees_of_lora_jax
-from lora_jax.files import _kinds as kinds
+from lora_jax.cli._trees_without_model import trees_of_lora_jax
+from lora_jax.files import _node_kinds as kinds
+from lora_jax.files._adapter_json import checksum
 from lora_jax.files._bytes import write_bytes
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._fingerprint import fingerprint
-from lora_jax.files._format import checksum
 from lora_jax.files._json import json_bytes, parse_json
-from lora_jax.files._read import read
+from lora_jax.files._read_folder import read
 from lora_jax.files._tensors import Tensors, encode
 
 

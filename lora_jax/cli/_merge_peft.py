@@ -13,13 +13,13 @@ from lora_jax.cli._base_at_start import BaseAtStart
 from lora_jax.cli._experts import alone_in
 from lora_jax.cli._fits_base import check_has, check_shape
 from lora_jax.cli._layouts import Layouts
-from lora_jax.cli._updates import Parts, Updates
-from lora_jax.cli._vocabulary import is_head
+from lora_jax.cli._merged_arrays import Parts, Updates
+from lora_jax.cli._vocabulary_arrays import is_head
 from lora_jax.core._variants import VARIANTS
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._key_mapping import EXPERTS
-from lora_jax.peft._keys import without_base_layer
-from lora_jax.peft._torch_layout import factor_shapes, from_kernel, to_factors, to_kernel
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.names._keys import without_base_layer
+from lora_jax.peft.torch._layout import factor_shapes, from_kernel, to_factors, to_kernel
 
 Merged = dict[str, Callable[[np.ndarray], Parts]]
 

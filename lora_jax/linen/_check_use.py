@@ -18,10 +18,10 @@ import jax
 from lora_jax.linen._handlers import Handlers, entries_of, known_layers
 from lora_jax.linen._interceptor import Interceptor
 from lora_jax.linen._model_call import name_of_call
-from lora_jax.linen._place import Placed, key_of_adapter
-from lora_jax.tracing._arrays import arrays_in
+from lora_jax.linen._place_adapters import Placed, key_of_adapter
+from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.tracing._liveness import live_inputs, read_inputs
-from lora_jax.tracing._rows import gives_variables
+from lora_jax.tracing._map_rows import gives_variables
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 
 # Calls the model: of its parameters, as an interceptor has them adapted.

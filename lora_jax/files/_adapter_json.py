@@ -1,7 +1,7 @@
 """``adapter.json``: what it must have, and its checksum.
 
 Beside it is the safetensors file that it names. For each kind of node it has an object with an
-entry for each path, see :mod:`lora_jax.files._kinds`.
+entry for each path, see :mod:`lora_jax.files._node_kinds`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files._json import read_json
-from lora_jax.files._kinds import KINDS, check_types
+from lora_jax.files._node_kinds import KINDS, check_types
 
 INDEX = "adapter.json"
 FORMAT = "lora_jax adapter"

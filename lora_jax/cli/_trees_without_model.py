@@ -17,12 +17,12 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import as_node
 from lora_jax.files._bytes import StrPath
-from lora_jax.files._read import read as read_lora_jax
+from lora_jax.files._read_folder import read as read_lora_jax
 from lora_jax.peft._folder import PeftFiles, read
-from lora_jax.peft._key_mapping import EXPERTS, KeyMapping, find, find_by_torch
-from lora_jax.peft._keys import without_base_layer
-from lora_jax.peft._torch_layout import CONV1D, CONV1D_LAYERS
-from lora_jax.peft._torch_model import TorchModel
+from lora_jax.peft.names._key_mapping import EXPERTS, KeyMapping, find, find_by_torch
+from lora_jax.peft.names._keys import without_base_layer
+from lora_jax.peft.torch._layout import CONV1D, CONV1D_LAYERS
+from lora_jax.peft.torch._torch_model import TorchModel
 from lora_jax.trees._paths import flatten, path_of
 
 
