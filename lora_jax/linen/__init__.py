@@ -8,7 +8,7 @@ Using a model:
 
 Which layers can be adapted, and how they compute:
 
-- ``_handler_entry.py``: one method of a layer, and the handler that computes it with adapted kernels.
+- ``_handler_entry.py``: a method of a layer, and the handler that computes it with its kernels.
 - ``_flax_layers.py``: the handlers of Flax's own layers.
 - ``_other_layers.py``: the handlers of layers of other packages.
 - ``_handlers.py``: ``Handlers``, all of these and a user's; and ``register``.
