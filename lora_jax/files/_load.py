@@ -93,15 +93,15 @@ def load(
     keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
     frozen, adapters = dict(flat), {}
     for leaf_path, leaf in stored.adapters.items():
-        key, node = keys.get(leaf_path, tuple(leaf_path.split("/"))), as_node(leaf)
+        key = keys.get(leaf_path, tuple(leaf_path.split("/")))
+        node: Any = as_node(leaf)
         try:
             check_pair(key, node, flat, name="params", needed=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        node = jax.tree.map(lambda x: _to_jax(x, str(path)), node)
         if not node.in_base:
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
-        adapters[key] = node.as_leaf()
+        adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node).as_leaf()
     if verify:
         left = {path_of(k): v for k, v in frozen.items() if v is not empty_node}
         verify_base(stored.base, left, path)
