@@ -18,8 +18,9 @@ files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every
 from lora_jax import peft
 from lora_jax._renamed import renamed_names
 from lora_jax._version import __version__ as __version__
-from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
-from lora_jax.arithmetic._combine import combine, compress
+from lora_jax.arithmetic._combine import combine
+from lora_jax.arithmetic._compress import compress
+from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes, ModelAxes
 from lora_jax.core._config import LoraConfig, Rule
@@ -40,7 +41,8 @@ from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init
 from lora_jax.trees._merge import lora_merge
 from lora_jax.trees._rounding import Rounding, RoundingReport, rounding
-from lora_jax.trees._summary import Summary, summary
+from lora_jax.trees._summary import summary
+from lora_jax.trees._summary_report import Summary
 
 __all__ = [
     "AdaptedKernel",

@@ -1,34 +1,20 @@
-"""Arithmetic of adapters: weighted sums, TIES, DARE, pruning, and compression to a lower rank."""
+"""Several adapters as one: weighted sums, TIES, DARE and pruning."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
 from lora_jax._renamed import renamed_arguments
-from lora_jax.arithmetic._approximation import Approximation, ApproximationReport
-from lora_jax.arithmetic._combine_kernel import Plan, combine_fully_trained, combine_kernel
-from lora_jax.arithmetic._sums import matrix_of
-from lora_jax.core._node import Node
-from lora_jax.trees._leaves import is_finite
-from lora_jax.trees._pair import base_of, check_pair, nodes_of
-from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
-
-# What must be alike to be added; the rest of an adapter says how it is trained.
-_SAME = ("axes", "materialize", "untied")
-_ON_HOST = (
-    "rank=, explained_variance= and every combination_type but 'linear' are computed on the host, "
-    "and cannot be jitted or differentiated."
-)
+from lora_jax.arithmetic._combine_trees import checked_trees, combine_trees
+from lora_jax.arithmetic._plan import Plan
+from lora_jax.arithmetic._report import ApproximationReport
 
 
 @renamed_arguments(method="combination_type", energy="explained_variance")
@@ -82,14 +68,14 @@ def combine(
       ``(adapters, report)``. The adapters have ``s = 1``, are a ``FrozenDict`` if the first tree is
       one, and would be trained on with the dropout, product and ``detach_norm`` of the first
       adapter of the same variant. The report has the rank and the relative error of every path; it
-      is no pytree, so that what is jitted returns the adapters alone. With ``rank``,
+      is not a pytree, so that what is jitted returns the adapters alone. With ``rank``,
       ``explained_variance``, or another combination_type than ``"linear"``, the host computes, in
       float64 where factors are cut.
 
     Raises:
-      TypeError: arguments of the wrong type; traced arrays where the host computes.
-      ValueError: numbers out of range; adapters that are not of one model, or not finite; a
-        missing ``params``, ``rank`` or ``key``. The message names the path.
+      TypeError: if arguments are of the wrong type, or traced where the host computes.
+      ValueError: if numbers are out of range, if adapters are not of one model or not finite, or if
+        ``params``, ``rank`` or ``key`` is missing. The message names the path.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -107,95 +93,8 @@ def combine(
       ------  ----  --------------
     """
     plan = Plan(combination_type, density, key, rank, explained_variance)
-    trees = _checked_trees(adapters)
-    return _combine(trees, _checked_weights(weights, len(trees)), params, plan)
-
-
-@renamed_arguments(energy="explained_variance")
-def compress(
-    adapters: chex.ArrayTree,
-    *,
-    rank: int | None = None,
-    explained_variance: float | None = None,
-    params: chex.ArrayTree | None = None,
-    variant: str | None = None,
-) -> tuple[chex.ArrayTree, ApproximationReport]:
-    """The same adapters with a lower rank, by singular values.
-
-    Args:
-      adapters: a tree as :func:`lora_jax.lora_init` or :func:`lora_jax.load` return it.
-      rank: as for :func:`combine`; or
-      explained_variance: likewise. One of the two is needed.
-      params: as for :func:`combine`; DoRA needs it.
-      variant: ``"lora"`` makes every DoRA a LoRA, by the singular values of the dense ``W' - W``.
-        It needs a far higher rank for the same error, as a change of magnitudes has all ranks.
-
-    Returns:
-      ``(adapters, report)``, as :func:`combine`.
-
-    Raises:
-      TypeError: as :func:`combine`.
-      ValueError: likewise; neither a rank nor an explained_variance, or both.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, lora_jax
-      >>> config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=4)])
-      >>> _, adapters = lora_jax.lora_init(jax.random.key(0), {"kernel": jnp.ones((8, 6))}, config)
-      >>> adapters["kernel"] = adapters["kernel"].replace(U=jnp.eye(8, 4))
-      >>> adapters, report = lora_jax.compress(adapters, explained_variance=0.9)
-      >>> adapters["kernel"].rank, report["kernel"].error < 0.1**0.5
-      (2, True)
-    """
-    if (rank is None) == (explained_variance is None):
-        raise ValueError("compress needs either rank= or explained_variance=.")
-    if variant not in (None, "lora"):
-        raise ValueError(f"compress(variant=...) must be 'lora' or left out, got {variant!r}.")
-    plan = Plan(rank=rank, explained_variance=explained_variance, as_lora=variant == "lora")
-    return _combine(_checked_trees([adapters]), [1.0], params, plan)
-
-
-def _combine(
-    trees: Sequence[chex.ArrayTree],
-    weights: Sequence[Any],
-    params: chex.ArrayTree | None,
-    plan: Plan,
-) -> tuple[chex.ArrayTree, ApproximationReport]:
-    if not plan.exact and any(is_traced(x) for x in (*weights, plan.key)):
-        raise TypeError(f"The weights or the key are traced: {_ON_HOST}")
-    base = None if params is None else base_of(params, "params")
-    leaves = [flatten(tree, f"adapters[{i}]") for i, tree in enumerate(trees)]
-    nodes = [nodes_of(tree, f"adapters[{i}]", base) for i, tree in enumerate(trees)]
-    flat: dict[Key, Any] = {}
-    rows: dict[str, Approximation] = {}
-    for key in _keys(leaves):
-        path = path_of(key)
-        found = {i: one[key] for i, one in enumerate(nodes) if key in one}
-        if not found:
-            flat[key] = empty_node
-            continue
-        _check_nodes(path, found, plan)
-        leaf = _base_leaf(key, found, base)
-        if not plan.exact and is_traced(leaf):
-            raise TypeError(f"params is traced at {path!r}: {_ON_HOST}")
-        own_weights = [weights[i] for i in found]
-        first = next(iter(found.values()))
-        if first.in_base:
-            W = _matrix(path, found, leaf)
-            flat[key], rows[path] = combine_kernel(path, found, own_weights, W, plan)
-        else:
-            complete = len(found) == len(trees)
-            combined = combine_fully_trained(path, found, own_weights, leaf, complete, plan)
-            flat[key], rows[path] = combined.as_leaf(), Approximation(None, 0.0)
-    return unflatten(flat, trees[0]), ApproximationReport(rows)
-
-
-def _checked_trees(adapters: Sequence[chex.ArrayTree]) -> list[chex.ArrayTree]:
-    if isinstance(adapters, Mapping):
-        raise TypeError("adapters must be a list of adapter trees; this is one: write [adapters].")
-    trees = list(adapters)
-    if not trees:
-        raise ValueError("There are no adapters to combine: the list is empty.")
-    return trees
+    trees = checked_trees(adapters)
+    return combine_trees(trees, _checked_weights(weights, len(trees)), params, plan)
 
 
 def _checked_weights(weights: Sequence[Any], count: int) -> list[Any]:
@@ -222,92 +121,3 @@ def _checked_weights(weights: Sequence[Any], count: int) -> list[Any]:
             f"There are {count} adapters, but {len(checked)} weights: give one for each."
         )
     return checked
-
-
-def _keys(nodes: Sequence[Mapping[Key, Any]]) -> list[Key]:
-    """All keys, but those of empty dicts that another tree has something in."""
-    keys = dict.fromkeys(key for one in nodes for key in one)
-    inner = {key[:n] for key in keys for n in range(len(key))}
-    for key in inner & keys.keys():
-        if any(one.get(key, empty_node) is not empty_node for one in nodes):
-            raise ValueError(
-                f"{path_of(key)!r} is a parameter for some adapters, and has parameters in it for "
-                f"others: they are not of one model."
-            )
-    return [key for key in keys if key not in inner]
-
-
-def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
-    """Raises an error if what several trees have at a path cannot be added."""
-    for j, node in found.items():
-        node.check_combines(path, f"adapters[{j}]")
-        arrays = jax.tree.leaves(node)
-        if not all(isinstance(array, jax.Array | np.ndarray) for array in arrays):
-            raise TypeError(
-                f"adapters[{j}] has {node.as_leaf()!r} at {path!r}, which is neither an adapter "
-                f"nor an array."
-            )
-        if any(is_traced(array) for array in arrays) and not plan.exact:
-            raise TypeError(f"{path!r} is traced: {_ON_HOST}")
-        if not all(map(is_finite, arrays)):
-            raise ValueError(f"adapters[{j}] has NaN or infinite values at {path!r}.")
-    (i, first), *rest = found.items()
-    for j, node in rest:
-        if first.in_base != node.in_base:
-            kinds = [
-                "an adapter" if one.in_base else "the fully trained leaf" for one in (first, node)
-            ]
-            raise ValueError(
-                f"adapters[{i}] has {kinds[0]} at {path!r}, adapters[{j}] {kinds[1]}: these cannot "
-                f"be added. Merge one into the parameters instead."
-            )
-        for name in _SAME if first.in_base else ():
-            if (a := getattr(first, name)) != (b := getattr(node, name)):
-                raise ValueError(
-                    f"{path!r} is adapted with {name}={a} in adapters[{i}], and {name}={b} in "
-                    f"adapters[{j}]: only what is adapted alike can be added."
-                )
-        shapes = [_shape(one) for one in (first, node)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{path!r} is {shapes[0]} in adapters[{i}], and {shapes[1]} in adapters[{j}]: they "
-                f"are not of one model."
-            )
-
-
-def _shape(node: Any) -> tuple[Any, ...]:
-    """``(*stack, d, k)`` of a kernel; shape and dtypes of a fully trained leaf."""
-    if node.in_base:
-        return (*np.shape(node.U)[:-1], np.shape(node.V)[-1])
-    array = node.array
-    return (*array.shape, jnp.dtype(array.dtype).name, node.merged_dtype().name)
-
-
-def _base_leaf(key: Key, found: Mapping[int, Node], base: Mapping[Key, Any] | None) -> Any:
-    """The array that ``params`` has for these nodes; ``None`` where it is not known."""
-    if base is None:
-        return None
-    for i, node in found.items():
-        try:
-            check_pair(key, node, base, name="params")
-        except ValueError as error:
-            raise ValueError(f"adapters[{i}]: {error}") from None
-    leaf = base.get(key, empty_node)
-    if leaf is empty_node:
-        return None
-    if not is_finite(array := unbox(leaf)):
-        raise ValueError(f"params has NaN or infinite values at {path_of(key)!r}.")
-    return array
-
-
-def _matrix(path: str, found: Mapping[int, Any], kernel: Any) -> chex.Array | None:
-    """``W``, where an adapter needs it."""
-    dora = [i for i, node in found.items() if node.m is not None]
-    if not dora:
-        return None
-    if kernel is None:
-        raise ValueError(
-            f"adapters[{dora[0]}] is a DoRA at {path!r}, whose change depends on the kernel: pass "
-            f"params=, the parameters that the adapters were trained on."
-        )
-    return matrix_of(kernel, found[dora[0]])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lora_jax.files._tensors import read_json
+from lora_jax.files._json import read_json
 from lora_jax.peft._families import as_names
 from lora_jax.peft._key_mapping import KeyMapping
 

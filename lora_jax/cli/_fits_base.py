@@ -8,7 +8,8 @@ from typing import Protocol
 
 from lora_jax.cli._vocabulary import grown, head_biases, is_vocabulary
 from lora_jax.core._config import nearest
-from lora_jax.files._tensors import Info, StrPath, floats
+from lora_jax.files._bytes import StrPath
+from lora_jax.files._tensors import Info, floats
 
 
 class Base(Protocol):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.files._checkpoint import Checkpoint
-from lora_jax.files._tensors import read_json
+from lora_jax.files._json import read_json
 from lora_jax.peft._config import CONFIG
 
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")

@@ -12,9 +12,10 @@ from lora_jax.cli._fits_base import check_has, check_shape
 from lora_jax.cli._updates import Parts, Updates
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._read import read
-from lora_jax.files._tensors import Info, StrPath
+from lora_jax.files._tensors import Info
 
 
 def updates_of_lora_jax(path: StrPath, base: Checkpoint) -> Updates:

@@ -16,8 +16,8 @@ from lora_jax.cli._layouts import kinds_of
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import as_node
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._read import read as read_lora_jax
-from lora_jax.files._tensors import StrPath
 from lora_jax.peft._folder import PeftFiles, read
 from lora_jax.peft._key_mapping import EXPERTS, KeyMapping, find, find_by_torch
 from lora_jax.peft._keys import without_base_layer

@@ -1,1 +1,21 @@
-"""Files: tensors, checkpoints, and the folder that an adapter is saved in, without a model."""
+"""Files, without a model.
+
+The folder that an adapter is saved in:
+
+- `_save.py`: adapters into a folder (``save``).
+- `_load.py`: adapters out of a folder into trees (``load``).
+- `_read.py`: what a folder holds, as NumPy's arrays by path.
+- `_format.py`: ``adapter.json``: what it must have, and its checksum.
+- `_kinds.py`: how each kind of node is written.
+- `_collections.py`: other collections of the model, such as ``batch_stats``.
+- `_fingerprint.py`: hashes of the base, and the check that a base has them.
+- `_paths.py`: leaves by the paths that files have.
+
+Files in general:
+
+- `_checkpoint.py`: the safetensors files of a model, one or many.
+- `_tensors.py`: one safetensors file.
+- `_json.py`: JSON, read strictly.
+- `_bytes.py`: files opened and replaced safely.
+- `_host.py`: arrays out of JAX, to be written.
+"""

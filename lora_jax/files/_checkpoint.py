@@ -13,19 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.files._tensors import (
-    Info,
-    StrPath,
-    Tensors,
-    json_bytes,
-    read_json,
-    write_bytes,
-    write_tensors,
-)
+from lora_jax.files._bytes import StrPath, write_bytes
+from lora_jax.files._json import json_bytes, read_json
+from lora_jax.files._tensors import Info, Tensors, write_tensors
 
 SHARDS = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"
-# Of an adapter of PEFT, which may lie beside a model and is no part of it.
+# Of an adapter of PEFT, which may be in a model's folder and is not part of it.
 PEFT_CONFIG = "adapter_config.json"
 _ONE = "model.safetensors"
 _BESIDE = (".json", ".txt", ".model", ".jinja")
@@ -58,9 +52,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
       beside: other safetensors files in the folder, which are not read.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: files that are damaged, that have a name twice, or that are not all that the index
-        of the folder names.
+      FileNotFoundError: if there is none.
+      ValueError: if files are damaged, have a name twice, or are not all that the index of the
+        folder names.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -72,7 +66,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
             if not there:
                 raise FileNotFoundError(f"There is no safetensors file in {self.path}.")
             shards = {index: _shards(index) for index in sorted(self.path.glob(f"*{SHARDS}"))}
-            named = {file for said in shards.values() for file in said.values()} or {_ONE}
+            named = {file for files in shards.values() for file in files.values()} or {_ONE}
             found = [file for file in there if file.name in named] or there
             self.beside = tuple(file for file in there if file not in found)
         self._of: dict[str, tuple[Tensors, str]] = {}
@@ -85,8 +79,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
                     raise ValueError(f"{name!r} is in {other} and in {tensors.path}.")
                 self._of[name] = (tensors, name)
         self.info = {name: one.info[name] for name, (one, _) in self._of.items()}
-        for index, said in shards.items():
-            for name, file in said.items():
+        for index, file_of in shards.items():
+            for name, file in file_of.items():
                 if name not in self._of or self._of[name][0].path.name != file:
                     raise ValueError(f"{index}: {name!r} should be in {file!r}, and is not.")
 
@@ -100,7 +94,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """What the config of the model says; ``None`` where there is none."""
         config = read_json(self.config_file) if self.config_file.exists() else None
         if config is not None and not isinstance(config, dict):
-            raise ValueError(f"{self.config_file} is no JSON object.")
+            raise ValueError(f"{self.config_file} is not a JSON object.")
         return config
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
@@ -110,7 +104,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
           names: the new name of every array.
 
         Raises:
-          ValueError: two arrays would have one name.
+          ValueError: if two arrays would have one name.
         """
         new = copy.copy(self)
         new.info, new._of = {}, {}
@@ -141,8 +135,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 def _shards(index: Path) -> dict[str, str]:
     """The file of every array by its name, as an index says."""
-    said = read_json(index)
-    shards = said.get("weight_map") if isinstance(said, dict) else None
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise ValueError(f"{index} has no weight_map from names to files.")
     return shards
@@ -166,7 +160,7 @@ def rewrite(
       config: what ``config.json`` says in place of the base's, if anything else.
 
     Raises:
-      FileExistsError: ``out`` exists.
+      FileExistsError: if ``out`` exists.
     """
     out = Path(out)
     if out.exists():
@@ -202,8 +196,8 @@ def rewrite(
 
 def _index(file: Path, info: Mapping[str, Info], files: Mapping[Path, tuple[str, ...]]) -> bytes:
     """The index of shards, for other arrays."""
-    said: dict[str, Any] = read_json(file)
+    content: dict[str, Any] = read_json(file)
     size = {"total_size": sum(one.nbytes for one in info.values())}
     shards = {name: one.name for one, names in files.items() for name in sorted(names)}
-    said |= {"metadata": (said.get("metadata") or {}) | size}
-    return json_bytes(said | {"weight_map": dict(sorted(shards.items()))})
+    content |= {"metadata": (content.get("metadata") or {}) | size}
+    return json_bytes(content | {"weight_map": dict(sorted(shards.items()))})

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._host import host
-from lora_jax.files._tensors import StrPath
 from lora_jax.trees._paths import unbox
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files._json import read_json
 from lora_jax.files._kinds import KINDS, check_types
-from lora_jax.files._tensors import read_json
 
 INDEX = "adapter.json"
 FORMAT = "lora_jax adapter"

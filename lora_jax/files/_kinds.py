@@ -65,19 +65,19 @@ def kind_of(path: str, node: Node) -> NodeKind:
     raise TypeError(f"{path!r} has a {type(node).__name__}, which cannot be saved.")
 
 
-def check_types(said: object, types: Mapping[str, type], where: str) -> None:
+def check_types(value: object, types: Mapping[str, type], where: str) -> None:
     """Raises ValueError if a JSON object has other keys, or values of other types."""
-    if not isinstance(said, dict) or set(said) != set(types):
-        keys = sorted(said) if isinstance(said, dict) else type(said).__name__
+    if not isinstance(value, dict) or set(value) != set(types):
+        keys = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"{where} must have {sorted(types)}, but has {keys}.")
     for name, kind in types.items():
-        if type(said[name]) is not kind:
-            raise ValueError(f"{where}: {name!r} must be {kind.__name__}, got {said[name]!r}.")
+        if type(value[name]) is not kind:
+            raise ValueError(f"{where}: {name!r} must be {kind.__name__}, got {value[name]!r}.")
 
 
 # --- adapters ---
 
-# The fields of an Adapter beside its arrays, and those of its axes, with their types in JSON. What
+# The static fields of an Adapter, and those of its axes, with their types in JSON. What
 # has another name here than in files, where names stay:
 _NAMES_IN_FILES = {"materialize": "substitute", "batch": "stacks"}
 _PRODUCTS_IN_FILES = {"dense": "merged"}
@@ -118,7 +118,7 @@ def _adapter_tensors(path: str, entry: Any, where: str) -> dict[str, str]:
 
 
 def _read_adapter(entry: Any, arrays: Mapping[str, np.ndarray], path: str, where: str) -> Adapter:
-    """An adapter, if what is said of it makes sense and its arrays are of one piece."""
+    """An adapter, if its entry makes sense and its arrays fit it."""
     axes = entry["axes"]
     if set(axes) != set(_AXES) or type(axes.get("fused")) is not int:
         raise ValueError(f"{where}: axes must have {list(_AXES)}, got {axes}.")

@@ -13,9 +13,9 @@ from flax.traverse_util import empty_node
 
 from lora_jax.core._fully_trained import FullyTrained, as_node
 from lora_jax.files import _collections as variables
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._fingerprint import verify as verify_base
 from lora_jax.files._read import read
-from lora_jax.files._tensors import StrPath
 from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, rebox, unbox, unflatten
 
@@ -98,10 +98,9 @@ def load(
             check_pair(key, node, flat, name="params", needed=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        node = jax.tree.map(lambda x: _to_jax(x, str(path)), node)
         if not node.in_base:
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
-        adapters[key] = node.as_leaf()
+        adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node).as_leaf()
     if verify:
         left = {path_of(k): v for k, v in frozen.items() if v is not empty_node}
         verify_base(stored.base, left, path)

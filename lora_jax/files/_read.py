@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files import _collections as variables
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._format import INDEX, read_index
 from lora_jax.files._kinds import KINDS, NodeKind
-from lora_jax.files._tensors import StrPath, Tensors, check_name
+from lora_jax.files._tensors import Tensors, check_name
 
 
 @dataclasses.dataclass(frozen=True)

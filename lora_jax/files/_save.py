@@ -14,12 +14,14 @@ import numpy as np
 
 from lora_jax._version import __version__
 from lora_jax.files import _collections as variables
+from lora_jax.files._bytes import StrPath, write_bytes
 from lora_jax.files._fingerprint import fingerprint
 from lora_jax.files._format import FORMAT, INDEX, VERSION, checksum, tensors_file
 from lora_jax.files._host import host
+from lora_jax.files._json import json_bytes
 from lora_jax.files._kinds import KINDS, kind_of
 from lora_jax.files._paths import named, named_pair
-from lora_jax.files._tensors import DTYPES, StrPath, encode, json_bytes, write_bytes
+from lora_jax.files._tensors import DTYPES, encode
 from lora_jax.trees._pair import nodes_of
 
 
@@ -43,7 +45,7 @@ def save(
       frozen: the base. With it the adapters are checked to fit, and a hash of every frozen
         parameter is saved, so that :func:`load` can verify that it is given the same base.
       collections: the model's other collections that training changed, as ``mutable=`` returns
-        them: ``{"batch_stats": ...}``. They are no part of the base that ``frozen`` is, and
+        them: ``{"batch_stats": ...}``. They are not part of the base that ``frozen`` is, and
         without them the model does not compute what it did.
       metadata: anything that JSON has; it stands in ``adapter.json`` under that name.
 

@@ -1,17 +1,14 @@
-"""Files from strangers: safetensors and JSON, read strictly, and written whole or not at all.
+"""Safetensors files from strangers, read strictly, and written one array at a time.
 
 Whatever is read is bounded by the file's own size, before anything is allocated. The errors name
-the file and the key.
+the file and the tensor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import secrets
-import stat
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-StrPath = str | os.PathLike[str]
-
-MAX_HEADER = 32 * 2**20
-"""Bytes of a header, or of a JSON file, that are read at most: enough for 100,000 tensors."""
+from lora_jax.files._bytes import StrPath, open_regular, replacing
+from lora_jax.files._json import MAX_JSON, parse_json
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -66,14 +61,14 @@ class Tensors(Mapping[str, np.ndarray]):
       metadata: the strings in the header.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not what safetensors says it should be, or a tensor that is asked for
-        has NaN or infinite values. The message names the file and the tensor.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not what safetensors says it should be, or if a tensor that is
+        asked for has NaN or infinite values. The message names the file and the tensor.
 
     Example:
       >>> import tempfile, numpy as np
       >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
-      >>> write_bytes(path, encode({"x": np.ones((2, 3), np.float32)}))
+      >>> _ = path.write_bytes(encode({"x": np.ones((2, 3), np.float32)}))
       >>> tensors = Tensors(path)
       >>> tensors.info["x"].shape, float(tensors["x"].sum())
       ((2, 3), 6.0)
@@ -82,13 +77,13 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         self._file: Any
-        with _open_regular(self.path) as file:
+        with open_regular(self.path) as file:
             self.info, self.metadata = _header(file, self.path)
             # While this file is open, its inode is not given to another one.
             try:
                 self._file = safetensors.safe_open(self.path, framework="numpy")
             except safetensors.SafetensorError as error:
-                raise ValueError(f"{self.path} is no safetensors file: {error}.") from error
+                raise ValueError(f"{self.path} is not a safetensors file: {error}.") from error
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                 raise FileNotFoundError(f"{self.path} was replaced while it was read.")
 
@@ -114,7 +109,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
-    """Errors where an array has NaN or infinite values."""
+    """Raises ValueError if an array has NaN or infinite values."""
     if is_floating(array) and not np.isfinite(array).all():
         raise ValueError(f"{where} has NaN or infinite values.")
 
@@ -129,51 +124,41 @@ def floats(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
 
 
-@contextlib.contextmanager
-def _open_regular(path: Path) -> Iterator[Any]:
-    """An open file that is no pipe or device, which might never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is no regular file.")
-        yield file
-
-
 def _header(file: Any, path: Path) -> tuple[dict[str, Info], dict[str, str]]:
     """Every tensor's dtype and shape, after a look for all that can be wrong with a header."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
         raise ValueError(
-            f"{path} is no safetensors file: it has {size} bytes only. Is it truncated?"
+            f"{path} is not a safetensors file: it has {size} bytes only. Is it truncated?"
         )
     (length,) = struct.unpack("<Q", prefix)
     if length > size - 8:
         raise ValueError(
-            f"{path} is truncated or no safetensors file: its header should have {length} bytes, "
-            f"but the file has {size}."
+            f"{path} is truncated or not a safetensors file: its header should have {length} "
+            f"bytes, but the file has {size}."
         )
-    if length > MAX_HEADER:
-        raise ValueError(f"{path}: its header has {length} bytes, more than {MAX_HEADER}.")
+    if length > MAX_JSON:
+        raise ValueError(f"{path}: its header has {length} bytes, more than {MAX_JSON}.")
     header = parse_json(file.read(length), f"the header of {path}")
     if not isinstance(header, dict):
-        raise ValueError(f"The header of {path} is no JSON object.")
+        raise ValueError(f"The header of {path} is not a JSON object.")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"The header of {path}: '__metadata__' must map strings to strings.")
     spans = []
     info: dict[str, Info] = {}
-    for name, said in header.items():
+    for name, entry in header.items():
         where = f"{path}: {name!r}"
         check_name(name, str(path))
-        if not isinstance(said, dict) or set(said) != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{where} must have dtype, shape and data_offsets in the header.")
-        if not isinstance(said["dtype"], str) or said["dtype"] not in DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"{where} is of dtype {said['dtype']!r}, which is not read; those that are: "
+                f"{where} is of dtype {entry['dtype']!r}, which is not read; those that are: "
                 f"{', '.join(DTYPES)}."
             )
-        shape, offsets = said["shape"], said["data_offsets"]
+        shape, offsets = entry["shape"], entry["data_offsets"]
         if not (is_ints(shape) and is_ints(offsets) and len(offsets) == 2):
             raise ValueError(
                 f"{where}: shape and data_offsets must be lists of integers from 0 on."
@@ -181,14 +166,14 @@ def _header(file: Any, path: Path) -> tuple[dict[str, Info], dict[str, str]]:
         if len(shape) > 32:
             raise ValueError(f"{where} has {len(shape)} axes.")
         # Beside a size of 0 there may be any other one, and no byte says otherwise.
-        largest = math.prod(filter(None, shape)) * DTYPES[said["dtype"]].itemsize
+        largest = math.prod(filter(None, shape)) * DTYPES[entry["dtype"]].itemsize
         if 0 in shape and largest > sys.maxsize:
             raise ValueError(f"{where} is {tuple(shape)}, which is larger than an array may be.")
-        info[name] = Info(DTYPES[said["dtype"]], tuple(shape))
+        info[name] = Info(DTYPES[entry["dtype"]], tuple(shape))
         begin, end = offsets
         if end - begin != info[name].nbytes:
             raise ValueError(
-                f"{where}: {said['dtype']} {tuple(shape)} are {info[name].nbytes} bytes, but its "
+                f"{where}: {entry['dtype']} {tuple(shape)} are {info[name].nbytes} bytes, but its "
                 f"offsets say {end - begin}."
             )
         spans.append((begin, end, name))
@@ -214,44 +199,9 @@ def is_ints(value: object) -> bool:
 
 
 def check_name(name: str, where: str) -> None:
-    """Errors for an empty name, or one that a terminal would not show as it is."""
+    """Raises ValueError if a name is empty, or one that a terminal would not show as it is."""
     if not name or not name.isprintable():
-        raise ValueError(f"{where}: {name!a} is no name for a tensor.")
-
-
-def parse_json(content: bytes, what: str) -> Any:
-    """JSON as its standard has it: no duplicate keys, no NaN.
-
-    Raises:
-      ValueError: it is not; the message says where.
-    """
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for name, value in items:
-            if name in out:
-                raise ValueError(f"the key {name!r} is there twice")
-            out[name] = value
-        return out
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
-
-    try:
-        return json.loads(content.decode(), object_pairs_hook=pairs, parse_constant=constant)
-    except RecursionError:
-        raise ValueError(f"{what} cannot be read: it is nested too deep.") from None
-    except ValueError as error:
-        raise ValueError(f"{what} cannot be read: {error}. Is it truncated?") from error
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, as :func:`parse_json` has it."""
-    with _open_regular(path) as file:
-        content = file.read(MAX_HEADER + 1)
-    if len(content) > MAX_HEADER:
-        raise ValueError(f"{path} has more than {MAX_HEADER} bytes.")
-    return parse_json(content, str(path))
+        raise ValueError(f"{where}: {name!a} is not a name for a tensor.")
 
 
 def encode(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -277,7 +227,7 @@ def write_tensors(
       metadata: strings for the header.
 
     Raises:
-      ValueError: an array that is not as ``info`` says, or that is not finite.
+      ValueError: if an array is not as ``info`` says, or not finite.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -287,7 +237,7 @@ def write_tensors(
         check_name(name, str(path))
         one = info[name]
         if one.dtype not in codes:
-            raise ValueError(f"{path}: {name!r} is {one.dtype}, which safetensors has not.")
+            raise ValueError(f"{path}: {name!r} is {one.dtype}, which safetensors does not have.")
         end = position + one.nbytes
         header[name] = {"dtype": codes[one.dtype], "shape": one.shape}
         header[name]["data_offsets"] = [position, end]
@@ -304,40 +254,3 @@ def write_tensors(
                 )
             check_finite(array, f"{path}: {name!r}")
             file.write(array.reshape(-1).view(np.uint8).data)
-
-
-def json_bytes(content: Any) -> bytes:
-    """Content as JSON that people can read."""
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that whoever opens it sees all of it, the old or the new, at any moment."""
-    with replacing(path) as partial:
-        partial.write(content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """An open file that takes the place of ``path`` when all is written, and vanishes if not."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes names in a folder last, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

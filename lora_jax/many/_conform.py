@@ -28,7 +28,7 @@ _ALIKE = ("materialize", "untied")
 
 
 def common(path: str, nodes: Sequence[Any]) -> Any:
-    """What adapters of one kernel can all be brought to; nodes of fully trained leaves as they are.
+    """What nodes of one leaf can all be brought to.
 
     Returns:
       The static fields that they shall have, as an :class:`Adapter` whose ``U`` and ``V`` are of
@@ -111,8 +111,8 @@ def conform(path: str, node: Any, like: Any, leaf: Any) -> Any:
     U = jnp.asarray(node.U) if s == 1.0 else s * jnp.asarray(node.U)
     parts = [like.axes.parts.index(part) for part in node.axes.parts]
     pad = like.rank - node.rank
-    U = _spread(_padded(U, -1, pad), parts, like, -3)
-    V = _spread(_padded(jnp.asarray(node.V), -2, pad), parts, like, -3)
+    U = _at_parts(_padded(U, -1, pad), parts, like, -3)
+    V = _at_parts(_padded(jnp.asarray(node.V), -2, pad), parts, like, -3)
     padded = like.replace(U=U, V=V, m=None)
     if like.variant == "lora":
         return padded
@@ -129,8 +129,8 @@ def conform(path: str, node: Any, like: Any, leaf: Any) -> Any:
         padded.replace(variant="lora").check_fits(path, _leaf(path, leaf).shape)
         m = dense_norm(_leaf(path, leaf), padded)
     if node.m is not None:
-        own = jnp.asarray(node.m)
-        m = own if everywhere else m.at[..., parts, :].set(own.astype(m.dtype))
+        trained = jnp.asarray(node.m)
+        m = trained if everywhere else m.at[..., parts, :].set(trained.astype(m.dtype))
     return padded.replace(m=m)
 
 
@@ -159,7 +159,7 @@ def _padded(array: chex.Array, axis: int, by: int) -> chex.Array:
     return jnp.pad(array, widths) if by else array
 
 
-def _spread(array: chex.Array, parts: list[int], like: Adapter, axis: int) -> chex.Array:
+def _at_parts(array: chex.Array, parts: list[int], like: Adapter, axis: int) -> chex.Array:
     """The parts that an adapter has, among all that the stack has, and zeros."""
     count = len(like.axes.parts)
     if like.axes.fused == 1 or parts == list(range(count)):

@@ -9,9 +9,9 @@ from typing import Any
 import chex
 
 from lora_jax import peft
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._format import INDEX
 from lora_jax.files._load import load as load_own
-from lora_jax.files._tensors import StrPath
 from lora_jax.peft._config import CONFIG
 
 
@@ -28,9 +28,9 @@ def from_folders(
       axes: likewise.
 
     Raises:
-      FileNotFoundError: of the function, where there are no adapters.
-      ValueError: of the function, for a name that is not of one folder, and for files that are
-        damaged or do not fit.
+      FileNotFoundError: by the function, if there are no adapters.
+      ValueError: by the function, if a name is not that of one folder, or if files are damaged or
+        do not fit.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lora_jax

@@ -254,7 +254,7 @@ class _Load:
 
 
 def check_adapter_name(name: Any) -> None:
-    """Errors for what is no name."""
+    """Raises TypeError if it is not a name."""
     if not isinstance(name, str):
         raise TypeError(f"The name of adapters must be a string, got {name!r}.")
 

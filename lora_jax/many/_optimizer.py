@@ -35,7 +35,7 @@ def per_adapter(
       without them every adapter is updated. Other arguments are for each one's optimizer.
 
     Raises:
-      ValueError: of the optimizer, where adapters are not stacked.
+      ValueError: by the optimizer, if adapters are not stacked.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax, optax

@@ -1,4 +1,4 @@
-"""Many adapters, of which a few are in memory at a time, for a program that never retraces.
+"""Many adapters with a few of them in memory at a time, for a program that never retraces.
 
 The adapters in memory are in the slots of one stack (``_lru_slots.py``). Its structure and shapes
 never change (``_structure.py``), and its arrays are never written to: to load an adapter makes new
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._mixed import BASE
-from lora_jax.files._tensors import StrPath
+from lora_jax.files._bytes import StrPath
 from lora_jax.many._folders import from_folders
 from lora_jax.many._lru_slots import LruSlots, PoolStats, check_adapter_name
 from lora_jax.many._structure import AdapterStructure

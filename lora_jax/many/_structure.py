@@ -1,4 +1,4 @@
-"""The one form in which a pool holds its adapters, and how an adapter is brought there.
+"""The structure and the shapes of a pool's adapters, and how an adapter is brought to them.
 
 All that is static in the tree, and every shape, is decided once by examples. So a program that is
 compiled for one adapter is compiled for all. What varies between adapters goes into the numbers:
@@ -37,8 +37,8 @@ class AdapterStructure:
       nbytes: of one adapter.
 
     Raises:
-      TypeError: trees of another kind.
-      ValueError: examples that do not fit the model, or each other; the message names the path.
+      TypeError: if the trees are of another kind.
+      ValueError: if examples do not fit the model, or each other; the message names the path.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -55,7 +55,7 @@ class AdapterStructure:
     def __init__(self, params: chex.ArrayTree, like: Any) -> None:
         if not isinstance(like, Mapping | list | tuple) or not like:
             raise TypeError(
-                f"like must be adapters, or a list of them, of which one has the largest rank; got "
+                f"like must be adapters, or a list of them, where one has the largest rank; got "
                 f"{like!r}."
             )
         like = [like] if isinstance(like, Mapping) else like
@@ -84,20 +84,20 @@ class AdapterStructure:
         self.nbytes: int = sum(array.nbytes for array in jax.tree.leaves(self.base_alone()))
 
     def base_alone(self) -> chex.ArrayTree:
-        """An adapter that adds nothing, in this form."""
+        """An adapter that adds nothing, with this structure."""
         return unflatten({k: node.as_leaf() for k, node in self._nodes.items()}, self._params)
 
     def fit(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
-        """Adapters in this form, as arrays of NumPy.
+        """Adapters with this structure, as arrays of NumPy.
 
         Args:
           name: for messages.
           adapters: as from :func:`lora_jax.load`.
 
         Raises:
-          TypeError: no tree of adapters.
-          ValueError: adapters that this form has no room for, or that are not finite. The message
-            names the adapter and the path.
+          TypeError: if it is not a tree of adapters.
+          ValueError: if this structure has no room for the adapters, or if they are not finite. The
+            message names the adapter and the path.
         """
         try:
             nodes = nodes_of(adapters, "it", self._base)

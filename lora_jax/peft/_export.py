@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._axes import KernelAxes
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._paths import named_pair
-from lora_jax.files._tensors import Info, StrPath, write_tensors
+from lora_jax.files._tensors import Info, write_tensors
 from lora_jax.peft._families import as_names
 from lora_jax.peft._key_mapping import KeyMapping
 from lora_jax.peft._torch_arrays import from_leaf, torch_shape

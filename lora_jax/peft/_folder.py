@@ -9,8 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
-from lora_jax.files._tensors import StrPath, Tensors
+from lora_jax.files._tensors import Tensors
 from lora_jax.peft._config import CONFIG, PeftConfig
 from lora_jax.peft._keys import PREFIX, WRAPPERS, names_of, split_role, without_copy
 from lora_jax.peft._lora_bias import LoraBias

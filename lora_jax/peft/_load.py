@@ -8,8 +8,8 @@ from typing import Any
 import chex
 
 from lora_jax.core._axes import KernelAxes
+from lora_jax.files._bytes import StrPath
 from lora_jax.files._load import in_box
-from lora_jax.files._tensors import StrPath
 from lora_jax.peft._families import as_names
 from lora_jax.peft._folder import read
 from lora_jax.peft._key_mapping import KeyMapping

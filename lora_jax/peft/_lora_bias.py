@@ -77,9 +77,7 @@ def _read(entry: Any, arrays: Mapping[str, np.ndarray], path: str, where: str) -
     """The node out of ``adapter.json``, if what is said of it makes sense."""
     array = arrays["value"]
     if type(entry) is not float or not (math.isfinite(entry) and entry > 0):
-        raise ValueError(
-            f"{where}: the scale of a LoRA bias must be a positive number, got {entry!r}."
-        )
+        raise ValueError(f"{where}: the scale of a LoRA bias must be positive, got {entry!r}.")
     if not is_floating(array):
         raise ValueError(f"{where}: a LoRA bias is of dtype {array.dtype}.")
     return LoraBias(array, entry)

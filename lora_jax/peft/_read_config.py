@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lora_jax.files._format import INDEX
-from lora_jax.files._tensors import read_json
+from lora_jax.files._json import read_json
 from lora_jax.peft._config import CONFIG, PeftConfig
 from lora_jax.peft._patterns import compiled
 

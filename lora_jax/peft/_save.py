@@ -11,9 +11,10 @@ import chex
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
+from lora_jax.files._bytes import StrPath, write_bytes
 from lora_jax.files._collections import arrays_of, listed
 from lora_jax.files._paths import named_pair
-from lora_jax.files._tensors import StrPath, encode, write_bytes
+from lora_jax.files._tensors import encode
 from lora_jax.peft._config import CONFIG
 from lora_jax.peft._families import as_names
 from lora_jax.peft._folder import WEIGHTS

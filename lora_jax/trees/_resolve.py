@@ -29,9 +29,9 @@ def resolve_axes(
       axes: from :func:`lora_jax.kernel_axes`, or any mapping; ``None`` without the model.
 
     Raises:
-      ValueError: a matched leaf that is no floating-point matrix, or that the model uses in a way
-        that cannot be adapted; a rank above ``min(d, k)``. The message names all culprits of one
-        kind.
+      ValueError: if a matched leaf is not a floating-point matrix, if the model uses it so that it
+        cannot be adapted, or if a rank is above ``min(d, k)``. The message names all culprits of
+        one kind.
     """
     resolved: dict[str, KernelAxes] = {}
     carried_out: dict[str, Rule] = {}
@@ -80,7 +80,7 @@ def resolve_axes(
 
 
 def _check_axes(leaves: Mapping[str, Any], axes: object) -> None:
-    """Errors where ``axes`` is not what kernel_axes returns, or of another model."""
+    """Raises an error if ``axes`` is not what kernel_axes returns, or of another model."""
     if axes is None:
         return
     if not isinstance(axes, Mapping) or not all(isinstance(a, KernelAxes) for a in axes.values()):
@@ -148,9 +148,9 @@ def _stated(
             "lora_init(..., axes=axes), or say"
         )
         return (
-            f"Rule({rule.pattern!r}) matches what is no matrix (d, k): LEAVES. {find} input_axes "
-            f"and batch_axes in the rule; and where a leaf is no kernel at all, such as a bias or "
-            f"a scale, make the pattern narrower."
+            f"Rule({rule.pattern!r}) matches what is not a matrix (d, k): LEAVES. {find} "
+            f"input_axes and batch_axes in the rule; and where a leaf is not a kernel at all, such "
+            f"as a bias or a scale, make the pattern narrower."
         )
     return KernelAxes(inputs, outputs, stacks)
 
@@ -173,9 +173,9 @@ def _unread(path: str, rule: Rule, model: ModelAxes) -> str | None:
     return f"Rule({rule.pattern!r}) matches LEAVES, {_UNREAD}"
 
 
-def check_read(whole: Iterable[str], axes: object) -> None:
-    """Errors where a leaf that is to be fully trained is read by nobody."""
-    for path in sorted(whole):
+def check_read(trainable: Iterable[str], axes: object) -> None:
+    """Raises ValueError if a leaf that is to be fully trained is read by nobody."""
+    for path in sorted(trainable):
         if isinstance(axes, ModelAxes) and path not in axes.read:
             raise ValueError(f"A trainable pattern matches {path!r}, {_UNREAD}")
 
@@ -184,15 +184,15 @@ def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
     """Why the layer of a parameter cannot be adapted."""
     if rule.materialize:
         return None
-    said = f"Rule({rule.pattern!r})"
+    matches = f"Rule({rule.pattern!r}) matches LEAVES"
     if path in model.refused:
         return (
-            f"{said} matches LEAVES, which cannot be adapted in the layer: {model.refused[path]}. "
+            f"{matches}, which cannot be adapted in the layer: {model.refused[path]}. "
             f"Give it a rule with materialize=True."
         )
     if path in model.tied and rule.tied is None:
         return (
-            f"{said} matches LEAVES, which the model also reads outside of the layer, as tied "
+            f"{matches}, which the model also reads outside of the layer, as tied "
             f"embeddings are: an adapter in the layer would change one use only. Say in the rule "
             f"tied='materialize', so that all uses see W', or tied='untie'."
         )
@@ -200,11 +200,11 @@ def _unadaptable(path: str, rule: Rule, model: ModelAxes) -> str | None:
         return None
     if path not in model.layers:
         return (
-            f"{said} matches LEAVES, which the model reads, but not as a parameter of a module "
+            f"{matches}, which the model reads, but not as a parameter of a module "
             f"that it calls. Give it a rule with materialize=True, or make the pattern narrower."
         )
     return (
-        f"{said} matches LEAVES, which is no kernel of a layer that is known here: it belongs to "
+        f"{matches}, which is not a kernel of a layer that is known here: it belongs to "
         f"{model.layers[path]}. Register a handler for it with lora_jax.register, give it a rule "
         f"with materialize=True, or make the pattern narrower."
     )

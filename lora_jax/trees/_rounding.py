@@ -21,7 +21,7 @@ from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of, unbox
 from lora_jax.trees._table import Report, text_table
 
-MOST = 0.5  # an update of which more than this share vanishes is said to be lost
+MOST = 0.5  # an update is reported as lost where more than this share of it vanishes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RoundingReport(Report[Rounding]):
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """The parameters of which most of the update vanishes."""
+        """The parameters whose update vanishes for the most part."""
         return tuple(p for p, one in self.rows.items() if (one.vanished or 0) > MOST)
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ def measure(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> 
 def measure_parts(
     parts: Iterable[tuple[chex.Array, chex.Array, chex.Array | None]],
 ) -> Rounding:
-    """The rounding of one parameter of which parts of one size come one after another.
+    """The rounding of one parameter whose parts, all of one size, come one after another.
 
     Args:
       parts: of each, what :func:`measure` takes.

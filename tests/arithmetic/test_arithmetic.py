@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import lora_jax
 from lora_jax import KernelAxes, LoraConfig, Rule
 from lora_jax.arithmetic import _task_vectors as task_vectors
-from lora_jax.arithmetic._approximation import nearest, nearest_product
+from lora_jax.arithmetic._low_rank import low_rank, low_rank_product
 from lora_jax.trees._paths import flatten, path_of
 
 KEY = jax.random.key(0)
@@ -289,14 +289,14 @@ def test_no_change_at_all(options):
 def test_singular_values_give_the_nearest():
     delta = np.asarray(jax.random.normal(KEY, (7, 5)))
     values = np.linalg.svd(delta, compute_uv=False)
-    low = nearest(delta, 2, None)
+    low = low_rank(delta, 2, None)
     assert low.error == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-5)
     got = np.linalg.norm(delta - low.U @ low.V) / np.linalg.norm(delta)
     assert got == pytest.approx(low.error, rel=1e-5)
     explained_variance = np.square(values[:3]).sum() / np.square(values).sum()
-    assert nearest(delta, None, float(explained_variance) - 1e-6).U.shape[1] == 3
-    assert nearest(delta, None, float(explained_variance) + 1e-6).U.shape[1] == 4
-    factored = nearest_product(delta, np.eye(5), 2, None)
+    assert low_rank(delta, None, float(explained_variance) - 1e-6).U.shape[1] == 3
+    assert low_rank(delta, None, float(explained_variance) + 1e-6).U.shape[1] == 4
+    factored = low_rank_product(delta, np.eye(5), 2, None)
     assert np.abs(factored.U @ factored.V - low.U @ low.V).max() < 1e-5
 
 
@@ -344,7 +344,7 @@ def test_task_vectors_of_every_kernel(method):
     """Dense `W' - W` of LoRA and DoRA, matrix by matrix, as a LoRA with the error it states."""
     params = kernels()
     trees = [trained(params, kind, i) for i, kind in enumerate(("rslora", "dora"))]
-    options = {"params": params, "method": method, "density": 0.5}
+    options = {"params": params, "combination_type": method, "density": 0.5}
     if "dare" in method:
         options["key"] = KEY
     exact, report = lora_jax.combine(trees, [1.0, 0.5], explained_variance=1.0, **options)
@@ -370,7 +370,7 @@ def test_dare_differs_by_key_adapter_path_and_matrix():
         jnp.ones((2, 6, 1)), jnp.ones((2, 1, 5)), axes=KernelAxes((1,), (2,), (0,))
     )
     trees = [{"a": node, "b": node}] * 2
-    options = {"method": "dare_linear", "density": 0.5, "explained_variance": 1.0}
+    options = {"combination_type": "dare_linear", "density": 0.5, "explained_variance": 1.0}
     masks = []
     for key in (KEY, jax.random.key(1)):
         for weights in ([1, 0], [0, 1]):
@@ -409,7 +409,7 @@ def test_leaves_trained_whole():
         ([a, a], [1, 1], {}),
         ([a, a], [1, 1], {"params": frozen}),
         ([a, b], [0.5, 0.5], {"params": frozen | {"head": params["head"]}}),
-        ([a], [1], {"method": "ties", "density": 0.5, "rank": 1}),
+        ([a], [1], {"combination_type": "ties", "density": 0.5, "rank": 1}),
     ]:
         if "head" in options.get("params", {}):
             options["params"].pop("bias")
@@ -421,13 +421,13 @@ def test_task_vectors_of_leaves_trained_whole():
     params, _, a = with_head(1)
     b = with_head(2)[2]
     options = {"params": params, "density": 0.5, "rank": 1}
-    combined, _ = lora_jax.combine([a, b], [1, 1], method="ties", **options)
+    combined, _ = lora_jax.combine([a, b], [1, 1], combination_type="ties", **options)
     base = np.float32(params["head"])
     deltas = [np.asarray(tree["head"].value) - base for tree in (a, b)]
     expected = base + task_vectors.merged("ties", deltas, [1, 1], 0.5)
     assert relative_error(combined["head"].value, expected) < 1e-6
-    one, _ = lora_jax.combine([a, b], [1, 1], method="dare_linear", key=KEY, **options)
-    two, _ = lora_jax.combine([a, b], [1, 1], method="dare_linear", key=KEY, **options)
+    one, _ = lora_jax.combine([a, b], [1, 1], combination_type="dare_linear", key=KEY, **options)
+    two, _ = lora_jax.combine([a, b], [1, 1], combination_type="dare_linear", key=KEY, **options)
     assert jnp.array_equal(one["head"].value, two["head"].value)
 
 
@@ -524,7 +524,11 @@ NODE = LORA["dense"]
         (([], []), {}, "the list is empty"),
         (([LORA, LORA], [1]), {}, "There are 2 adapters, but 1 weights"),
         (([LORA], [np.nan]), {}, "weight must be finite, got nan"),
-        (([LORA], [1]), {"method": "cat"}, "no method 'cat'; there are linear, magnitude_prune"),
+        (
+            ([LORA], [1]),
+            {"combination_type": "cat"},
+            "no combination_type 'cat'; there are linear, magnitude_prune",
+        ),
         (([LORA], [1]), {"rank": 1, "explained_variance": 0.5}, "exclude each other"),
         (([LORA], [1]), {"rank": 0}, "rank must be at least 1, got 0"),
         (
@@ -542,19 +546,31 @@ NODE = LORA["dense"]
             {"explained_variance": np.nan},
             r"explained_variance must be in \(0, 1\], got nan",
         ),
-        (([LORA], [1]), {"method": "ties", "density": 0.0}, r"density must be in \(0, 1\], got 0"),
-        (([LORA], [1]), {"method": "ties", "density": 1.1}, r"density must be in \(0, 1\]"),
+        (
+            ([LORA], [1]),
+            {"combination_type": "ties", "density": 0.0},
+            r"density must be in \(0, 1\], got 0",
+        ),
+        (
+            ([LORA], [1]),
+            {"combination_type": "ties", "density": 1.1},
+            r"density must be in \(0, 1\]",
+        ),
         (([LORA], [1]), {"density": 0.5}, "'linear' keeps every entry.*density=0.5 has no use"),
-        (([LORA], [1]), {"method": "ties", "rank": 1}, "'ties' needs density="),
-        (([LORA], [1]), {"method": "dare_ties", "density": 0.5}, "at random: pass key="),
+        (([LORA], [1]), {"combination_type": "ties", "rank": 1}, "'ties' needs density="),
+        (([LORA], [1]), {"combination_type": "dare_ties", "density": 0.5}, "at random: pass key="),
         (([LORA], [1]), {"key": KEY}, "'linear' has nothing random"),
         (
             ([LORA], [1]),
-            {"method": "ties", "density": 0.5},
+            {"combination_type": "ties", "density": 0.5},
             "'dense' dense: pass rank=, or explained_variance=",
         ),
         (([LORA, DORA], [1, 1]), {}, r"adapters\[1\] is a DoRA at 'dense'.*pass params="),
-        (([LORA], [1]), {"params": {"dens": NODE.U}}, r"for 'dense', but params.*paths: dens\."),
+        (
+            ([LORA], [1]),
+            {"params": {"dens": NODE.U}},
+            "'dense', which params lacks.*: dens",
+        ),
         (([LORA], [1]), {"params": {"dense": jnp.ones((7, 6))}}, "'dense' does not fit"),
         (([lora_jax.stack([LORA, LORA])], [1]), {}, r"adapters\[0\] is a stack of 2 .*'dense'"),
         (([DORA], [1]), {"params": {"dense": PARAMS["dense"] / 0}}, "params has NaN.*'dense'"),

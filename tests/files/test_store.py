@@ -24,11 +24,13 @@ from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.cli._updates_of_lora_jax import updates_of_lora_jax
 from lora_jax.cli._without_model import trees_of_lora_jax
 from lora_jax.files import _kinds as kinds
+from lora_jax.files._bytes import write_bytes
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._fingerprint import fingerprint
 from lora_jax.files._format import checksum
+from lora_jax.files._json import json_bytes, parse_json
 from lora_jax.files._read import read
-from lora_jax.files._tensors import Tensors, encode, json_bytes, parse_json, write_bytes
+from lora_jax.files._tensors import Tensors, encode
 
 
 class Model(nn.Module):
@@ -195,7 +197,7 @@ def no_kernels(U, V):
         (lambda a: {"a/b": a["join"]["kernel"]}, ValueError, "'a/b'"),
         (lambda a: {0: jnp.ones(1), "0": jnp.ones(1)}, ValueError, "two leaves have the path '0'"),
         (lambda a: {(0, 1): a["join"]["kernel"]}, ValueError, r"\(0, 1\) is part of it"),
-        (lambda a: {"a\nb": a["join"]["kernel"]}, ValueError, "no name"),
+        (lambda a: {"a\nb": a["join"]["kernel"]}, ValueError, "not a name"),
         (lambda a: {"k": a["join"]["kernel"], "k.U": jnp.ones(2)}, ValueError, "Two arrays"),
         (lambda a: jax.tree.map(lambda x: x * jnp.nan, a), ValueError, "'.*' has NaN"),
         (lambda a: jax.eval_shape(lambda: a), TypeError, "not an array"),
@@ -489,9 +491,9 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
         (set_in("shifts", {"x": 1.0}), "lacks 'x'"),
         (
             set_in("shifts", {"join/kernel.U": 0.0}),
-            "scale of a LoRA bias must be a positive number",
+            "scale of a LoRA bias must be positive",
         ),
-        (set_in("shifts", {"join/kernel.U": 1}), "scale of a LoRA bias must be a positive number"),
+        (set_in("shifts", {"join/kernel.U": 1}), "scale of a LoRA bias must be positive"),
         (lambda i: i.update(shifts={next(iter(i["whole"])): 1.0}), "described twice"),
         (set_in("whole", "x", "float32"), "lacks 'x'"),
         (lambda i: i["adapters"]["join/kernel"].pop("rank"), "'join/kernel' must have"),
@@ -567,7 +569,7 @@ FOUR = b"\0" * 4
         (b"1234567", "7 bytes only"),
         (struct.pack("<Q", 10), "truncated"),
         (struct.pack("<Q", 2**64 - 1) + b"{}", "truncated"),
-        (header_of(b"[]"), "no JSON object"),
+        (header_of(b"[]"), "not a JSON object"),
         (header_of(b"{"), "cannot be read"),
         (header_of(b"\xff\xfe"), "cannot be read"),
         (header_of(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "nested too deep"),
@@ -593,11 +595,11 @@ FOUR = b"\0" * 4
         (header_of({"x": entry(dtype=["F32"])}, FOUR), "dtype"),
         (header_of({"x": []}, FOUR), "must have dtype"),
         (header_of({"x": entry() | {"more": 1}}, FOUR), "must have dtype"),
-        (header_of({"": entry()}, FOUR), "no name"),
-        (header_of({"\x1b[2J": entry()}, FOUR), "no name"),
+        (header_of({"": entry()}, FOUR), "not a name"),
+        (header_of({"\x1b[2J": entry()}, FOUR), "not a name"),
         (header_of({"__metadata__": {"a": 1}}), "__metadata__"),
         (header_of(b'{"x":1,"x":1}'), "'x' is there twice"),
-        (header_of(b'{"x":NaN}'), "no number"),
+        (header_of(b'{"x":NaN}'), "not a number"),
         (header_of(b'{"x":' + b"9" * 5000 + b"}"), "cannot be read"),
         (header_of({"x": entry()}, struct.pack("<f", float("inf"))), "'x' has NaN"),
     ],
@@ -612,7 +614,7 @@ def test_a_broken_safetensors_file(tmp_path, content, message):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         Tensors(tmp_path / "pipe")
     with pytest.raises(OSError, match="directory"):
         Tensors(tmp_path)

@@ -547,7 +547,7 @@ def test_handler_that_does_not_compute_with_its_kernel():
 
     variables = Layer().init(KEY, X)
     axes = lora_jax.kernel_axes(Layer(), variables, X)
-    for name, reason in [("w", "did not compute with it"), ("b", "is no kernel of a layer")]:
+    for name, reason in [("w", "did not compute with it"), ("b", "is not a kernel of a layer")]:
         config = LoraConfig([Rule(name, 2)])
         with pytest.raises(ValueError, match=rf"'{name}' \(6, 6\).*{reason}"):
             lora_jax.lora_init(KEY, variables["params"], config, axes=axes)

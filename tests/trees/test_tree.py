@@ -222,7 +222,7 @@ def test_abstract():
         (
             {"kernel": jnp.ones(3)},
             {},
-            r"matches what is no matrix \(d, k\): 'kernel' \(3,\).*kernel_axes.*narrower",
+            r"matches what is not a matrix \(d, k\): 'kernel' \(3,\).*kernel_axes.*narrower",
         ),
         ({"kernel": jnp.ones((2, 3, 4))}, {}, r"'kernel' \(2, 3, 4\).*batch_axes"),
         (
@@ -239,7 +239,11 @@ def test_abstract():
         ),
         ({"kernel": jnp.ones((3, 5))}, {"batch_axes": (2,)}, r"has no batch_axes=\(2,\)"),
         ({"kernel": jnp.ones((2, 3, 5))}, {"batch_axes": (0, -3)}, r"has no batch_axes=\(0, -3\)"),
-        ({"kernel": jnp.ones((3, 5))}, {"batch_axes": (0,)}, r"is no matrix .*'kernel' \(3, 5\)"),
+        (
+            {"kernel": jnp.ones((3, 5))},
+            {"batch_axes": (0,)},
+            r"is not a matrix .*'kernel' \(3, 5\)",
+        ),
         (
             {"kernel": jnp.ones((3, 5, 2))},
             {"batch_axes": (2,), "input_axes": (2,)},

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from lora_jax import peft
-from lora_jax.arithmetic._approximation import nearest
+from lora_jax.arithmetic._low_rank import low_rank
 from lora_jax.cli._arguments import Base, Number, Out, Tuned, check_new
 from lora_jax.cli._layouts import Layouts, model_types
 from lora_jax.cli._printing import print_line, print_table, progress
@@ -96,7 +96,7 @@ def extract(
         if layouts.asked and layout is None:
             continue
         axes = CONV1D if in_torch == (kind == "linear") else KernelAxes()
-        low = nearest(delta.T if axes == CONV1D else delta, rank, explained_variance)
+        low = low_rank(delta.T if axes == CONV1D else delta, rank, explained_variance)
         kinds[name], found[name] = kind, lora_adapter(low.U, low.V, axes)
         body.append((name, str(low.U.shape[1]), f"{low.error:.3g}"))
     layouts.check()

@@ -5,57 +5,14 @@ By singular values (Eckart and Young 1936), on the host, of a matrix or of a pro
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.trees._table import Report, text_table
-
 Array = np.ndarray[Any, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Approximation:
-    """How near an adapter comes to what was asked for.
-
-    Attributes:
-      rank: of the adapter; ``None`` for a leaf that is fully trained.
-      error: ``||wanted - got|| / ||wanted||`` of ``W' - W`` in the Frobenius norm, over all stacked
-        matrices; 0 where nothing is left out, which is exact but for float32's rounding.
-    """
-
-    rank: int | None
-    error: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ApproximationReport(Report[Approximation]):
-    """The rank and the error of every adapter by its path; as text, a table.
-
-    Attributes:
-      rows: the same as a dict.
-    """
-
-    @property
-    def largest(self) -> float:
-        """The largest error; 0 where there is nothing."""
-        return max((one.error for one in self.rows.values()), default=0.0)
-
-    def __str__(self) -> str:
-        """A table."""
-        body = [
-            (
-                path,
-                "whole" if one.rank is None else str(one.rank),
-                f"{one.error:.2g}" if one.error else "exact",
-            )
-            for path, one in self.rows.items()
-        ]
-        return "\n".join(text_table(("path", "rank", "relative error"), body, left=1))
-
-
-class Nearest(NamedTuple):
+class LowRank(NamedTuple):
     """Factors of the nearest matrix of a lower rank.
 
     Attributes:
@@ -76,7 +33,7 @@ class Nearest(NamedTuple):
         return self.lost / self.norm if self.norm > 0 else 0.0
 
 
-def nearest(delta: Array, rank: int | None, explained_variance: float | None) -> Nearest:
+def low_rank(delta: Array, rank: int | None, explained_variance: float | None) -> LowRank:
     """The nearest matrix of a lower rank.
 
     Args:
@@ -85,7 +42,7 @@ def nearest(delta: Array, rank: int | None, explained_variance: float | None) ->
       explained_variance: the smallest that keeps this share of the squared norm.
 
     Example:
-      >>> U, V, lost, norm = nearest(np.diag([4.0, 3.0]), 1, None)
+      >>> U, V, lost, norm = low_rank(np.diag([4.0, 3.0]), 1, None)
       >>> np.abs(U @ V).round(4).tolist(), round(lost, 4), round(norm, 4)
       ([[4.0, 0.0], [0.0, 0.0]], 3.0, 5.0)
     """
@@ -93,19 +50,19 @@ def nearest(delta: Array, rank: int | None, explained_variance: float | None) ->
     return _cut(left, values, right, rank, explained_variance, None)
 
 
-def nearest_product(
+def low_rank_product(
     U: Array,
     V: Array,
     rank: int | None,
     explained_variance: float | None,
     norm: float | None = None,
-) -> Nearest:
+) -> LowRank:
     """The same of ``U V``, which is never formed: its factors' QR leaves a matrix of ``r`` columns.
 
     Args:
       U: ``(d, r)``.
       V: ``(r, k)``.
-      rank: as for :func:`nearest`.
+      rank: as for :func:`low_rank`.
       explained_variance: likewise.
       norm: that of all that was wanted, where ``U V`` is a part of it and the rest is kept.
     """
@@ -122,7 +79,7 @@ def _cut(
     rank: int | None,
     explained_variance: float | None,
     norm: float | None,
-) -> Nearest:
+) -> LowRank:
     squares = np.square(values, dtype=np.float64)
     total = float(squares.sum())
     wanted = total if norm is None else norm**2
@@ -133,4 +90,4 @@ def _cut(
     rank = min(rank, len(values))
     root = np.sqrt(values[:rank])
     lost = float(np.sqrt(squares[rank:].sum()))
-    return Nearest(left[:, :rank] * root, root[:, None] * right[:rank], lost, float(wanted**0.5))
+    return LowRank(left[:, :rank] * root, root[:, None] * right[:rank], lost, float(wanted**0.5))

@@ -1,114 +1,26 @@
-"""The adapters of one kernel as one, and the trained values of one leaf: a part of arithmetic."""
+"""The adapters of one kernel as one, and the trained values of one leaf."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._compat import is_traced
 from lora_jax.arithmetic import _sums as sums
 from lora_jax.arithmetic import _task_vectors as task_vectors
-from lora_jax.arithmetic._approximation import Approximation, Nearest, nearest, nearest_product
+from lora_jax.arithmetic._low_rank import LowRank, low_rank, low_rank_product
+from lora_jax.arithmetic._plan import Plan
+from lora_jax.arithmetic._report import Approximation
 from lora_jax.arithmetic._sums import Sum
-from lora_jax.arithmetic._task_vectors import METHODS, RANDOM
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.trees._paths import rebox
-from lora_jax.trees._rounding import key_for
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How adapters are combined.
-
-    Attributes:
-      combination_type: of :data:`lora_jax.arithmetic._task_vectors.METHODS`.
-      density: share of the entries of each task vector that is kept; ``None`` for ``"linear"``.
-      key: for DARE.
-      rank: of the result, at most.
-      explained_variance: instead of a rank.
-      as_lora: whether a sum with DoRAs in it becomes a LoRA.
-
-    Raises:
-      TypeError: an option of the wrong type.
-      ValueError: one that is out of range, missing, or without a use.
-    """
-
-    combination_type: str = "linear"
-    density: float | None = None
-    key: chex.PRNGKey | None = None
-    rank: int | None = None
-    explained_variance: float | None = None
-    as_lora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.combination_type not in METHODS:
-            raise ValueError(
-                f"There is no combination_type {self.combination_type!r}; there are "
-                f"{', '.join(METHODS)}."
-            )
-        _check_type("rank", self.rank, numbers.Integral)
-        _check_type("explained_variance", self.explained_variance, numbers.Real)
-        _check_type("density", self.density, numbers.Real)
-        if self.rank is not None and self.explained_variance is not None:
-            raise ValueError(
-                "rank= and explained_variance= exclude each other: pass one of the two."
-            )
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
-        for name in ("explained_variance", "density"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}.")
-        if self.linear and self.density is not None:
-            raise ValueError(
-                f"combination_type='linear' keeps every entry, so that density={self.density} has "
-                f"no use: leave it out, or choose another combination_type."
-            )
-        if not self.linear and self.density is None:
-            raise ValueError(
-                f"combination_type={self.combination_type!r} needs density=, the share of entries "
-                "to keep."
-            )
-        if self.combination_type in RANDOM and self.key is None:
-            raise ValueError(
-                f"combination_type={self.combination_type!r} drops entries at random: pass key=."
-            )
-        if self.combination_type not in RANDOM and self.key is not None:
-            raise ValueError(
-                f"combination_type={self.combination_type!r} has nothing random: leave out key=."
-            )
-
-    @property
-    def linear(self) -> bool:
-        """Whether it is a weighted sum."""
-        return self.combination_type == "linear"
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is left out; else the host computes."""
-        return self.linear and self.rank is None and self.explained_variance is None
-
-    def keys(self, path: str, which: Sequence[int], index: int = 0) -> list[chex.PRNGKey] | None:
-        """A key for each adapter, for one of the stacked matrices of a path."""
-        if self.key is None:
-            return None
-        one = jax.random.fold_in(key_for(self.key, path), index)
-        return [jax.random.fold_in(one, i) for i in which]
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-        what = "an int" if kind is numbers.Integral else "a number"
-        raise TypeError(f"{name} must be {what}, got {value!r}.")
 
 
 def combine_kernel(
@@ -157,7 +69,7 @@ def combine_fully_trained(
       plan: how.
 
     Raises:
-      ValueError: the base is needed, but not known.
+      ValueError: if the base is needed, but not known.
     """
     first: FullyTrained = next(iter(found.values()))
     values = [jnp.asarray(node.array) for node in found.values()]
@@ -188,11 +100,11 @@ def combine_fully_trained(
 def _merged(
     path: str, found: dict[int, Any], weights: Sequence[Any], W: chex.Array | None, plan: Plan
 ) -> tuple[Sum, float]:
-    """Of dense task vectors, matrix by matrix, and its relative error."""
+    """The sum of dense task vectors, matrix by matrix, and its relative error."""
     if plan.rank is None and plan.explained_variance is None:
         raise ValueError(
             f"combination_type={plan.combination_type!r} makes the change of {path!r} dense: pass "
-            f"rank=, or explained_variance=, of which 1.0 keeps all, and takes up to as many "
+            f"rank=, or explained_variance=, where 1.0 keeps all, and takes up to as many "
             "numbers as the kernel has."
         )
     assert plan.density is not None
@@ -207,7 +119,7 @@ def _merged(
             deltas.append(np.asarray(change, np.float32))
         keys = plan.keys(path, list(found), i)
         merged = task_vectors.merged(plan.combination_type, deltas, weights, plan.density, keys)
-        near.append(nearest(merged, plan.rank, plan.explained_variance))
+        near.append(low_rank(merged, plan.rank, plan.explained_variance))
     return _stacked(near, stack, None)
 
 
@@ -221,10 +133,10 @@ def _cut(total: Sum, W: chex.Array | None, plan: Plan) -> tuple[Sum, float]:
         if one.c is not None:
             dense = np.asarray(sums.delta(one, _at(W, index)))
             if plan.as_lora:
-                near.append(nearest(dense, plan.rank, plan.explained_variance))
+                near.append(low_rank(dense, plan.rank, plan.explained_variance))
                 continue
             norm = float(np.linalg.norm(dense.astype(np.float64)))
-        near.append(nearest_product(U, Z, plan.rank, plan.explained_variance, norm))
+        near.append(low_rank_product(U, Z, plan.rank, plan.explained_variance, norm))
     return _stacked(near, stack, None if plan.as_lora else total.c)
 
 
@@ -232,7 +144,7 @@ def _at(array: Any, index: tuple[int, ...]) -> Any:
     return None if array is None else array[index]
 
 
-def _stacked(near: list[Nearest], stack: tuple[int, ...], c: Any) -> tuple[Sum, float]:
+def _stacked(near: list[LowRank], stack: tuple[int, ...], c: Any) -> tuple[Sum, float]:
     """Factors of one rank, by zeros where a matrix needs less, and the error of all together."""
     rank = max(one.U.shape[1] for one in near)
     U = np.stack([np.pad(one.U, ((0, 0), (0, rank - one.U.shape[1]))) for one in near])
