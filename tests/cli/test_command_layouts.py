@@ -15,7 +15,7 @@ from lora_jax.files._tensors import Tensors
 WIDE = np.ones((6, 8), np.float32)
 ONE = np.ones(6, np.float32)
 ASK = r"'h.c_proj.weight' (6, 6) may be stored (in, out) or (out, in)"
-SAID = {
+EVIDENCE = {
     "nothing": ({}, {}, (), ASK),
     "an answer, Conv1D": ({}, {}, ("--layout", "in-out"), "conv1d"),
     "an answer, linear": ({}, {}, ("--layout", "out-in"), "linear"),
@@ -49,7 +49,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("command", ["merge", "extract"])
-@pytest.mark.parametrize(("config", "more", "options", "expected"), SAID.values(), ids=SAID)
+@pytest.mark.parametrize(("config", "more", "options", "expected"), EVIDENCE.values(), ids=EVIDENCE)
 def test_which_way_round_a_square_weight_is(
     call, tmp_path, config, more, options, expected, command
 ):
