@@ -171,7 +171,7 @@ def rounding(
       key: as for :func:`lora_merge`.
 
     Raises:
-      As :func:`lora_merge`.
+      TypeError, ValueError: as :func:`lora_merge`.
 
     Returns:
       A report that prints as a table. Only one merged kernel is in memory at a time.
