@@ -1,7 +1,8 @@
 """For the reference: Sphinx's roles in docstrings, ``:func:`lora_jax.load` ``, become links.
 
-A role for a public name links to it; one for anything else that exists is shown as code. A public
-name that does not exist stays as it is written, and `mkdocs build --strict` stops at its link.
+A role for a public name links to it; one for a private name is shown as code. Where ``lora_jax.``
+is before a public name that does not exist, `mkdocs build --strict` stops at the link. What is
+below ``Example:`` is an example, also where there is one only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
+_EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 
 
 class Roles(griffe.Extension):
@@ -33,7 +35,8 @@ class Roles(griffe.Extension):
                 target = _identifier(found[1], here, public)
                 return f"`{found[1]}`" if target is None else f"[`{found[1]}`][{target}]"
 
-            here.docstring.value = _ROLE.sub(link, here.docstring.value)
+            text = _ROLE.sub(link, here.docstring.value)
+            here.docstring.value = _EXAMPLE.sub(r"\1Examples:", text)
         for member in here.members.values():
             if not member.is_alias:
                 self._rewrite(member, public)
