@@ -83,7 +83,7 @@ format: $(VENV)/.dev
 
 # Strict: a link that leads nowhere, or a page that is not in the navigation, fails.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html, or look at it with $(BIN)/mkdocs serve"
 
 notebook: $(VENV)/.notebooks $(CACHE)/.data
