@@ -173,7 +173,7 @@ class AdapterPool:
           :attr:`stacked` from now on.
 
         Raises:
-          As :meth:`use`.
+          TimeoutError, ValueError: as :meth:`use`.
         """
         entries, _ = self._slots.take([name], timeout)
         if name is None:
