@@ -93,7 +93,8 @@ def load(
     keys = {path_of(key): key for key, leaf in flat.items() if leaf is not empty_node}
     frozen, adapters = dict(flat), {}
     for leaf_path, leaf in stored.adapters.items():
-        key, node = keys.get(leaf_path, tuple(leaf_path.split("/"))), as_node(leaf)
+        key = keys.get(leaf_path, tuple(leaf_path.split("/")))
+        node: Any = as_node(leaf)
         try:
             check_pair(key, node, flat, name="params", needed=True)
         except ValueError as error:
