@@ -14,7 +14,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 styles serve test test-slow test-oldest test-newest interop lint format notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo demo-r8 styles serve test test-slow test-oldest test-newest interop lint format docs notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-newest  the tests on the newest Python, with its newest jax and flax (NEWEST_PYTHON=python3.13)"
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, mypy, and import-linter"
+	@echo "make docs      build the site, with the reference, into site/index.html"
 	@echo "make notebook  run the notebooks"
 	@echo "make guard     count what a step costs, and compare with what it did"
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
@@ -54,9 +55,8 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
-NOT_OLDEST = cli peft trees/test_rounding.py linen/test_mixed.py core/test_hints.py core/test_config.py \
-	test_fuzz.py test_smollm2.py test_serve.py test_benchmarks.py test_benchmarks_gpu.py test_resume.py \
-	test_examples.py test_entry_points.py
+NOT_OLDEST = cli peft core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
+	test_benchmarks.py test_benchmarks_gpu.py test_resume.py test_examples.py test_entry_points.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
 VARIANTS = not rslora and not detached and not -lora]
 test-oldest: $(OLDEST_VENV)/.oldest
@@ -79,6 +79,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Strict: a link that leads nowhere, or a page that is not in the navigation, fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or look at it with $(BIN)/mkdocs serve"
 
 notebook: $(VENV)/.notebooks $(CACHE)/.data
 	$(BIN)/jupyter execute notebooks/*.ipynb
@@ -112,12 +117,13 @@ bench-gpu:
 ci: test test-slow lint guard
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) notebook
+	$(MAKE) docs
 	$(MAKE) test-oldest
 	$(MAKE) test-newest
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs site
 
 # --- set-up ---
 

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from benchmarks import cases, stats
-from benchmarks.cases import CASES, Case
-from benchmarks.contenders import PROBLEMS, make_step
+from benchmarks.contenders.problems import PROBLEMS
+from benchmarks.contenders.training import make_step
+from benchmarks.models import data
+from benchmarks.models.cases import CASES, Case
+from benchmarks.running import files
 
 GUARDED = (
     dataclasses.replace(CASES["minilm"], name="encoder", layers=2),
@@ -45,7 +47,7 @@ class Options:
 
 def counted(case: Case) -> dict[str, dict[str, float]]:
     """Costs of a step of LoRA and of DoRA, in those of the floor."""
-    steps = [make_step(name, case) for name in ("floor", "lora", "dora")]
+    steps = [make_step(PROBLEMS[name](case), case) for name in ("floor", "lora", "dora")]
     for step in steps:
         step.compile()
     floor, *ours = (step.facts for step in steps)
@@ -60,7 +62,7 @@ def traces() -> int:
     case = CASES["tiny"]
     problem = PROBLEMS["dora"](case)
     step = jax.jit(jax.value_and_grad(problem.loss))
-    batch = tuple(map(jnp.asarray, cases.batch(case)))
+    batch = tuple(map(jnp.asarray, data.batch(case)))
     for factor in (1, 2):
         step(jax.tree.map(lambda leaf: factor * leaf, problem.trained), problem.frozen, batch)  # noqa: B023
     return step._cache_size()
@@ -90,9 +92,9 @@ def main(options: Options) -> int:
             cells = "  ".join(f"{key} {one[key]:.3f}" for key in COUNTS)
             print(f"{case:22} {variant}  {cells}  (in floors)")
     if options.record:
-        stats.write(options.out, {"jax": jax.__version__, **now})
+        files.write(options.out, {"jax": jax.__version__, **now})
         return 0
-    before = stats.read(options.out)
+    before = files.read(options.out)
     found = grown(before, now)
     for line in found:
         print(f"GREW  {line}")

@@ -1,4 +1,4 @@
-r"""Which learning rates each way to start an adapter trains well with.
+r"""Which learning rates suit each initialisation of an adapter.
 
 Fine-tunes all-MiniLM-L6-v2 on 3,000 sentences of movie reviews for one epoch, for both choices
 of the factor that starts at zero, several standard deviations of the other one, and learning
@@ -43,7 +43,7 @@ class Options:
     variants: tuple[str, ...] = ("lora", "dora")
     """Variants to train; or `head` or `full`, which have no factors to start."""
     starts: tuple[str, ...] = tuple(STARTS)
-    """Ways to start."""
+    """Names of `STARTS`."""
     rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 5e-3)
     """Learning rates."""
     seeds: int = 2
@@ -87,11 +87,11 @@ def accuracy(
     params = finetune.init_params(model, encoder, seed)
     if variant in VARIANTS:
         rule = lora_jax.Rule(finetune.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
-        way = lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])
+        lora_config = lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])
     else:
-        way = finetune.methods(8, 16.0)[variant].config
+        lora_config = finetune.methods(8, 16.0)[variant].config
     key = jax.random.key(seed)
-    frozen, adapters = lora_jax.lora_init(key, params, way)
+    frozen, adapters = lora_jax.lora_init(key, params, lora_config)
     texts, labels = task.train_texts, task.train_labels
     train, held_out = slice(0, 3000), slice(3000, 5000)
     inputs = (*minilm.tokenize(texts[train], options.length), labels[train])

@@ -9,7 +9,6 @@ weights. The times of all operations of a model add up to about its step. Then w
 import dataclasses
 import functools
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,11 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks import cases, models, stats
-from benchmarks.cases import CASES, Case
+from benchmarks.models.attention import attend
+from benchmarks.models.cases import CASES, EPSILON, Case, kernels
+from benchmarks.running import files, stats
+from benchmarks.running.environment import environment
+from benchmarks.running.race import alternate
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._equation import Equation
-from lora_jax.core._product import adapted_einsum, factors_of, normalized
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._layer_factors import layer_factors
+from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._product import adapted_einsum
 
 Shapes = Sequence[tuple[int, ...]]
 PYTORCH = ", PyTorch"
@@ -37,7 +41,7 @@ class Options:
     """Measures operations."""
 
     cases: tuple[str, ...] = ("minilm", "decoder")
-    """Cases of benchmarks/cases.py."""
+    """Cases of benchmarks/models/cases.py."""
     rounds: int = 15
     """Rounds."""
     seed: int = 0
@@ -69,12 +73,12 @@ def of_model(case: Case) -> dict[str, Operation]:
     """What the base does."""
     rows, wide = (case.batch, case.length, case.width), (case.batch, case.length, case.ff)
     try:
-        from benchmarks import contenders_torch as theirs
+        from benchmarks.models import pytorch as theirs
     except ImportError:
         theirs = None
     causal = case.model == "decoder"
     out = {}
-    for (d, k), count in Counter(cases.kernels(case).values()).items():
+    for (d, k), count in Counter(kernels(case).values()).items():
         out[f"product, {d} to {k}"] = Operation(
             count,
             jnp.matmul,
@@ -84,7 +88,7 @@ def of_model(case: Case) -> dict[str, Operation]:
         )
     out["attention"] = Operation(
         case.layers,
-        functools.partial(models.attend, case),
+        functools.partial(attend, case),
         [rows] * 3,
         torch=theirs and functools.partial(theirs.attend, case),
     )
@@ -96,7 +100,7 @@ def of_model(case: Case) -> dict[str, Operation]:
         [wide] * (2 if causal else 1),
         torch=theirs and (theirs.gated if causal else theirs.F.gelu),
     )
-    norm = (nn.RMSNorm if causal else nn.LayerNorm)(epsilon=models.EPSILON)
+    norm = (nn.RMSNorm if causal else nn.LayerNorm)(epsilon=EPSILON)
     params = norm.init(jax.random.key(0), jnp.zeros(rows))
     out["sum and norm"] = Operation(
         2 * case.layers,
@@ -111,7 +115,7 @@ def of_adapters(case: Case) -> dict[str, Operation]:
     """What adapters add, or put in the place of a product."""
     r, out = case.rank, {}
     rows = case.batch * case.length
-    for (d, k), count in Counter(cases.kernels(case).values()).items():
+    for (d, k), count in Counter(kernels(case).values()).items():
         x, W, U, V, m = (case.batch, case.length, d), (d, k), (d, r), (r, k), (k,)
         out[f"LoRA, {d} to {k}"] = Operation(count, adapted, [x, U, V], [W])
         out[f"DoRA but its norm, {d} to {k}"] = Operation(count, adapted, [x, U, V, m], [W])
@@ -126,7 +130,7 @@ def adapted(x: Any, U: Any, V: Any, *m_and_W: Any) -> Any:
     """The product of a layer, with DoRA's ratio given."""
     *m, W = m_and_W
     equation = Equation.parse("bnd,dk->bnk", x.shape, W.shape)
-    return adapted_einsum(equation, x, W, factors_of(adapter(U, V, *m)))
+    return adapted_einsum(equation, x, W, layer_factors(adapter(U, V, *m)))
 
 
 def ratio(U: Any, V: Any, m: Any, W: Any) -> Any:
@@ -163,7 +167,7 @@ def in_torch(operation: Operation, inputs: Sequence[Any], frozen: Sequence[Any])
     """The same in PyTorch; what is frozen is transposed, as weights are there."""
     import torch
 
-    from benchmarks.contenders_torch import THREADS
+    from benchmarks.contenders.pytorch import THREADS
 
     torch.set_num_threads(THREADS)
     inputs = [torch.from_numpy(x).requires_grad_() for x in inputs]
@@ -181,38 +185,38 @@ def in_torch(operation: Operation, inputs: Sequence[Any], frozen: Sequence[Any])
 
 def measure(operations: dict[str, Operation], options: Options) -> dict[str, list[float]]:
     """Seconds of each in each round, in a shuffled order; the round before the first is void."""
-    jobs: dict[str, Callable[[], Any]] = {}
+    jobs: dict[str, Callable[[], float]] = {}
     for name, operation in operations.items():
         inputs, frozen = (
             [array(shape, i) for i, shape in enumerate(shapes)]
             for shapes in (operation.inputs, operation.frozen)
         )
-        jobs[name] = in_jax(operation, inputs, frozen)
+        jobs[name] = timed(in_jax(operation, inputs, frozen))
         if operation.torch:
-            jobs[name + PYTORCH] = in_torch(operation, inputs, frozen)
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    order, rng = list(jobs), random.Random(options.seed)
-    for i in range(options.rounds + 1):
-        rng.shuffle(order)
-        for name in order:
-            time.sleep(0.01)  # threads of the last one may still wait for more work
-            jobs[name]()
-            begin = time.perf_counter()
-            jobs[name]()
-            if i:
-                seconds[name].append(time.perf_counter() - begin)
-        print(".", end="", flush=True)
-    print(flush=True)
-    return seconds
+            jobs[name + PYTORCH] = timed(in_torch(operation, inputs, frozen))
+    return alternate(jobs, options.rounds, options.seed)
+
+
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
+    """Seconds of the second of two calls."""
+
+    def job() -> float:
+        time.sleep(0.01)  # threads of the last one may still wait for more work
+        run()
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    return job
 
 
 def main(options: Options) -> None:
     """Measures, and writes each case as soon as it is done."""
     for name in options.cases:
-        case, results = CASES[name], stats.read(options.out)
+        case, results = CASES[name], files.read(options.out)
         result: dict[str, Any] = {
             "case": dataclasses.asdict(case),
-            "environment": stats.environment(),
+            "environment": environment(),
             "rounds": options.rounds,
         }
         for part, operations in (("model", of_model(case)), ("adapters", of_adapters(case))):
@@ -225,7 +229,7 @@ def main(options: Options) -> None:
                 result[part][title] = one
                 print(f"  {title:40} {operation.count:3} x {1e3 * one['median']:8.2f} ms")
         results[name] = result
-        stats.write(options.out, results)
+        files.write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ adapted ones in turn. Every time the function is a new one, so that nothing is f
 """
 
 import dataclasses
-import random
 import subprocess
 import sys
 import time
@@ -19,8 +18,13 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from benchmarks import cases, contenders, stats
-from benchmarks.cases import Case
+from benchmarks.contenders.problems import PROBLEMS
+from benchmarks.contenders.training import Loss, Problem
+from benchmarks.models import data
+from benchmarks.models.cases import Case
+from benchmarks.running import files, stats
+from benchmarks.running.environment import environment
+from benchmarks.running.race import alternate
 
 DEEP = Case("deep", "decoder", 64, 128, 4, 32, 1, 16, 4, vocab=128)
 IMPORTS = {
@@ -46,24 +50,7 @@ class Options:
     """Where results go."""
 
 
-def alternate(
-    jobs: dict[str, Callable[[], float]], rounds: int, seed: int
-) -> dict[str, list[float]]:
-    """What each job says in each round, in a shuffled order; the round before the first is void."""
-    out: dict[str, list[float]] = {name: [] for name in jobs}
-    order, rng = list(jobs), random.Random(seed)
-    for i in range(rounds + 1):
-        rng.shuffle(order)
-        for name in order:
-            value = jobs[name]()
-            if i:
-                out[name].append(value)
-        print(".", end="", flush=True)
-    print(flush=True)
-    return out
-
-
-def gradient(loss: contenders.Loss) -> Callable[..., Any]:
+def gradient(loss: Loss) -> Callable[..., Any]:
     """A function that no cache has seen."""
     return lambda trained, frozen, batch: jax.value_and_grad(loss)(trained, frozen, batch)
 
@@ -73,7 +60,7 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def tracer(problem: contenders.Problem, arguments: Any) -> Callable[[], float]:
+def tracer(problem: Problem, arguments: Any) -> Callable[[], float]:
     """Times a trace."""
 
     def trace() -> float:
@@ -86,7 +73,7 @@ def tracer(problem: contenders.Problem, arguments: Any) -> Callable[[], float]:
     return trace
 
 
-def compiler(problem: contenders.Problem, arguments: Any) -> Callable[[], float]:
+def compiler(problem: Problem, arguments: Any) -> Callable[[], float]:
     """Times a compilation, without the trace."""
 
     def compile_() -> float:
@@ -117,23 +104,23 @@ def entry(what: str, base: str, seconds: dict[str, list[float]]) -> dict[str, An
         times[name]["to_base"] = stats.ratio(values, seconds[base])
         middle, ratio = times[name]["median"], times[name]["to_base"]["median"]
         print(f"  {name:16} {1e3 * middle:8.1f} ms, {ratio:.3f}", flush=True)
-    return {"what": what, "base": base, "times": times, "environment": stats.environment()}
+    return {"what": what, "base": base, "times": times, "environment": environment()}
 
 
 def main(options: Options) -> None:
     """Measures all, and writes each as soon as it is done."""
     case = dataclasses.replace(DEEP, layers=options.layers)
-    batch = abstract(tuple(map(jnp.asarray, cases.batch(case))))
-    results = stats.read(options.out)
+    batch = abstract(tuple(map(jnp.asarray, data.batch(case))))
+    results = files.read(options.out)
 
     def done(name: str, *args: Any) -> None:
         print(name)
         results[name] = entry(*args)
-        stats.write(options.out, results)
+        files.write(options.out, results)
 
     for remat in (False, True):
         here = dataclasses.replace(case, remat=remat)
-        problems = {name: contenders.PROBLEMS[name](here) for name in NAMES}
+        problems = {name: PROBLEMS[name](here) for name in NAMES}
         arguments = {
             name: (abstract(problem.trained), abstract(problem.frozen), batch)
             for name, problem in problems.items()

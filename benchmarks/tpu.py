@@ -1,7 +1,7 @@
 r"""What a training step costs on a TPU, as the TPU's own compiler counts it: nothing is run.
 
 `libtpu` compiles on any machine, without a TPU. What it says of a program is exact and free of
-noise: arithmetic, bytes that are accessed, memory. They are no measured times.
+noise: arithmetic, bytes that are accessed, memory. These are not measured times.
 
     python -m benchmarks.tpu
     python -m benchmarks.tpu --topologies v5p:2x2x1 v6e:2x2 --contenders floor full lora dora
@@ -9,7 +9,6 @@ noise: arithmetic, bytes that are accessed, memory. They are no measured times.
 
 import contextlib
 import dataclasses
-import functools
 import os
 import re
 import time
@@ -24,30 +23,22 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import cases, stats
-from benchmarks.cases import Case
-from benchmarks.contenders import PROBLEMS, Problem, costs, qwix
-from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.contenders import qwix
+from benchmarks.contenders.problems import PROBLEMS
+from benchmarks.contenders.program import costs
+from benchmarks.contenders.training import adamw_step
+from benchmarks.models import data
+from benchmarks.models.cases import Case
+from benchmarks.running import files
+from benchmarks.running.environment import environment
 
 CASE = Case("tpu", "decoder", 2048, 8192, 16, 3, 4, 1024, 16, "bfloat16", vocab=32_000)
-
-
-def qwix_float32(case: Case) -> Problem:
-    """Qwix with adapters in float32, as others have them whatever the base is in.
-
-    It computes in the wider dtype of the two.
-    """
-    problem = qwix(case)
-    return dataclasses.replace(problem, trained=jax.tree.map(jnp.float32, problem.trained))
-
-
 # Besides those that are timed on CPUs.
-CONTENDERS = PROBLEMS | {"qwix-float32": qwix_float32}
+CONTENDERS = PROBLEMS | {"qwix-float32": qwix.lora_float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +63,7 @@ class Options:
 @contextlib.contextmanager
 def as_on_a_tpu() -> Iterator[None]:
     """The library chooses as it would where the TPU is the default backend."""
-    with mock.patch("lora_jax.core._product._on_cpu", return_value=False):
+    with mock.patch("jax.default_backend", return_value="tpu"):
         yield
 
 
@@ -81,13 +72,7 @@ def count(contender: str, case: Case, topology: str) -> dict[str, float]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     chip = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     problem = CONTENDERS[contender](case)
-    tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(trained: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
-        value, grads = jax.value_and_grad(problem.loss)(trained, frozen, batch)
-        updates, opt_state = tx.update(grads, opt_state, trained)
-        return optax.apply_updates(trained, updates), opt_state, value
+    tx, train_step = adamw_step(problem.loss)
 
     def abstract(tree: Any) -> Any:
         return jax.tree.map(
@@ -95,7 +80,7 @@ def count(contender: str, case: Case, topology: str) -> dict[str, float]:
         )
 
     args = problem.trained, jax.eval_shape(tx.init, problem.trained), problem.frozen
-    batch = tuple(map(jnp.asarray, cases.batch(case)))
+    batch = tuple(map(jnp.asarray, data.batch(case)))
     begin = time.perf_counter()
     with as_on_a_tpu():
         lowered = train_step.lower(*map(abstract, (*args, batch)))
@@ -106,10 +91,7 @@ def count(contender: str, case: Case, topology: str) -> dict[str, float]:
 
 
 def estimated_cycles(hlo: str) -> int:
-    """The sum of what the compiler notes of the operations of the program, for its own decisions.
-
-    An estimate, and of operations one after the other.
-    """
+    """The sum of the compiler's estimates for the operations of a program, one after another."""
     entry = hlo[hlo.index("\nENTRY ") :]
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
 
@@ -124,12 +106,12 @@ def main(options: Options) -> None:
                 one = count(contender, case, topology)
             except ImportError as error:
                 one = {"error": f"not installed: {error}"}
-            results = stats.read(options.out)
+            results = files.read(options.out)
             name = f"{topology}{'' if options.remat else ' without remat'}"
             entry = results.setdefault(name, {"contenders": {}})
-            entry |= {"case": dataclasses.asdict(case), "environment": stats.environment()}
+            entry |= {"case": dataclasses.asdict(case), "environment": environment()}
             entry["contenders"][contender] = one
-            stats.write(options.out, results)
+            files.write(options.out, results)
             cells = one.get("error") or (
                 f"{one['flops'] / 1e12:.3f} TFLOP, {one['bytes_accessed'] / 2**30:.2f} GiB "
                 f"accessed, {one['temp_bytes'] / 2**30:.3f} GiB temporary, "

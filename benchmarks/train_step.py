@@ -19,9 +19,12 @@ from typing import Any
 
 import tyro
 
-from benchmarks import stats
-from benchmarks.cases import CASES, Case
-from benchmarks.race import Worker, check_losses, medians, take_turns
+from benchmarks.contenders.families import check_losses
+from benchmarks.models.cases import CASES, Case
+from benchmarks.running import files, stats
+from benchmarks.running.environment import environment
+from benchmarks.running.process import Worker
+from benchmarks.running.race import medians, take_turns
 
 # Pairs whose ratio is reported besides that to the floor.
 PAIRS = (
@@ -53,13 +56,13 @@ class Options:
     """Measures steps of training."""
 
     cases: tuple[str, ...] = ("minilm",)
-    """Cases of benchmarks/cases.py."""
+    """Cases of benchmarks/models/cases.py."""
     contenders: tuple[str, ...] = CONTENDERS
     """Who takes part; the floor always does."""
     rounds: int = 15
     """Rounds."""
     steps: int = 3
-    """Steps in a round, of which the median counts."""
+    """Steps in a round; their median counts."""
     jobs: tuple[str, ...] = JOBS
     """What is measured: step, forward, merge."""
     ranks: tuple[int, ...] = ()
@@ -107,7 +110,7 @@ def expand(options: Options) -> Iterator[Case]:
 
 
 def check(losses: dict[str, list[float]], case: Case) -> None:
-    """Errors where contenders do not compute the same; in 16 bits rounding differs soon."""
+    """Raises RuntimeError if losses differ: all of them in 32 bits, the first ones in 16."""
     check_losses(losses, TOLERANCES[case.dtype], exact=case.dtype == "float32")
 
 
@@ -168,7 +171,7 @@ def run(case: Case, options: Options) -> dict[str, Any]:
     others = [name for name in options.contenders if name != "floor"]
     size = max(together - 1, 1)
     results: dict[str, Any] = {}
-    before = stats.environment()
+    before = environment()
     for i in range(0, max(len(others), 1), size):
         group = run_group(case, ["floor", *others[i : i + size]], options)
         # One floor stands for all in the results, but each group is compared to its own.
@@ -196,7 +199,7 @@ def run(case: Case, options: Options) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What one wants to see at once."""
+    """Times of steps and their ratios, for the terminal."""
     lines = []
     for name, one in result["contenders"].items():
         if "error" in one:
@@ -220,9 +223,9 @@ def main(options: Options) -> None:
         print(f"{case.name}: {case}", flush=True)
         result = run(case, options)
         print(table(result), flush=True)
-        results = stats.read(options.out)
+        results = files.read(options.out)
         results[case.name] = result
-        stats.write(options.out, results)
+        files.write(options.out, results)
 
 
 if __name__ == "__main__":

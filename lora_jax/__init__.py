@@ -12,26 +12,29 @@ are all that is differentiated, optimized and saved, and the model's own code st
 `combine` adds adapters, and `compress` cuts their rank. `lora_jax.peft` reads and writes PEFT's
 files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every kernel, together a
 `ModelAxes`, and then `lora_init(key, params, config, axes=axes)`.
-`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`.
+`register` takes a handler for a layer of yours, which computes with an `AdaptedKernel`; `Handlers`
+are those of one call.
 """
 
 from lora_jax import peft
-from lora_jax._renamed import renamed_names
+from lora_jax._deprecated import renamed_names as _renamed_names
 from lora_jax._version import __version__ as __version__
 from lora_jax.arithmetic._combine import combine
 from lora_jax.arithmetic._compress import compress
 from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import LoraConfig, Rule
+from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import FullyTrained
-from lora_jax.core._kernel import AdaptedKernel
+from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.rules._config import LoraConfig
+from lora_jax.core.rules._rule import Rule
 from lora_jax.files._load import load
 from lora_jax.files._save import save
 from lora_jax.linen._apply import lora_apply
-from lora_jax.linen._discover import kernel_axes
+from lora_jax.linen._handlers import Handlers, register
 from lora_jax.linen._init_model import lora_init_model
-from lora_jax.linen._registry import register
+from lora_jax.linen._kernel_axes import kernel_axes
 from lora_jax.many._cache_norm import cache_norm
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
@@ -51,6 +54,7 @@ __all__ = [
     "Approximation",
     "ApproximationReport",
     "FullyTrained",
+    "Handlers",
     "KernelAxes",
     "LoraBias",
     "LoraConfig",
@@ -78,7 +82,7 @@ __all__ = [
     "summary",
 ]
 
-__getattr__ = renamed_names(
+__getattr__ = _renamed_names(
     __name__,
     {
         "Shift": LoraBias,

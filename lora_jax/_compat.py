@@ -252,7 +252,7 @@ class Maps:
     """
 
     @functools.cached_property
-    def _is_said(self) -> bool:
+    def _is_reported(self) -> bool:
         inside: list[nn.Module] = []
         _MAPPED_PROBE(inside.append, parent=None).apply({})
         return any(map(_says_mapped, inside))
@@ -263,7 +263,7 @@ class Maps:
         Which collections are mapped stands nowhere but in Flax's own call of the map, further up.
         Gone: every map is one of parameters.
         """
-        is_around = not self._is_said or _says_mapped(module)
+        is_around = not self._is_reported or _says_mapped(module)
         return is_around and not _maps_others_only()
 
 
@@ -282,7 +282,7 @@ def _maps_others_only() -> bool:
 
 
 class Probe(nn.Module):
-    """Tells what it is while it is called, which is no call of the model."""
+    """Tells what it is while it is called, which is not a call of the model."""
 
     tell: Callable[[nn.Module], None]
 
@@ -297,6 +297,18 @@ _MAPPED_PROBE: Any = nn.map_variables(Probe, "params", lambda tree: tree)
 def _says_mapped(module: nn.Module) -> bool:
     path = getattr(module.scope, "debug_path", None) or ()
     return any("map_variables(" in str(part) for part in path)
+
+
+def is_intercepted_inside(
+    next_fun: Callable[..., Any], context: nn.module.InterceptorContext
+) -> bool:
+    """Whether a method is intercepted once more, by the model itself, inside of our interceptor.
+
+    Why: a handler computes in the place of the method, and would skip what the model does there.
+    Flax gives an interceptor the method as it is where there is none.
+    Gone: every method counts as intercepted, and its layer is refused.
+    """
+    return next_fun is not context.orig_method
 
 
 def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lora_jax
+
 
 def relative_error(got, expected):
     """The largest difference over the largest magnitude."""
@@ -33,3 +35,18 @@ def random_variables(model, *args, **kwargs):
     if "batch_stats" in variables:
         variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     return variables
+
+
+def layer_arrays(d=7, k=5, r=3, n=4, seed=0):
+    """``x``, ``W``, ``U``, ``V`` and ``m`` of one layer."""
+    rng = np.random.default_rng(seed)
+    shapes = {"x": (n, d), "W": (d, k), "U": (d, r), "V": (r, k), "m": (k,)}
+    return {name: jnp.asarray(rng.standard_normal(s), "float32") for name, s in shapes.items()}
+
+
+def dense_case(model, x, **rule):
+    """A base, and adapters of all its kernels with noise on them."""
+    params = random_variables(model, x)["params"]
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", **{"rank": 2, **rule})])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, config)
+    return frozen, random_like(adapters)

@@ -11,20 +11,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import lora_jax
-from benchmarks import (
-    cases,
-    contenders,
-    models,
-    operations,
-    report,
-    serving,
-    stats,
-    tpu,
-    train_step,
-    worker,
-)
-from benchmarks.cases import CASES
-from benchmarks.step import FAMILIES, TRAJECTORIES, build
+from benchmarks import operations, report, tpu, train_step
+from benchmarks.contenders import mixed_products, ours, serving
+from benchmarks.contenders.families import FAMILIES, TRAJECTORIES, check_losses, trained
+from benchmarks.contenders.table import build
+from benchmarks.many.process import PeftProcess
+from benchmarks.models import arrays, cases, data, linen
+from benchmarks.models.cases import CASES
+from benchmarks.running import files, stats, worker
+from lora_jax.core.products._skinny_matmul import on_cpu
 
 ENVIRONMENT = {
     "cpu": "a CPU",
@@ -50,13 +45,13 @@ def test_ratio_is_of_medians_and_its_interval_of_pairs():
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "results.json"
-    stats.write(path, {"a": [1.23456789, 1], "b": {"c": "text"}})
-    assert stats.read(path) == {"a": [1.23457, 1], "b": {"c": "text"}}
+    files.write(path, {"a": [1.23456789, 1], "b": {"c": "text"}})
+    assert files.read(path) == {"a": [1.23457, 1], "b": {"c": "text"}}
     with pytest.raises(TypeError):
-        stats.write(path, {"a": object()})
-    assert stats.read(path)["b"] == {"c": "text"}
+        files.write(path, {"a": object()})
+    assert files.read(path)["b"] == {"c": "text"}
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
-    assert stats.read(tmp_path / "none.json") == {}
+    assert files.read(tmp_path / "none.json") == {}
 
 
 SMALL = dataclasses.replace(CASES["tiny-decoder"], kv_heads=2, tied=True, dtype="bfloat16")
@@ -64,8 +59,8 @@ SMALL = dataclasses.replace(CASES["tiny-decoder"], kv_heads=2, tied=True, dtype=
 
 @pytest.mark.parametrize("case", [*CASES.values(), SMALL], ids=lambda case: case.name)
 def test_shapes_are_those_of_the_models(case):
-    ids, _ = cases.batch(case)
-    made = jax.eval_shape(models.make(case).init, jax.random.key(0), ids)["params"]
+    ids, _ = data.batch(case)
+    made = jax.eval_shape(linen.make(case).init, jax.random.key(0), ids)["params"]
     assert {k: v.shape for k, v in flatten_dict(made, sep="/").items()} == cases.shapes(case)
     assert all(cases.shapes(case)[f"{k}/kernel"] == v for k, v in cases.kernels(case).items())
 
@@ -85,29 +80,29 @@ def test_sweeps_make_cases():
 
 def test_contenders_that_compute_something_else_are_found():
     right = {"floor": [1.0, 0.9], "full": [1.0, 0.5], "lora": [1.2, 1.1], "merge": [1.2, 1.1]}
-    train_step.check_losses(right, 1e-4, exact=True)
+    check_losses(right, 1e-4, exact=True)
     with pytest.raises(RuntimeError, match="full does not compute what floor does"):
-        train_step.check_losses({**right, "full": [1.001, 0.5]}, 1e-4)
+        check_losses({**right, "full": [1.001, 0.5]}, 1e-4)
     with pytest.raises(RuntimeError, match="merge does not compute what lora does"):
-        train_step.check_losses({**right, "merge": [1.2, 1.101]}, 1e-4, exact=True)
+        check_losses({**right, "merge": [1.2, 1.101]}, 1e-4, exact=True)
     with pytest.raises(RuntimeError, match="merge"):
-        train_step.check_losses({**right, "merge": [float("nan")] * 2}, 1e-4)
+        check_losses({**right, "merge": [float("nan")] * 2}, 1e-4)
     assert {name for group in TRAJECTORIES for name in group} <= set(FAMILIES)
 
 
 def test_noise_is_the_same_wherever_it_is_made():
-    noise = cases.noise(SMALL, "a", (200, 300), std=2.0, mean=1.0)
+    noise = data.noise(SMALL, "a", (200, 300), std=2.0, mean=1.0)
     index = np.arange(60_000, dtype=np.int32).reshape(200, 300)
     expected = noise.integers(index).astype(np.float32) * np.float32(noise.step) + np.float32(1)
-    array = models.array_of(noise, jnp.float32)
+    array = arrays.array_of(noise, jnp.float32)
     np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-6)
     assert abs(np.mean(expected) - 1) < 0.03
     assert abs(np.std(expected) - 2) < 0.03
-    other = models.array_of(cases.noise(SMALL, "b", (200, 300), std=2.0), jnp.float32)
+    other = arrays.array_of(data.noise(SMALL, "b", (200, 300), std=2.0), jnp.float32)
     assert abs(np.corrcoef(np.ravel(array), np.ravel(other))[0, 1]) < 0.02
     # What is stacked begins with what is alone.
-    for path, alone in models.factors(SMALL, stack=(1,)).items():
-        for one, of_three in zip(alone, models.factors(SMALL, stack=(3,))[path], strict=True):
+    for path, alone in arrays.factors(SMALL, stack=(1,)).items():
+        for one, of_three in zip(alone, arrays.factors(SMALL, stack=(3,))[path], strict=True):
             np.testing.assert_array_equal(one, of_three[:1])
 
 
@@ -120,13 +115,13 @@ def test_a_case_survives_its_text():
 @pytest.mark.parametrize("variant", ["base", "library"])
 def test_what_serves_computes_what_the_model_does(variant):
     case = dataclasses.replace(SMALL, dtype="float32", batch=8, length=6, layers=1)
-    model, params = models.make(case), models.params(case)
-    ids = jnp.asarray(cases.batch(case)[0])
+    model, params = linen.make(case), arrays.params(case)
+    ids = jnp.asarray(data.batch(case)[0])
     expected, adapters, kwargs = model.apply({"params": params}, ids), (), {}
     apply = serving.plain(model)
     if variant == "library":
-        rules = contenders.config(case, variant="dora")
-        adapters = contenders.adapters(case, rules, params, 8)
+        rules = ours.config(case, variant="dora")
+        adapters = ours.adapters(case, rules, params, 8)
         kwargs = {"adapter_ids": jnp.arange(8)}
         expected = lora_jax.lora_apply(model, {"params": params}, adapters, ids, **kwargs)
         apply = serving.adapted(model)
@@ -144,7 +139,7 @@ def test_ways_by_hand_agree():
     x, U, V = (rng.standard_normal(s, np.float32) for s in ((6, 3, 5), (4, 5, 2), (4, 2, 7)))
     ids = jnp.asarray([3, 0, 0, 2, 3, 3])
     expected = np.stack([x[b] @ U[i] @ V[i] for b, i in enumerate(ids)])
-    for name, add in serving.WAYS.items():
+    for name, add in mixed_products.PRODUCTS.items():
         got = add(*map(jnp.asarray, (x, U, V)), ids)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -163,13 +158,13 @@ def test_two_contenders_agree_and_obey():
     assert [len(answers) for answers in (lora, plain)] == [6, 6]
     assert lora[0]["built"] == "lora"
     losses = {"lora": lora[1]["losses"], "merge": plain[1]["losses"]}
-    train_step.check_losses(losses, 1e-4, exact=True)
+    check_losses(losses, 1e-4, exact=True)
     assert len(lora[1]["losses"]) == 3
     np.testing.assert_allclose(lora[3]["value"], plain[3]["value"], rtol=1e-4)
     assert lora[3]["value"] < lora[2]["value"] < lora[1]["losses"][0]
     assert len(lora[2]["seconds"]) == 2
     assert plain[4] == {"missing": "merge"}
-    assert lora[5]["facts"]["trained"] == cases.trained(case, "lora")
+    assert lora[5]["facts"]["trained"] == trained(case, "lora")
     assert lora[5]["facts"]["temp_bytes"] > 0
 
 
@@ -180,9 +175,15 @@ def test_errors_are_answers(monkeypatch):
     monkeypatch.setattr(worker, "trained", lambda *_: -1)
     case = dataclasses.replace(CASES["tiny"], layers=1)
     (answer,) = talk("lora-plain", case, "")
-    assert answer["error"] == f"ValueError: trains {cases.trained(case, 'lora')} numbers, not -1"
+    assert answer["error"] == f"ValueError: trains {trained(case, 'lora')} numbers, not -1"
     with pytest.raises(KeyError):
         build("nobody", case)
+
+
+def test_a_process_of_peft_that_ended_is_an_error(monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(RuntimeError, match="--no-torch leaves PEFT out"):
+        PeftProcess(CASES["tiny"], (1,))
 
 
 def result(name):
@@ -209,7 +210,7 @@ def result(name):
 def test_operations(tmp_path):
     out = tmp_path / "operations.json"
     operations.main(operations.Options(("tiny", "tiny-decoder"), rounds=1, out=out))
-    results = stats.read(out)
+    results = files.read(out)
     assert set(results) == {"tiny", "tiny-decoder"}
     for name, result in results.items():
         layers = CASES[name].layers
@@ -223,27 +224,34 @@ def test_estimated_cycles_of_the_program_and_not_of_what_is_fused_in_it():
     assert tpu.estimated_cycles(f"{line % 1}\nENTRY main {{\n{line % 20}{line % 300}}}") == 320
 
 
+def test_the_library_chooses_as_on_a_tpu():
+    assert on_cpu()
+    with tpu.as_on_a_tpu():
+        assert not on_cpu()
+    assert on_cpu()
+
+
 def test_report(tmp_path):
     options = report.Options(tmp_path / "results", tmp_path / "page.md", tmp_path / "page.png")
-    stats.write(
+    files.write(
         options.results / "train_step.json",
         {name: result(name) for name in ("tiny", "tiny rank=4", "tiny rank=8")},
     )
     times = {"full": {"median": 0.5}, "lora": {"median": 1, "to_base": {"median": 2.0}}}
     once = {"what": "Traces.", "base": "full", "times": times, "environment": ENVIRONMENT}
-    stats.write(options.results / "overheads.json", {"Tracing": once})
+    files.write(options.results / "overheads.json", {"Tracing": once})
     alone = {
         "case": dataclasses.asdict(CASES["tiny"]),
         "environment": ENVIRONMENT,
         "model": {"product, 2 to 3": {"count": 4, "median": 0.002, "torch": {"median": 0.001}}},
         "adapters": {"LoRA, 2 to 3": {"count": 4, "median": 0.003}},
     }
-    stats.write(options.results / "operations.json", {"tiny": alone})
+    files.write(options.results / "operations.json", {"tiny": alone})
     counts = dict.fromkeys(("flops", "bytes_accessed", "temp_bytes", "estimated_cycles"), 2e12)
     twice = {key: 2 * count for key, count in counts.items()}
     contenders = {"floor": counts, "lora": twice}
     counted = {"case": alone["case"], "environment": ENVIRONMENT, "contenders": contenders}
-    stats.write(options.results / "tpu.json", {"v5e:2x2": counted})
+    files.write(options.results / "tpu.json", {"v5e:2x2": counted})
     options.page.write_text(f"# Mine\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
     report.main(options)
     page = options.page.read_text()

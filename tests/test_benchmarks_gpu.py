@@ -15,14 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import attention, cases, kernels, report, stats, worker
-from benchmarks.cases import CASES
+from benchmarks import report
+from benchmarks.contenders import attention
+from benchmarks.contenders.families import FAMILIES, check_losses, trained
+from benchmarks.contenders.step import Step
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import page
-from benchmarks.gpu.cases import DEMO, LLAMA_1B, LLAMA_3B, bytes_needed, heat, races, tiny_races
-from benchmarks.gpu.contest import Contest, Run
-from benchmarks.race import check_losses
-from benchmarks.step import FAMILIES, Step
+from benchmarks.gpu.contest import Contest
+from benchmarks.gpu.memory import bytes_needed
+from benchmarks.gpu.races import DEMO, LLAMA_1B, LLAMA_3B, heat, races, tiny_races
+from benchmarks.gpu.run import Run
+from benchmarks.models import cases
+from benchmarks.models.cases import CASES
+from benchmarks.reports import gpu as page
+from benchmarks.running import files, profiler, worker
 
 ROOT = Path(__file__).parent.parent
 NAMES = [race.name for race in races()]
@@ -46,7 +51,7 @@ def as_on_a_gpu(source, target):
     for path in source.glob("*.json"):
         result = json.loads(path.read_text())
         result |= {"tiny": False, "device": {"platform": "gpu", "kind": "NVIDIA H100"} | H100}
-        stats.write(target / path.name, result)
+        files.write(target / path.name, result)
 
 
 @pytest.mark.slow
@@ -187,7 +192,7 @@ def test_page_without_a_gpu(tmp_path):
 @pytest.mark.parametrize("change", [{"tiny": True}, {"device": {"platform": "cpu", "kind": "cpu"}}])
 def test_page_refuses_what_no_gpu_measured(change, tmp_path):
     result = {"tiny": False, "device": {"platform": "gpu", "kind": "H100"}} | change
-    stats.write(tmp_path / "gpu-decoder.json", result)
+    files.write(tmp_path / "gpu-decoder.json", result)
     with pytest.raises(ValueError, match=r"gpu-decoder\.json was not measured on a GPU"):
         page.read(tmp_path)
 
@@ -283,7 +288,7 @@ def test_sizes_of_the_models():
     assert count(LLAMA_1B) == 1_235_814_400
     assert count(LLAMA_3B) == 3_212_749_824
     # PEFT: trainable params of rank 32 on q_proj and v_proj.
-    assert cases.trained(LLAMA_3B, "lora") == 9_175_040
+    assert trained(LLAMA_3B, "lora") == 9_175_040
 
 
 class Ready:
@@ -360,7 +365,7 @@ def test_pytorch_is_not_profiled_by_jax(contender):
 
 def test_kernels_of_a_job_whose_name_has_a_space(monkeypatch):
     lines, answers = io.StringIO("profile decode, 8\ndecode, 8 2\n"), []
-    monkeypatch.setattr(kernels, "most_expensive", lambda job: [job()])
+    monkeypatch.setattr(profiler, "most_expensive", lambda job: [job()])
     worker.obey(Step({"decode, 8": lambda: 3.0}, {}), lines, answers.append)
     assert answers[0] == {"kernels": [3.0]}
     assert len(answers[1]["seconds"]) == 2
@@ -383,6 +388,6 @@ def test_kernels_of_a_gpu_are_those_of_its_streams():
         name="/device:GPU:0",
         lines=[line("Stream #14", ("gemm", 5.0), ("copy", 2.0)), line("XLA Ops", ("dot.1", 5.0))],
     )
-    assert list(kernels.events(argparse.Namespace(planes=[host]))) == [("add", 1.0)]
+    assert list(profiler.events(argparse.Namespace(planes=[host]))) == [("add", 1.0)]
     both = argparse.Namespace(planes=[host, device])
-    assert list(kernels.events(both)) == [("gemm", 5.0), ("copy", 2.0)]
+    assert list(profiler.events(both)) == [("gemm", 5.0), ("copy", 2.0)]

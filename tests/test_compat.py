@@ -1,6 +1,8 @@
 """What nobody promises, taken away: an error, a refusal, or an answer that is right."""
 
 import collections
+import dataclasses
+import functools
 
 import flax.core.lift
 import flax.core.scope
@@ -254,6 +256,28 @@ def test_where_a_map_does_not_say_of_what_it_is_one_of_parameters(monkeypatch, g
     else:
         monkeypatch.setattr(compat, "_MAPPED", "another")
     check_refused(model, X)
+
+
+def test_where_flax_gives_another_method_every_layer_is_refused(monkeypatch):
+    """As the model itself may intercept it, which a handler would skip."""
+    model = zoo.Compact()
+    _, frozen, adapters = split(model)
+
+    @dataclasses.dataclass(frozen=True)
+    class Context(nn.module.InterceptorContext):
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name == "orig_method":
+                return functools.partial(value.func, *value.args)
+            return value
+
+    lora_jax.lora_apply(model, frozen, adapters, X)
+    monkeypatch.setattr(nn.module, "InterceptorContext", Context)
+    refused = r"intercepts its calls itself.*materialize=True"
+    with pytest.raises(ValueError, match=refused):
+        lora_jax.lora_apply(model, frozen, adapters, X)
+    axes = lora_jax.kernel_axes(model, {"params": frozen["params"]}, X)
+    assert list(axes) == []
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def save(case, tmp):
 
 def save_alone(case, tmp):
     lora_jax.save(tmp / "a", case.adapters)
-    return lora_jax.files._read.read(tmp / "a").adapters
+    return lora_jax.files._read_folder.read(tmp / "a").adapters
 
 
 def load(case, tmp):

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax.files._format import checksum
+from lora_jax.files._adapter_json import checksum
 from lora_jax.files._tensors import Tensors
-from lora_jax.peft._read_config import read_config
+from lora_jax.peft.config._read import read_config
 
 # What reading may raise. Anything else, or no end, is a failure.
 REFUSED = (ValueError, FileNotFoundError)

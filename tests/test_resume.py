@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 import lora_jax
 from examples import data, finetune, minilm
 from examples.checkpoint import CannotResume, Checkpoints, Log
-from lora_jax.files._read import read
+from lora_jax.files._read_folder import read
 
 # The embeddings are nearly all of it, so that a checkpoint with the base would be large.
 CONFIG = minilm.Config(vocabulary=20_000, layers=1, width=12, heads=3, hidden=20, positions=8)

@@ -5,10 +5,47 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from helpers import random_like, random_variables
 
 WIDTH = 6
+
+
+class Parts(nn.Module):
+    """A model of which a method runs a part."""
+
+    def setup(self):
+        self.encoder = nn.Dense(6)
+        self.head = nn.Dense(3)
+
+    def __call__(self, x):
+        return self.head(self.encoder(x))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+class Mapped(nn.Module):
+    """A dense layer of bounded weights."""
+
+    layer: type[nn.Module] = nn.Dense
+    by_class: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        def bounded(tree):
+            return tree if self.is_initializing() else jax.tree.map(jnp.tanh, tree)
+
+        if self.by_class:
+            mapped = nn.map_variables(self.layer, "params", bounded, init=self.is_initializing())
+            return mapped(5)(x)
+
+        def call(layer, x):
+            return layer(x)
+
+        mapped = nn.map_variables(call, "params", bounded, init=self.is_initializing())
+        return mapped(self.layer(5), x)
 
 
 class Compact(nn.Module):

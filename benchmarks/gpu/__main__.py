@@ -1,4 +1,4 @@
-"""The command; see :mod:`benchmarks.gpu`."""
+"""The command; see `benchmarks.gpu`."""
 
 import argparse
 import os
@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import stats
-from benchmarks.gpu.cases import Race, races, tiny_races
-from benchmarks.gpu.contest import Contest, Run
+from benchmarks.gpu.contest import Contest
 from benchmarks.gpu.device import commit, nvidia_smi
+from benchmarks.gpu.races import Race, races, tiny_races
+from benchmarks.gpu.run import Run
+from benchmarks.running import files
+from benchmarks.running.environment import environment
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -131,7 +133,7 @@ def measure(run: Run, race: Race) -> dict[str, Any]:
         "tiny": run.options.tiny,
         "complete": False,
         "device": run.device | run.gpu,
-        "environment": stats.environment() | {"commit": run.options.commit or commit()},
+        "environment": environment() | {"commit": run.options.commit or commit()},
         "attention": run.attention,
         "heats": [],
     }
@@ -140,7 +142,7 @@ def measure(run: Run, race: Race) -> dict[str, Any]:
 
     def save() -> None:
         result["seconds"] = time.monotonic() - begin
-        stats.write(path, result)
+        files.write(path, result)
 
     for heat in race.heats:
         entry: dict[str, Any] = {"title": heat.title, "reference": heat.reference}
@@ -176,9 +178,9 @@ def profile_text(result: dict[str, Any]) -> str:
         for label, one in heat["contenders"].items():
             for job, kernels in one.get("kernels", {}).items():
                 title = ", ".join(filter(None, (result["name"], heat["title"], label, job)))
-                whole = kernels[-1]["seconds"] or 1.0
+                total = kernels[-1]["seconds"] or 1.0
                 rows = (
-                    f"{1e3 * row['seconds']:10.3f} ms {100 * row['seconds'] / whole:5.1f} % "
+                    f"{1e3 * row['seconds']:10.3f} ms {100 * row['seconds'] / total:5.1f} % "
                     f"{row['calls']:7.0f} x  {row['name'][:120]}"
                     for row in kernels
                 )

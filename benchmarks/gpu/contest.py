@@ -1,88 +1,33 @@
 """One heat: groups of contenders that fit into the memory, each beside the reference."""
 
-import argparse
 import dataclasses
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks import stats
-from benchmarks.cases import Case
-from benchmarks.gpu.cases import Heat, bytes_needed
-from benchmarks.race import Worker, check_losses, medians, take_turns
+from benchmarks.contenders.families import check_losses
+from benchmarks.gpu.memory import bytes_needed
+from benchmarks.gpu.races import Heat
+from benchmarks.gpu.run import END_SECONDS, USABLE, Run
+from benchmarks.models.cases import Case
+from benchmarks.running import stats
+from benchmarks.running.process import Worker
+from benchmarks.running.race import medians, take_turns
 
 # How far first losses may be apart: of means over many tokens in 16 bits, of products in TF32, and
 # of the digests of those that serve. Random weights and labels make the first of them blunt: that
 # contenders compute the same is tested in float32, over several steps.
 TOLERANCES = {"bfloat16": 2e-4, "float32": 1e-3}
 SERVE_TOLERANCE = 2e-3
-# Seconds that the rounds of a group may take, that contenders may take to become ready, and that
-# are kept for writing and ending.
-GROUP_SECONDS, READY_SECONDS, END_SECONDS = 12.0, 90.0, 3.0
-# The share of a GPU's memory that is given to contenders, and what each holds besides.
-USABLE, CONTEXT = 0.93, 1.5 * 2**30
-# What is no failure: what is not there, not possible, or not in time.
+# Seconds that the rounds of a group may take, and that contenders may take to become ready.
+GROUP_SECONDS, READY_SECONDS = 12.0, 90.0
+# Bytes that each process holds on a GPU besides its arrays.
+CONTEXT = 1.5 * 2**30
+# What is not a failure: what is not installed, not possible, or not in time.
 LEFT_OUT = re.compile(
     r"not installed: |not profiled: |cut: |.*product='dense', which is not possible"
 )
-
-
-@dataclasses.dataclass
-class Run:
-    """What all heats have in common.
-
-    Attributes:
-      options: of the command line.
-      deadline: of `time.monotonic`.
-      gpu: what `nvidia-smi` says of the GPU; empty where there is none.
-      scratch: folder for logs, and for what XLA finds out when it compiles.
-      device: what jax computes on.
-      attention: which implementation is the fastest here, and how that was found.
-      failed: what went wrong.
-      flags: of XLA, of a rehearsal on a CPU.
-      limit: of `time.monotonic`, so that one case does not take all the time.
-    """
-
-    options: argparse.Namespace
-    deadline: float
-    gpu: dict[str, Any]
-    scratch: Path
-    device: dict[str, Any] = dataclasses.field(default_factory=dict)
-    attention: dict[str, Any] = dataclasses.field(default_factory=dict)
-    failed: list[str] = dataclasses.field(default_factory=list)
-    flags: str = ""
-    limit: float = float("inf")
-
-    @property
-    def end(self) -> float:
-        """When the last measurement has to end, of `time.monotonic`."""
-        return min(self.deadline - END_SECONDS, self.limit)
-
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.end - time.monotonic()
-
-    def worker(self, contender: str, case: Case, log: str) -> Worker:
-        """Starts a contender."""
-        environment = {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-            # So that which product is the fastest is found out once for all contenders, and that
-            # the small programs that make weights are compiled once.
-            "JAX_COMPILATION_CACHE_DIR": str(self.scratch / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        if self.gpu:
-            share = min(bytes_needed(contender, case) / self.gpu["memory_bytes"], USABLE)
-            # Else the allocator doubles what it takes each time, and leaves no room.
-            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.3f}"
-        elif self.options.tiny:
-            environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-            environment |= {"XLA_FLAGS": self.flags} if self.flags else {}
-        name = re.sub(r"\W+", "-", f"{log}-{contender}")
-        return Worker(contender, case, self.scratch / f"{name}.log", environment)
 
 
 class Contest:
@@ -166,7 +111,7 @@ class Contest:
         rest, size = queue[len(first) :], self._heat.together
         for chunk in (first, *(rest[i : i + size] for i in range(0, len(rest), size))):
             for label in chunk:
-                self._running[label].say("compile")
+                self._running[label].send("compile")
             until = self.until(READY_SECONDS)
             for label in chunk:
                 self._running[label].wait_ready(until)
@@ -228,10 +173,12 @@ class Contest:
             one |= {"facts": last.pop("facts", {}), "memory": last}
             for job, rounds in jobs.items():
                 entered = {**stats.quartiles(medians(rounds)), "seconds": rounds}
-                beside = theirs.get(job.split(",")[0])
-                if beside:
-                    entered["reference_seconds"] = beside
-                    entered["to_reference"] = stats.ratio(medians(rounds), medians(beside))
+                reference_rounds = theirs.get(job.split(",")[0])
+                if reference_rounds:
+                    entered["reference_seconds"] = reference_rounds
+                    entered["to_reference"] = stats.ratio(
+                        medians(rounds), medians(reference_rounds)
+                    )
                 one["jobs"][job] = entered
             self._results[label] = one
             print(f"  {label}: {in_short(one)}", flush=True)
@@ -253,7 +200,7 @@ class Contest:
             self._results[label]["kernels"][job] = answer["kernels"]
 
     def entry(self, label: str) -> dict[str, Any]:
-        """What is said of every contender."""
+        """What the results hold of every contender."""
         contender, case = self._entries[label]
         return {"contender": contender, "case": dataclasses.asdict(case)}
 

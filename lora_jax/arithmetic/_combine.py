@@ -11,9 +11,9 @@ import chex
 import numpy as np
 
 from lora_jax._compat import is_traced
-from lora_jax._renamed import renamed_arguments
+from lora_jax._deprecated import renamed_arguments
 from lora_jax.arithmetic._combine_trees import checked_trees, combine_trees
-from lora_jax.arithmetic._plan import Plan
+from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import ApproximationReport
 
 

@@ -15,7 +15,7 @@ from lora_jax._compat import is_traced
 from lora_jax.arithmetic import _sums as sums
 from lora_jax.arithmetic import _task_vectors as task_vectors
 from lora_jax.arithmetic._low_rank import LowRank, low_rank, low_rank_product
-from lora_jax.arithmetic._plan import Plan
+from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import Approximation
 from lora_jax.arithmetic._sums import Sum
 from lora_jax.core._adapter import Adapter

@@ -13,7 +13,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_traced
 from lora_jax.arithmetic._combine_leaf import combine_fully_trained, combine_kernel
-from lora_jax.arithmetic._plan import Plan
+from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.arithmetic._sums import matrix_of
 from lora_jax.core._node import Node

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import chex
 
-from lora_jax._renamed import renamed_arguments
+from lora_jax._deprecated import renamed_arguments
 from lora_jax.arithmetic._combine_trees import checked_trees, combine_trees
-from lora_jax.arithmetic._plan import Plan
+from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import ApproximationReport
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from lora_jax.files._json import read_json
-from lora_jax.peft._families import as_names
-from lora_jax.peft._key_mapping import KeyMapping
+from lora_jax.peft.names._families import as_names
+from lora_jax.peft.names._key_mapping import KeyMapping
 
 Adapter = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
 Other = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")]

@@ -9,11 +9,11 @@ import numpy as np
 
 from lora_jax.cli._fits_base import check_floats
 from lora_jax.cli._tied import Tie
-from lora_jax.cli._vocabulary import grown, is_vocabulary
+from lora_jax.cli._vocabulary_arrays import grown, is_vocabulary
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Info
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._keys import without_base_layer
+from lora_jax.peft.names._keys import without_base_layer
 
 
 class BaseAtStart(Mapping[str, np.ndarray]):

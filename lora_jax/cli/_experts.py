@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax.cli._base_at_start import BaseAtStart
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._key_mapping import EXPERTS, KeyMapping
-from lora_jax.peft._keys import wrapped_module
-from lora_jax.peft._torch_layout import factor_shapes
+from lora_jax.peft.names._key_mapping import EXPERTS, KeyMapping
+from lora_jax.peft.names._keys import wrapped_module
+from lora_jax.peft.torch._layout import factor_shapes
 
 
 def alone_in(

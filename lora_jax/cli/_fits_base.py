@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from lora_jax.cli._vocabulary import grown, head_biases, is_vocabulary
-from lora_jax.core._config import nearest
+from lora_jax.cli._vocabulary_arrays import grown, head_biases, is_vocabulary
+from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._tensors import Info, floats
 
@@ -45,7 +45,7 @@ def check_has(base: Base, name: str, path: StrPath) -> None:
     if name not in base:
         raise ValueError(
             f"{path} has something for {name!r}, but {base.path} has no such array. Nearest: "
-            f"{', '.join(nearest(name, base)) or 'none'}."
+            f"{', '.join(nearest_paths(name, base)) or 'none'}."
         )
     check_floats(base, name)
 

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from lora_jax.files._checkpoint import Checkpoint, said_in
-from lora_jax.peft._config import PeftConfig
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._torch_layout import CONV1D_LAYERS, output_axis
+from lora_jax.peft.config._module_config import PeftConfig
+from lora_jax.peft.torch._layout import CONV1D_LAYERS, output_axis
 
 # Types of transformers' models, or the packages that they are in, which call layers as
 # CONV1D_LAYERS has it: those where they are Conv1D, and those where they are linear.

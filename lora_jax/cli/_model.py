@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._json import read_json
-from lora_jax.peft._config import CONFIG
+from lora_jax.peft.config._module_config import CONFIG
 
 _WITH_HEAD = re.compile(r"CausalLM|LMHead|DoubleHeads|MaskedLM|PreTraining|ConditionalGeneration")
 _HEADLESS = re.compile(

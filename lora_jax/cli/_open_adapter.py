@@ -12,14 +12,14 @@ import numpy as np
 from lora_jax.cli._adapted_matrix import AdaptedMatrix, Array
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._fully_trained import as_node
+from lora_jax.files._adapter_json import INDEX
 from lora_jax.files._bytes import StrPath
-from lora_jax.files._format import INDEX
-from lora_jax.files._read import read as read_lora_jax
-from lora_jax.peft._config import CONFIG, PeftConfig
+from lora_jax.files._read_folder import read as read_lora_jax
 from lora_jax.peft._folder import PeftFiles, read
-from lora_jax.peft._key_mapping import EXPERTS
-from lora_jax.peft._keys import wrapped_module
-from lora_jax.peft._torch_layout import to_factors
+from lora_jax.peft.config._module_config import CONFIG, PeftConfig
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.names._keys import wrapped_module
+from lora_jax.peft.torch._layout import to_factors
 
 ADDED = " (added)"
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 
-from lora_jax.cli._vocabulary import is_embedding, is_head
-from lora_jax.core._config import nearest
+from lora_jax.cli._vocabulary_arrays import is_embedding, is_head
+from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._keys import PREFIX, without_base_layer, wrapped_module
+from lora_jax.peft.names._keys import PREFIX, without_base_layer, wrapped_module
 
 ADAPTER, BASE = "--adapter-prefix", "--base-prefix"
 
@@ -65,7 +65,7 @@ def aligned(
     if missing := [m for m in needed if theirs + m.removeprefix(ours) not in there]:
         raise ValueError(
             f"{path} has something for {missing[0]!r}, but with these prefixes {base.path} has no "
-            f"such module. Nearest: {', '.join(nearest(missing[0], there)) or 'none'}."
+            f"such module. Nearest: {', '.join(nearest_paths(missing[0], there)) or 'none'}."
         )
     names = {
         name: ours + name.removeprefix(theirs) if name.startswith(theirs) else name for name in base

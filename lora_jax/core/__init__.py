@@ -1,6 +1,14 @@
 """Arrays only, no model and no file: the mathematics of an adapter.
 
-From the ground up: the formulas of LoRA and DoRA, the kernel as a matrix, the node of an adapter,
-the adapted product and its gradient, the products of a batch of mixed rows, and what a user says in
-a ``Rule`` and a ``LoraConfig``. Nothing here knows a Flax module.
+Nothing here knows a Flax module. From the ground up:
+
+- ``_variants.py``: LoRA and DoRA as the papers write them, the reference for all the rest.
+- ``_meshes.py``: arrays whose sharding is a part of their type.
+- ``_axes.py``: a kernel of any number of axes as a stack of matrices.
+- ``_model_axes.py``: the axes of all kernels of a model.
+- ``rules/``: what the user says, and which parameters it is for.
+- ``_node.py``: what every node of an adapter tree can do.
+- ``_adapter.py``: the node of an adapted kernel: ``U``, ``V`` and ``m``, and how they start.
+- ``_fully_trained.py``: the node of a leaf that is trained itself.
+- ``products/``: the adapted product of a layer and its gradient.
 """

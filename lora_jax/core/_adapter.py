@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._compat import is_traced
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._config import Rule, scale
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._node import Node
 from lora_jax.core._variants import VARIANTS, column_norm, float32_or_more
+from lora_jax.core.rules._rule import Rule, scale
 
 
 @renamed_fields(substitute="materialize", effective_kernel="merge")

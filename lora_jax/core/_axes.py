@@ -1,4 +1,4 @@
-"""A kernel as a matrix: which of its axes are inputs, which are outputs, which only stack."""
+"""A kernel as a stack of matrices: which axes are inputs, outputs, and batch axes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import chex
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._meshes import left_to_compiler, spec_of
 
 
@@ -29,21 +28,22 @@ class KernelAxes:
       inputs: axes that are contracted with the layer's input; ``d`` is the product of their sizes.
       outputs: axes that are features of the layer's output; ``k`` is the product of their sizes.
       batch: axes that hold one matrix beside another: the layers of an ``nn.scan``, the experts
-        of a mixture, the ``batch_axis`` of ``jax.nn.initializers``. The arrays of an adapter have
-        them in front.
+        of a mixture; the ``batch_axis`` of ``jax.nn.initializers``. The arrays of an adapter have
+        them in front: ``stack``, in the shapes below.
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
         computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
       parts: which of the fused kernels are adapted; all by default.
-      alone: of which call of the model it is known that only the kernel's layer reads it there, or
-        said what the others shall see. It has no part in equality, and is in no file.
+      alone: the call of the model, by a name for it, in which only the kernel's layer reads the
+        kernel, or a rule says what the other readers see. It has no part in equality, and is in no
+        file.
 
     Raises:
-      TypeError: a field that is no int, or no tuple of them.
-      ValueError: an axis that is in no field or in two, no inputs or no outputs, ``fused`` below 1,
-        parts that are not among the fused kernels, or named twice.
+      TypeError: if a field is not an int, or not a tuple of ints.
+      ValueError: if an axis is in none of the fields or in two, there are no inputs or no outputs,
+        ``fused`` is below 1, or parts are not among the fused kernels or named twice.
 
     Example:
-      >>> axes = KernelAxes(inputs=(0,), outputs=(2, 3), stacks=(1,))
+      >>> axes = KernelAxes(inputs=(0,), outputs=(2, 3), batch=(1,))
       >>> axes.batch_shape((768, 12, 8, 64)), axes.matrix_shape((768, 12, 8, 64))
       ((12,), (768, 512))
       >>> axes.as_matrix(jnp.zeros((768, 12, 8, 64))).shape
@@ -93,15 +93,15 @@ class KernelAxes:
         return len(self.inputs) + len(self.outputs) + len(self.batch)
 
     def batch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of the axes in front of ``U``, ``V`` and ``m``: the stacks, and the parts."""
-        stacks = tuple(shape[axis] for axis in self.batch)
-        return stacks if self.fused == 1 else (*stacks, len(self.parts))
+        """``stack``, the sizes in front of ``U``, ``V``, ``m``: the batch axes, and any parts."""
+        batch = tuple(shape[axis] for axis in self.batch)
+        return batch if self.fused == 1 else (*batch, len(self.parts))
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """``(d, k)`` of one matrix.
 
         Raises:
-          ValueError: the outputs are not so many kernels side by side.
+          ValueError: if the outputs are not ``fused`` kernels side by side.
         """
         d, k = (math.prod(shape[i] for i in axes) for axes in (self.inputs, self.outputs))
         if k % self.fused:
@@ -115,7 +115,7 @@ class KernelAxes:
         """The adapted matrices of a kernel, ``(*stack, d, k)``."""
 
         def matrices(kernel: chex.Array) -> chex.Array:
-            matrix = self._whole_matrix(kernel)
+            matrix = self._fused_matrix(kernel)
             return matrix if self.fused == 1 else self._split(matrix)[..., self.parts, :, :]
 
         # In a mesh, axes that are merged are sharded as the first of them, fused ones not at all.
@@ -129,41 +129,41 @@ class KernelAxes:
     def from_matrix(self, matrix: chex.Array, kernel: chex.Array) -> chex.Array:
         """The kernel, with other adapted matrices: ``as_matrix`` of it is ``matrix``."""
         if self.fused > 1:
-            parts = self._split(self._whole_matrix(kernel)).astype(matrix.dtype)
+            parts = self._split(self._fused_matrix(kernel)).astype(matrix.dtype)
             parts = jnp.moveaxis(parts.at[..., self.parts, :, :].set(matrix), -3, -2)
             matrix = jnp.reshape(parts, (*parts.shape[:-2], -1))
         return self.as_kernel(matrix, kernel.shape)
 
     def as_kernel(self, matrix: chex.Array, shape: Sequence[int]) -> chex.Array:
-        """A whole matrix ``(*stacks, d, k)`` in the layout of a kernel of that shape."""
+        """A matrix ``(*batch, d, k)``, all fused outputs in ``k``, as a kernel of that shape."""
         order = (*self.batch, *self.inputs, *self.outputs)
         array = jnp.reshape(matrix, [shape[axis] for axis in order])
         return jnp.moveaxis(array, range(len(order)), order)
 
     def place(self, array: chex.Array, matrix_ndim: int) -> chex.Array:
-        """``U``, ``V`` or ``m`` with as many axes as the kernel, the stacks where it has them.
+        """``U``, ``V`` or ``m`` with as many axes as the kernel, the batch axes where it has them.
 
         So whatever slices the kernel, at an axis counted from either end, slices it alike. Without
-        stacks nothing is sliced, and the array stays as it is.
+        batch axes nothing is sliced, and the array stays as it is.
 
         Args:
           array: ``(*stack, ...)``.
-          matrix_ndim: number of its axes without stacks: 2 for ``U`` and ``V``, 1 for ``m``.
+          matrix_ndim: number of its axes without ``stack``: 2 for ``U`` and ``V``, 1 for ``m``.
         """
         if not self.batch:
             return array
         flat = self._flat(array.shape, matrix_ndim)
         ones = self.ndim - len(flat)
-        spec, stacks, merged = list(spec_of(array)), len(self.batch), array.ndim - len(flat)
+        spec, batch, merged = list(spec_of(array)), len(self.batch), array.ndim - len(flat)
         if merged:  # no axis of the merged ones stays sharded
-            spec[stacks : stacks + merged + 1] = [None]
+            spec[batch : batch + merged + 1] = [None]
 
         def reshaped(array: chex.Array) -> chex.Array:
             return jnp.reshape(array, flat + (1,) * ones)
 
         like = PartitionSpec(*spec, *(None,) * ones)
         array = left_to_compiler(reshaped, array, like=like)
-        return jnp.moveaxis(array, range(stacks), self.batch)
+        return jnp.moveaxis(array, range(batch), self.batch)
 
     def take(
         self, array: chex.Array, matrix_ndim: int, shape: tuple[int, ...]
@@ -182,12 +182,12 @@ class KernelAxes:
         return jnp.reshape(jnp.reshape(array, flat), shape)
 
     def _flat(self, shape: tuple[int, ...], matrix_ndim: int) -> tuple[int, ...]:
-        """``(*stacks, ...)`` with the parts in the first axis of the matrix."""
-        stacks, first = len(self.batch), len(shape) - matrix_ndim + 1
-        return (*shape[:stacks], math.prod(shape[stacks:first]), *shape[first:])
+        """``(*batch, ...)`` with the parts in the first axis of the matrix."""
+        batch, first = len(self.batch), len(shape) - matrix_ndim + 1
+        return (*shape[:batch], math.prod(shape[batch:first]), *shape[first:])
 
     def of_layers(self, ndim: int) -> Iterator[KernelAxes]:
-        """What remains in a layer that sees ``ndim`` axes, for each choice of stacks sliced off."""
+        """The axes in a layer that sees ``ndim`` of them, for each choice of those sliced off."""
         for sliced in itertools.combinations(self.batch, max(self.ndim - ndim, 0)):
             kept = [axis for axis in range(self.ndim) if axis not in sliced]
             yield dataclasses.replace(
@@ -198,140 +198,32 @@ class KernelAxes:
             )
 
     def in_layer(self, layer: KernelAxes) -> KernelAxes | None:
-        """What remains in a layer that contracts these axes; ``None`` where it does not fit."""
+        """The axes in a layer that contracts these; ``None`` where it does not fit."""
         return _in_layer(self, layer)
 
-    def _whole_matrix(self, kernel: chex.Array) -> chex.Array:
-        """``(*stacks, d, k)`` with all fused outputs in ``k``."""
+    def _fused_matrix(self, kernel: chex.Array) -> chex.Array:
+        """``(*batch, d, k)`` with all fused outputs in ``k``."""
         order = (*self.batch, *self.inputs, *self.outputs)
         d, k = self.matrix_shape(kernel.shape)
-        stack = [kernel.shape[axis] for axis in self.batch]
-        return jnp.reshape(jnp.transpose(kernel, order), (*stack, d, k * self.fused))
+        batch = [kernel.shape[axis] for axis in self.batch]
+        return jnp.reshape(jnp.transpose(kernel, order), (*batch, d, k * self.fused))
 
     def _split(self, matrix: chex.Array) -> chex.Array:
-        """``(*stacks, d, fused * k) -> (*stacks, fused, d, k)``."""
+        """``(*batch, d, fused * k) -> (*batch, fused, d, k)``."""
         *lead, width = matrix.shape
         return jnp.moveaxis(jnp.reshape(matrix, (*lead, self.fused, width // self.fused)), -2, -3)
 
 
 def _index(value: object) -> int:
-    """An int of any kind, but no bool."""
+    """An int of any kind, but not a bool."""
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)
-def _in_layer(whole: KernelAxes, layer: KernelAxes) -> KernelAxes | None:
-    for axes in whole.of_layers(layer.ndim):
+def _in_layer(stored: KernelAxes, layer: KernelAxes) -> KernelAxes | None:
+    for axes in stored.of_layers(layer.ndim):
         if dataclasses.replace(axes, fused=1, parts=()) == layer:
             return axes
     return None
-
-
-@renamed_fields(stacks="batch")
-@dataclasses.dataclass(frozen=True)
-class ModelAxes(Mapping[str, KernelAxes]):
-    """The kernels of a model that can be adapted in their layers: their paths, and their axes.
-
-    What :func:`lora_jax.kernel_axes` returns.
-
-    Attributes:
-      kernels: the axes of each kernel of a known layer, also of one that is refused.
-      layers: for each parameter of a module that was called, kernel or not, the module's class.
-      batch: likewise, the axes that stack it.
-      refused: why a parameter of a known layer cannot be adapted in the layer.
-      read: parameters that the result depends on.
-      tied: kernels that the model also reads outside of their layer.
-      shared: kernels that several methods of their layer compute with, such as ``nn.Embed`` and its
-        ``attend``.
-      unlike: why PEFT would compute otherwise with an adapter of a convolution.
-      linear: kernels of linear layers: those that are contracted with the input in each of their
-        uses, so not embeddings and convolutions.
-      call: of the model, by :func:`lora_jax.linen._apply.name_of_call`.
-      find_heads: finds :attr:`heads` and :attr:`unsure`, when they are asked for.
-
-    Example:
-      >>> import flax.linen as nn, jax, lora_jax
-      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jnp.ones((1, 4))
-      >>> axes = lora_jax.kernel_axes(model, model.init(jax.random.key(0), x), x)
-      >>> sorted(axes.linear), sorted(axes.heads)
-      (['layers_0/kernel', 'layers_2/kernel'], ['layers_2/kernel'])
-    """
-
-    kernels: Mapping[str, KernelAxes]
-    layers: Mapping[str, str]
-    batch: Mapping[str, tuple[int, ...]]
-    refused: Mapping[str, str]
-    read: frozenset[str]
-    tied: frozenset[str]
-    shared: frozenset[str] = frozenset()
-    unlike: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    linear: frozenset[str] = frozenset()
-    call: str | None = None
-    find_heads: Callable[[], tuple[frozenset[str], frozenset[str]]] | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )
-
-    @property
-    def heads(self) -> frozenset[str]:
-        """Kernels of output heads: a result of the model is computed behind them without another.
-
-        So a classifier is one, also with a bias, a softmax or a cap behind it, each of several
-        classifiers, and the last layer of a model that has no head. The last layers that add to a
-        residual stream are none, as the result has what was added before, too.
-
-        Raises:
-          ValueError: not known, as in a pickled copy.
-        """
-        return self._heads[0]
-
-    @property
-    def unsure(self) -> frozenset[str]:
-        """Kernels of which nobody can know whether they are output heads.
-
-        As where the model computes a loss from its logits and from others of its layers.
-
-        Raises:
-          ValueError: not known, as in a pickled copy.
-        """
-        return self._heads[1]
-
-    @functools.cached_property
-    def _heads(self) -> tuple[frozenset[str], frozenset[str]]:
-        if self.find_heads is None:
-            raise ValueError(
-                "Which layers are output heads is not known to this copy of the axes: call "
-                "lora_jax.kernel_axes anew."
-            )
-        return self.find_heads()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the function, which has the model in it."""
-        return {**vars(self), "find_heads": None}
-
-    def __getitem__(self, path: str) -> KernelAxes:
-        """The axes of the kernel at a path."""
-        if path in self.refused:
-            raise KeyError(path)
-        return self.kernels[path]
-
-    def __iter__(self) -> Iterator[str]:
-        """The paths of the kernels."""
-        return (path for path in self.kernels if path not in self.refused)
-
-    def __len__(self) -> int:
-        """Number of kernels."""
-        return sum(1 for _ in self)
-
-    def __str__(self) -> str:
-        """One line for each kernel."""
-        width = max(map(len, self.kernels), default=0)
-        return "\n".join(
-            f"{path.ljust(width)}  inputs {axes.inputs}  outputs {axes.outputs}"
-            + (f"  batch {axes.batch}" if axes.batch else "")
-            + ("  tied" if path in self.tied else "")
-            + (f"  refused, as {self.refused[path]}" if path in self.refused else "")
-            + f"  {self.layers[path]}"
-            for path, axes in self.kernels.items()
-        )

@@ -1,7 +1,8 @@
 """LoRA and DoRA as the papers write them: the reference that everything else must equal.
 
 ``W`` is a Flax kernel of shape ``(d, k)``, input first, and a layer computes ``y = x W``. ``U``
-is ``(d, r)``, ``V`` is ``(r, k)``, ``m`` is ``(k,)``, ``s`` a number; leading axes may stack.
+is ``(d, r)``, ``V`` is ``(r, k)``, ``m`` is ``(k,)``, ``s`` a number; all may have the same batch
+axes in front.
 
 The norm ``||.||_c`` of DoRA is one norm for each column of ``W``, which is one for each *output
 feature*: axis ``-2`` here. PyTorch stores weights ``(out, in)``, so that there the same norm
@@ -33,17 +34,17 @@ def column_norm(W: chex.Array) -> chex.Array:
 
 
 def float32_or_more(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype, or float32 where it is of 16 bits or less.
+    """The dtype, or float32 where it has 16 bits or less.
 
-    Not by ``jnp.promote_types``, which users may have set to refuse to mix dtypes.
+    Not by ``jnp.promote_types``: users may have told JAX to refuse to mix dtypes.
     """
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def along(a: chex.Array, y: chex.Array) -> chex.Array:
-    """``a`` with as many axes as ``y``, of which it has the last.
+    """``a``, which has the last axes of ``y``, with as many axes as ``y``.
 
-    Not left to broadcasting, which users may have set to refuse arrays of fewer axes.
+    Not left to broadcasting: users may have told JAX to refuse arrays of fewer axes.
     """
     return jnp.expand_dims(a, tuple(range(y.ndim - a.ndim)))
 
@@ -102,7 +103,7 @@ def scaled_kernel(
     s: float,
     detach_norm: bool,
 ) -> chex.Array:
-    """DoRA with its norm computed before: ``W' = a (W + s U V)``, and ``m`` holds ``a``.
+    """DoRA whose norm is already computed: ``W' = a (W + s U V)``, and ``m`` holds ``a``.
 
     :func:`lora_jax.cache_norm` makes it, ``a = m / ||W + s U V||_c``, for inference.
     """

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax.files._bytes import StrPath
-from lora_jax.files._host import host
+from lora_jax.files._to_host import host
 from lora_jax.trees._paths import unbox
 
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from lora_jax._version import __version__
 from lora_jax.files import _collections as variables
+from lora_jax.files._adapter_json import FORMAT, INDEX, VERSION, checksum, tensors_file
+from lora_jax.files._array_names import named, named_pair
 from lora_jax.files._bytes import StrPath, write_bytes
 from lora_jax.files._fingerprint import fingerprint
-from lora_jax.files._format import FORMAT, INDEX, VERSION, checksum, tensors_file
-from lora_jax.files._host import host
 from lora_jax.files._json import json_bytes
-from lora_jax.files._kinds import KINDS, kind_of
-from lora_jax.files._paths import named, named_pair
+from lora_jax.files._node_kinds import KINDS, kind_of
 from lora_jax.files._tensors import DTYPES, encode
+from lora_jax.files._to_host import host
 from lora_jax.trees._pair import nodes_of
 
 

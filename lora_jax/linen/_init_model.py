@@ -7,9 +7,10 @@ from typing import Any
 
 import chex
 
-from lora_jax.core._config import LoraConfig, check_config
-from lora_jax.core._hints import key_comes_first, look_first
-from lora_jax.linen._discover import kernel_axes
+from lora_jax.core.rules._config import LoraConfig, check_config
+from lora_jax.core.rules._hints import key_comes_first, look_first
+from lora_jax.linen._handlers import Handlers
+from lora_jax.linen._kernel_axes import kernel_axes
 from lora_jax.trees._init import lora_init
 
 
@@ -21,6 +22,7 @@ def lora_init_model(
     config: LoraConfig,
     /,
     *args: Any,
+    handlers: Handlers | None = None,
     **kwargs: Any,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """Splits the parameters of a model into a frozen base and the adapters to train.
@@ -38,6 +40,7 @@ def lora_init_model(
         such as ``batch_stats`` and ``cache``.
       config: which leaves are adapted and how, and which are fully trained.
       *args: for ``model.apply``: a sample input, arrays or ``jax.ShapeDtypeStruct``.
+      handlers: as for :func:`lora_jax.lora_apply`; give both the same.
       **kwargs: for ``model.apply``: ``train=True``, ``rngs``, ``mutable``, ``method``. The call
         must read every kernel that is adapted.
 
@@ -46,8 +49,9 @@ def lora_init_model(
       :func:`lora_jax.lora_init`.
 
     Raises:
-      TypeError: arguments in another order, a model or a config that is none.
-      ValueError: ``variables`` without ``"params"``; and as :func:`lora_jax.lora_init`.
+      TypeError: if arguments are in another order, or if a model, a config or handlers are
+        something else.
+      ValueError: if ``variables`` does not have ``"params"``; and as :func:`lora_jax.lora_init`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
@@ -69,5 +73,5 @@ def lora_init_model(
             f"The third argument is the model's variables, which have the collection 'params' and "
             f"others beside it; got {type(variables).__name__}. Pass {{'params': params}}."
         )
-    axes = kernel_axes(model, variables, *args, **kwargs)
+    axes = kernel_axes(model, variables, *args, handlers=handlers, **kwargs)
     return lora_init(key, variables["params"], config, axes=axes)

@@ -1,11 +1,11 @@
 """Many adapters of one base.
 
-- `_stack.py`: several adapters as one tree (``stack``).
-- `_conform.py`: brings adapters of one kernel to one structure and one shape.
-- `_cache_norm.py`: DoRA's norm computed once (``cache_norm``).
-- `_optimizer.py`: an optimizer for each stacked adapter (``per_adapter``).
-- `_pool.py`: adapters by name, the last used ones in memory (``AdapterPool``).
-- `_structure.py`: the structure and the shapes that all adapters of a pool have.
-- `_lru_slots.py`: which names are in the pool's slots: the last used ones.
-- `_folders.py`: loads adapters by the name of their folder.
+- ``_stack.py``: several adapters as one tree (``stack``).
+- ``_conform.py``: brings adapters of one kernel to one structure and one shape.
+- ``_cache_norm.py``: DoRA's norm computed once (``cache_norm``).
+- ``_optimizer.py``: an optimizer for each stacked adapter (``per_adapter``).
+- ``_pool.py``: adapters by name, the last used ones in memory (``AdapterPool``).
+- ``_structure.py``: the structure and the shapes that all adapters of a pool have.
+- ``_lru_slots.py``: which names are in the pool's slots: the last used ones.
+- ``_folders.py``: loads adapters by the name of their folder.
 """

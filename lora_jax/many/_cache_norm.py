@@ -8,8 +8,8 @@ import chex
 import jax.numpy as jnp
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._product import dense_norm
 from lora_jax.core._variants import magnitude_ratio
+from lora_jax.core.products._norm import dense_norm
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
 from lora_jax.trees._paths import flatten, unbox, unflatten
 

@@ -9,10 +9,10 @@ from typing import Any
 import chex
 
 from lora_jax import peft
+from lora_jax.files._adapter_json import INDEX
 from lora_jax.files._bytes import StrPath
-from lora_jax.files._format import INDEX
 from lora_jax.files._load import load as load_own
-from lora_jax.peft._config import CONFIG
+from lora_jax.peft.config._module_config import CONFIG
 
 
 def from_folders(

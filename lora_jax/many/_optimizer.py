@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.core._mixed import checked_ids
+from lora_jax.core.products._row_ids import checked_ids
 from lora_jax.trees._stack_size import stack_size
 
 _WHAT = "per_adapter is"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._mixed import BASE
+from lora_jax.core.products._row_ids import BASE
 from lora_jax.files._bytes import StrPath
 from lora_jax.many._folders import from_folders
 from lora_jax.many._lru_slots import LruSlots, PoolStats, check_adapter_name
@@ -173,7 +173,7 @@ class AdapterPool:
           :attr:`stacked` from now on.
 
         Raises:
-          As :meth:`use`.
+          TimeoutError, ValueError: as :meth:`use`.
         """
         entries, _ = self._slots.take([name], timeout)
         if name is None:

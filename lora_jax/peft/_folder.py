@@ -12,10 +12,10 @@ import numpy as np
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Tensors
-from lora_jax.peft._config import CONFIG, PeftConfig
-from lora_jax.peft._keys import PREFIX, WRAPPERS, names_of, split_role, without_copy
 from lora_jax.peft._lora_bias import LoraBias
-from lora_jax.peft._read_config import read_config
+from lora_jax.peft.config._module_config import CONFIG, PeftConfig
+from lora_jax.peft.config._read import read_config
+from lora_jax.peft.names._keys import PREFIX, WRAPPERS, names_of, split_role, without_copy
 
 WEIGHTS = "adapter_model.safetensors"
 

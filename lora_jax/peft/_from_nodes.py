@@ -11,16 +11,16 @@ import numpy as np
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
-from lora_jax.files._host import host
-from lora_jax.files._kinds import check_alone
-from lora_jax.peft._key_mapping import EXPERTS
-from lora_jax.peft._keys import BASE_LAYER, PREFIX, adapter_key
+from lora_jax.files._node_kinds import check_alone
+from lora_jax.files._to_host import host
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._refusals import check_same_in_peft
-from lora_jax.peft._targets import nested_modules, target_of
-from lora_jax.peft._torch_arrays import from_leaf
-from lora_jax.peft._torch_layout import from_factors
-from lora_jax.peft._torch_model import TorchModel, TorchParameter
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.names._keys import BASE_LAYER, PREFIX, adapter_key
+from lora_jax.peft.names._targets import nested_modules, target_of
+from lora_jax.peft.torch._arrays import from_leaf
+from lora_jax.peft.torch._layout import from_factors
+from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 Tensors = dict[str, np.ndarray]
 

@@ -10,12 +10,12 @@ import chex
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._load import in_box
-from lora_jax.peft._families import as_names
 from lora_jax.peft._folder import read
-from lora_jax.peft._key_mapping import KeyMapping
 from lora_jax.peft._sort_tensors import sort_tensors
 from lora_jax.peft._to_nodes import to_nodes
-from lora_jax.peft._torch_model import TorchModel
+from lora_jax.peft.names._families import as_names
+from lora_jax.peft.names._key_mapping import KeyMapping
+from lora_jax.peft.torch._torch_model import TorchModel
 from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, unflatten
 

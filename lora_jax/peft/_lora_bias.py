@@ -10,10 +10,10 @@ import chex
 import flax.struct
 import numpy as np
 
-from lora_jax._renamed import renamed_fields
+from lora_jax._deprecated import renamed_fields
 from lora_jax.core._node import Node
 from lora_jax.core._variants import float32_or_more
-from lora_jax.files._kinds import NodeKind, add_kind
+from lora_jax.files._node_kinds import NodeKind, add_kind
 from lora_jax.files._tensors import is_floating
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_jax.peft._torch_model import TorchModel, TorchParameter
+from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 
 def check_same_in_peft(

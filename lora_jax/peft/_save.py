@@ -11,12 +11,10 @@ import chex
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
+from lora_jax.files._array_names import named_pair
 from lora_jax.files._bytes import StrPath, write_bytes
 from lora_jax.files._collections import arrays_of, listed
-from lora_jax.files._paths import named_pair
 from lora_jax.files._tensors import encode
-from lora_jax.peft._config import CONFIG
-from lora_jax.peft._families import as_names
 from lora_jax.peft._folder import WEIGHTS
 from lora_jax.peft._from_nodes import (
     adapted_parameters,
@@ -26,10 +24,12 @@ from lora_jax.peft._from_nodes import (
     saved_tensors,
     sort_nodes,
 )
-from lora_jax.peft._key_mapping import KeyMapping
-from lora_jax.peft._targets import target_of
-from lora_jax.peft._torch_model import TorchModel
-from lora_jax.peft._write_config import DEFAULTS, config_of, excluded, modules_to_save
+from lora_jax.peft.config._module_config import CONFIG
+from lora_jax.peft.config._write import DEFAULTS, config_of, excluded, modules_to_save
+from lora_jax.peft.names._families import as_names
+from lora_jax.peft.names._key_mapping import KeyMapping
+from lora_jax.peft.names._targets import target_of
+from lora_jax.peft.torch._torch_model import TorchModel
 
 
 def save(

@@ -6,14 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from lora_jax.core._config import nearest
-from lora_jax.peft._config import CONFIG
+from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._keys import BASE_LAYER, without_base_layer
 from lora_jax.peft._refusals import check_same_in_peft
-from lora_jax.peft._targets import nested_modules
-from lora_jax.peft._torch_arrays import from_leaf
-from lora_jax.peft._torch_model import TorchModel, TorchParameter
+from lora_jax.peft.config._module_config import CONFIG
+from lora_jax.peft.names._keys import BASE_LAYER, without_base_layer
+from lora_jax.peft.names._targets import nested_modules
+from lora_jax.peft.torch._arrays import from_leaf
+from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 # Arrays of a module by their role, with the PyTorch parameter that they adapt.
 Part = tuple[TorchParameter, dict[str, np.ndarray]]
@@ -147,7 +147,7 @@ def _check_targets(files: PeftFiles, model: TorchModel, found: SortedTensors) ->
 def _lookup(name: str, files: PeftFiles, model: TorchModel) -> TorchParameter:
     """The parameter of the model that has a name in PyTorch."""
     if name not in model.by_name:
-        near = ", ".join(nearest(name, model.by_name)) or "none"
+        near = ", ".join(nearest_paths(name, model.by_name)) or "none"
         raise ValueError(
             f"{files.tensors.path} has something for {name!r}, but names gives no parameter of "
             f"this model that name. Nearest: {near}."

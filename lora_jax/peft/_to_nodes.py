@@ -14,13 +14,13 @@ from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._variants import float32_or_more
 from lora_jax.files._tensors import is_floating
 from lora_jax.peft._folder import PeftFiles
-from lora_jax.peft._key_mapping import EXPERTS
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.peft._sort_tensors import Part, SortedTensors, Stack
-from lora_jax.peft._targets import target_of
-from lora_jax.peft._torch_arrays import to_leaf
-from lora_jax.peft._torch_layout import factor_shapes, to_factors
-from lora_jax.peft._torch_model import TorchModel
+from lora_jax.peft.names._key_mapping import EXPERTS
+from lora_jax.peft.names._targets import target_of
+from lora_jax.peft.torch._arrays import to_leaf
+from lora_jax.peft.torch._layout import factor_shapes, to_factors
+from lora_jax.peft.torch._torch_model import TorchModel
 
 
 def to_nodes(found: SortedTensors, files: PeftFiles, model: TorchModel) -> dict[str, Any]:

@@ -4,8 +4,8 @@ Nothing public in JAX tells. So this goes through what ``jax.make_jaxpr`` gives,
 input as used where it does not know how jax writes something down
 (:func:`lora_jax._compat.written`). :func:`lora_jax.kernel_axes` may then say of a kernel that it is
 read in another place too, and ``lora_init`` asks for ``tied=`` in its rule: an error too many, and
-never an adapter that silently changes one use of two. And a parameter that nobody reads may pass
-for one that is read.
+never an adapter that silently changes one use of two. And a parameter that is not read may pass for
+one that is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,22 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
 from lora_jax._compat import Branches, Loop, is_jit, is_literal, mark_of, written
+
+
+def live_inputs(jaxpr: Any, live_outputs: Sequence[bool], *, effects: bool = True) -> list[bool]:
+    """Says of every input of a jaxpr whether one of the live outputs, or an effect, depends on it.
+
+    It looks into loops, branches, and calls, and so into functions with a gradient of their own,
+    for which the tools of jax assume that every input is used.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> jaxpr = jax.make_jaxpr(jax.jit(lambda x, y: (x + 1, y * 0 + x)))(1.0, 2.0).jaxpr
+      >>> live_inputs(jaxpr, [True, False]), live_inputs(jaxpr, [True, True])
+      ([True, False], [True, True])
+    """
+    return _inputs(jaxpr, live_outputs, _Dead.NONE if effects else _Dead.NOT_EVEN_EFFECTS)
 
 
 def read_inputs(jaxpr: Any) -> list[bool]:
@@ -48,43 +61,14 @@ def marked_inputs(jaxpr: Any) -> tuple[list[bool], set[str]]:
     return _inputs(jaxpr, [False] * len(jaxpr.outvars), _Dead.MARKED), set(_marks(jaxpr))
 
 
-def _marks(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        if name := mark_of(eqn):
-            yield name
-        match written(eqn):
-            case Branches(functions):
-                for function in functions:
-                    yield from _marks(function)
-            case Loop() as loop:
-                yield from _marks(loop.body)
-                if loop.test is not None:
-                    yield from _marks(loop.test)
-
-
 class _Dead(enum.Enum):
-    """Which equations count although nothing comes of them."""
+    """Which equations count as used although nothing comes of them."""
 
-    NOT_EVEN_EFFECTS = enum.auto()
-    NONE = enum.auto()
-    MARKED = enum.auto()
-    IN_JIT = enum.auto()
+    NOT_EVEN_EFFECTS = enum.auto()  # none, also not those that have effects
+    NONE = enum.auto()  # those that have effects
+    MARKED = enum.auto()  # the marks
+    IN_JIT = enum.auto()  # those inside of jax.jit, and those that have effects
     ALL = enum.auto()
-
-
-def live_inputs(jaxpr: Any, live_outputs: Sequence[bool], *, effects: bool = True) -> list[bool]:
-    """Says of every input of a jaxpr whether one of the live outputs, or an effect, depends on it.
-
-    It looks into loops, branches, and calls, and so into functions with a gradient of their own,
-    for which the tools of jax assume that every input is used.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> jaxpr = jax.make_jaxpr(jax.jit(lambda x, y: (x + 1, y * 0 + x)))(1.0, 2.0).jaxpr
-      >>> live_inputs(jaxpr, [True, False]), live_inputs(jaxpr, [True, True])
-      ([True, False], [True, True])
-    """
-    return _inputs(jaxpr, live_outputs, _Dead.NONE if effects else _Dead.NOT_EVEN_EFFECTS)
 
 
 def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]:
@@ -102,29 +86,6 @@ def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]
             uses = zip(eqn.invars, _inputs_of(eqn, how, given, dead), strict=True)
             live |= {v for v, is_live in uses if is_live and not is_literal(v)}
     return [v in live for v in jaxpr.invars]
-
-
-def arrays_in(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
-    """The arrays in a result, also in objects of classes that jax does not know.
-
-    Example:
-      >>> import jax.numpy as jnp, types
-      >>> out = {"a": jnp.ones(2), "b": types.SimpleNamespace(c=jnp.ones(3))}
-      >>> [array.shape for array in arrays_in(out)]
-      [(2,), (3,)]
-    """
-    for leaf in jax.tree.leaves(out):
-        if isinstance(leaf, jax.Array):
-            yield leaf
-        elif isinstance(leaf, type) or _is_module(leaf) or id(leaf) in inside:
-            continue
-        elif hasattr(leaf, "__dict__"):
-            yield from arrays_in(vars(leaf), (*inside, id(leaf)))
-
-
-def _is_module(leaf: Any) -> bool:
-    """Whether it is a Flax module, whose variables are no results."""
-    return hasattr(type(leaf), "variables")
 
 
 def _inputs_of(
@@ -161,3 +122,17 @@ def _inputs_of_loop(loop: Loop, outputs: list[bool], dead: _Dead) -> list[bool]:
 
 def _join(a: Sequence[bool], b: Sequence[bool]) -> list[bool]:
     return [x or y for x, y in zip(a, b, strict=True)]
+
+
+def _marks(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        if name := mark_of(eqn):
+            yield name
+        match written(eqn):
+            case Branches(functions):
+                for function in functions:
+                    yield from _marks(function)
+            case Loop() as loop:
+                yield from _marks(loop.body)
+                if loop.test is not None:
+                    yield from _marks(loop.test)

@@ -2,19 +2,19 @@
 
 The functions:
 
-- `_init.py`: splits parameters into a frozen base and adapters (``lora_init``).
-- `_merge.py`: merges base and adapters into plain parameters (``lora_merge``).
-- `_rounding.py`: what merging loses in 16 bits, and stochastic rounding (``rounding``).
-- `_summary.py`: counts what is trained and what is not (``summary``).
-- `_summary_report.py`: the report that ``summary`` returns, and its text.
+- ``_init.py``: splits parameters into a frozen base and adapters (``lora_init``).
+- ``_merge.py``: merges base and adapters into plain parameters (``lora_merge``).
+- ``_rounding.py``: what merging loses in 16 bits, and stochastic rounding (``rounding``).
+- ``_summary.py``: counts what is trained and what is not (``summary``).
+- ``_summary_report.py``: the report that ``summary`` returns, and its text.
 
 What they are made of:
 
-- `_pair.py`: the base and the adapters leaf by leaf, and all checks that they fit.
-- `_from_file.py`: refuses adapters whose arrays are in plain dicts.
-- `_leaves.py`: what is asked of one leaf: its dtype, whether it is floating-point and finite.
-- `_paths.py`: nested dicts by the paths of their leaves, and leaves out of their boxes.
-- `_resolve.py`: which axes of a matched kernel are inputs, outputs and batch.
-- `_stack_size.py`: how many adapters are stacked in a tree.
-- `_table.py`: rows as plain text.
+- ``_pair.py``: the base and the adapters leaf by leaf, and all checks that they fit.
+- ``_refuse_plain_arrays.py``: refuses adapters whose arrays are in plain dicts.
+- ``_leaves.py``: what is asked of one leaf: its dtype, whether it is floating-point and finite.
+- ``_paths.py``: nested dicts by the paths of their leaves, and leaves out of their boxes.
+- ``_resolve.py``: which axes of a matched kernel are inputs, outputs and batch.
+- ``_stack_size.py``: how many adapters are stacked in a tree.
+- ``_table.py``: rows as plain text.
 """

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
 from lora_jax.core._adapter import init_adapter
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import LoraConfig, assign, check_config
+from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import raise_precision
-from lora_jax.core._hints import key_comes_first, look_first
+from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core.rules._config import LoraConfig, check_config
+from lora_jax.core.rules._hints import key_comes_first, look_first
+from lora_jax.core.rules._match_paths import assign
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unbox, unflatten

@@ -13,12 +13,12 @@ from typing import Any
 import chex
 from flax.traverse_util import empty_node
 
-from lora_jax.core._config import nearest
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
-from lora_jax.trees._from_file import check_has_nodes
+from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.trees._leaves import check_floating, dtype_of
 from lora_jax.trees._paths import Key, flatten, path_of, unbox
+from lora_jax.trees._refuse_plain_arrays import check_has_nodes
 
 # Names that Flax gives to collections beside "params".
 _COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
@@ -150,4 +150,4 @@ def check_pair(
 def near(key: Key, leaves: Mapping[Key, Any]) -> str:
     """The paths that are most like one, in words."""
     paths = [path_of(other) for other, leaf in leaves.items() if leaf is not empty_node]
-    return ", ".join(nearest(path_of(key), paths)) or "none"
+    return ", ".join(nearest_paths(path_of(key), paths)) or "none"

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import Rule
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core.rules._rule import Rule
 
 _UNREAD = (
     "on which the result of the call of kernel_axes does not depend: it would not be trained. Call "

@@ -11,9 +11,11 @@ import jax
 import optax
 from flax.traverse_util import empty_node
 
-from lora_jax.core._axes import KernelAxes, ModelAxes
-from lora_jax.core._config import LoraConfig, assign, check_config, matched_by
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._node import Node
+from lora_jax.core.rules._config import LoraConfig, check_config
+from lora_jax.core.rules._match_paths import assign, matched_by
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of, unbox
 from lora_jax.trees._summary_report import Row, RuleReport, Summary

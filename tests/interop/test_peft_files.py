@@ -16,7 +16,7 @@ import lora_jax
 from examples import minilm
 from lora_jax.cli import _commands as commands
 from lora_jax.files._tensors import Tensors, encode
-from lora_jax.peft._write_config import DEFAULTS
+from lora_jax.peft.config._write import DEFAULTS
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from benchmarks import cases, contenders_torch, models, race
-from benchmarks.cases import CASES
-from benchmarks.step import FAMILIES, build
+import torch
+
+from benchmarks.contenders.families import FAMILIES, check_losses, trained
+from benchmarks.contenders.table import build
+from benchmarks.models import arrays, data, pytorch
+from benchmarks.models.cases import CASES
 
 pytestmark = pytest.mark.interop
 ROOT = Path(__file__).parent.parent.parent
@@ -20,9 +23,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_noise_is_the_same_in_torch(dtype):
-    noise = cases.noise(CASES["tiny"], "a", (100, 30), std=0.5, mean=1.0)
-    theirs = contenders_torch.array_of(noise, getattr(contenders_torch.torch, dtype))
-    ours = models.array_of(noise, dtype)
+    noise = data.noise(CASES["tiny"], "a", (100, 30), std=0.5, mean=1.0)
+    theirs = pytorch.array_of(noise, getattr(torch, dtype))
+    ours = arrays.array_of(noise, dtype)
     got, expected = (np.asarray(x, np.float32) for x in (theirs.float(), ours))
     np.testing.assert_allclose(got, expected, rtol=2**-8 if dtype == "bfloat16" else 1e-6)
 
@@ -35,9 +38,9 @@ def test_steps_are_the_same_in_torch(pair, change):
     for name in pair:
         step = build(name, case)
         step.compile()
-        assert step.facts["trained"] == cases.trained(case, FAMILIES[name])
+        assert step.facts["trained"] == trained(case, FAMILIES[name])
         losses[name] = [step.jobs["step"]() for _ in range(3)]
-    race.check_losses(losses, 1e-4, exact=True)
+    check_losses(losses, 1e-4, exact=True)
 
 
 def test_measures_peft_on_the_same_shapes(tmp_path):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 import types
 
 import flax.core
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 import zoo
 from flax.traverse_util import flatten_dict
-from helpers import random_like, random_variables, relative_error
+from helpers import dense_case, random_like, random_variables, relative_error
 from jax import export
 
 import lora_jax
@@ -200,50 +199,6 @@ def test_called_again_without_a_new_trace(case):
     assert relative_error(s.adapted(s.frozen, s.trained, s.x), first) > 1e-2
 
 
-def test_a_use_of_which_nothing_comes_is_the_same_again():
-    """With a layer in the cache of nn.jit as without."""
-    layer = nn.jit(nn.Dense)
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = layer(6, name="layer")(x)
-            self.sow("losses", "loss", layer(6, name="aux")(x))
-            return x
-
-    x = jnp.ones((2, 6))
-    frozen, adapters = dense_case(Model(), x)
-    for _ in range(2):
-        lora_jax.lora_apply(Model(), {"params": frozen}, adapters, x)
-        jax.jit(lambda x: lora_jax.lora_apply(Model(), {"params": frozen}, adapters, x))(x)
-
-
-def test_the_use_in_another_model_is_no_use():
-    """Of an adapter of the same structure, by a layer that nn.jit has in its cache."""
-
-    class Model(nn.Module):
-        calls: bool
-
-        @nn.compact
-        def __call__(self, x):
-            layer = nn.jit(nn.Dense)(6, name="layer_of_two_models")
-            return nn.Dense(3, name="head")(layer(x) if self.calls else x)
-
-    x = jnp.ones((2, 6))
-    frozen, adapters = dense_case(Model(True), x)
-    for _ in range(2):
-        lora_jax.lora_apply(Model(True), {"params": frozen}, adapters, x)
-    with pytest.raises(ValueError, match=r"'layer_of_two_models/kernel' was not used"):
-        lora_jax.lora_apply(Model(False), {"params": frozen}, adapters, x)
-
-
-def dense_case(model, x, **rule):
-    params = random_variables(model, x)["params"]
-    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", **{"rank": 2, **rule})])
-    frozen, adapters = lora_jax.lora_init(jax.random.key(1), params, config)
-    return frozen, random_like(adapters)
-
-
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6)])
 def test_empty_batch(variant, shape):
@@ -303,25 +258,6 @@ def test_magnitude_below_the_resolution_of_bfloat16():
     assert 0.2 < jnp.mean(y(ratio * norm) != y(norm)) < 0.9
 
 
-class RoundsWeights:
-    """A dot_general as quantization libraries inject it."""
-
-    def __call__(self, x, W, dims, **kwargs):
-        return jax.lax.dot_general(x, jnp.round(W * 4) / 4, dims, **kwargs)
-
-
-@pytest.mark.parametrize(
-    "options", [{"dot_general": RoundsWeights()}, {"dot_general_cls": RoundsWeights}]
-)
-def test_injected_dot_general_is_for_the_base_only(options):
-    model, x = nn.Dense(5, **options), jax.random.normal(jax.random.key(3), (2, 4))
-    frozen, adapters = dense_case(model, x)
-    U, V = adapters["kernel"].U, adapters["kernel"].V
-    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    expected = x @ (jnp.round(frozen["kernel"] * 4) / 4) + frozen["bias"] + x @ U @ V
-    assert relative_error(y, expected) < 1e-6
-
-
 def test_base_of_another_dtype_is_not_copied_to_float32():
     """Adapters are float32 whatever the base is; the base keeps its dtype."""
     model, x = nn.Dense(5, param_dtype=jnp.bfloat16), jnp.ones((2, 4))
@@ -346,32 +282,6 @@ def test_other_collections_pass_through():
             assert jax.tree.structure(got) == jax.tree.structure(expected)
             same = jax.tree.map(lambda a, b: jnp.array_equal(a, b), got, expected)
             assert all(jax.tree.leaves(same)), options
-
-
-class Dropped(nn.Module):
-    @nn.compact
-    def __call__(self, x, deterministic=False, train=True):
-        return nn.Dense(50, use_bias=False)(x)
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_dropout_is_on_only_with_an_rng_and_in_training(variant):
-    model, x = Dropped(), jnp.ones((3, 40))
-    frozen, adapters = dense_case(model, x, dropout=0.5, variant=variant)
-    rngs = {"dropout": jax.random.key(5)}
-
-    def apply(*args, **kwargs):
-        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, *args, **kwargs)
-
-    off = model.apply({"params": lora_jax.lora_merge(frozen, adapters)}, x)
-    assert relative_error(apply(), off) < 1e-5
-    assert relative_error(apply(rngs={"params": jax.random.key(5)}), off) < 1e-5
-    assert relative_error(apply(rngs=rngs, deterministic=True), off) < 1e-5
-    assert relative_error(apply(rngs=rngs, train=False), off) < 1e-5
-    on = apply(rngs=rngs)
-    assert relative_error(on, off) > 1e-2
-    assert relative_error(apply(rngs=rngs, deterministic=False, train=True), on) < 1e-6
-    assert relative_error(apply(rngs={"dropout": jax.random.key(6)}), on) > 1e-2
 
 
 def test_dropout_acts_on_the_input_of_the_factors():
@@ -456,16 +366,6 @@ def test_jit_of_a_layer_that_two_methods_reach():
     assert jnp.array_equal(encoded, y + 1)
 
 
-def test_single_key_is_no_dropout_rng():
-    model, x = nn.Dense(5), jnp.ones((3, 6))
-    frozen, adapters = dense_case(model, x, dropout=0.5)
-    off = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    key = jax.random.key(0)
-    assert jnp.array_equal(
-        lora_jax.lora_apply(model, {"params": frozen}, adapters, x, rngs=key), off
-    )
-
-
 def test_complex_inputs():
     model, x = nn.Dense(5), jnp.ones((3, 6)) * jnp.array(1 + 2j)
     frozen, adapters = dense_case(model, x, variant="dora")
@@ -477,76 +377,13 @@ def test_complex_inputs():
 # --- errors ---
 
 
-class OverridesCall(nn.Dense):
-    @nn.compact
-    def __call__(self, x):
-        return x @ self.param("kernel", nn.initializers.ones, (x.shape[-1], self.features))
-
-
-class OwnLayer(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return x @ self.param("kernel", nn.initializers.ones, (x.shape[-1], 6))
-
-
-class Parts(nn.Module):
-    def setup(self):
-        self.encoder = nn.Dense(6)
-        self.head = nn.Dense(3)
-
-    def __call__(self, x):
-        return self.head(self.encoder(x))
-
-    def encode(self, x):
-        return self.encoder(x)
-
-
-def test_adapter_of_an_unknown_module():
-    x = jnp.ones((2, 6))
-    model = nn.Sequential([nn.Dense(6), OwnLayer()])
-    with pytest.raises(
-        ValueError, match=r"'layers_1/kernel'.*no handler for .*OwnLayer.*nn\.Dense"
-    ):
-        lora_jax.lora_apply(model, *init(model, x), x)
-    model = nn.Sequential([nn.Dense(6), OverridesCall(6)])
-    with pytest.raises(ValueError, match=r"'layers_1/kernel'.*OverridesCall.*super\(\)\.__call__"):
-        lora_jax.lora_apply(model, *init(model, x), x)
-
-
 def init(model, x):
     frozen, adapters = dense_case(model, x)
     return {"params": frozen}, adapters
 
 
-def test_adapter_that_the_call_did_not_use():
-    model, x = Parts(), jnp.ones((2, 6))
-    variables, adapters = init(model, x)
-    lora_jax.lora_apply(model, variables, adapters, x)
-    with pytest.raises(ValueError, match=r"'head/kernel'.*Parts\.encode.*allow_unused=True"):
-        lora_jax.lora_apply(model, variables, adapters, x, method="encode")
-    with pytest.raises(ValueError, match=r"'head/kernel'.*Parts\.encode.*allow_unused=True"):
-        lora_jax.lora_apply(model, variables, adapters, x, method=Parts.encode)
-    y = lora_jax.lora_apply(model, variables, adapters, x, method="encode", allow_unused=True)
-    merged = lora_jax.lora_merge(variables["params"], adapters)
-    assert relative_error(y, model.apply({"params": merged}, x, method="encode")) < 1e-5
-
-
-def test_adapter_that_the_call_did_not_use_after_one_that_did():
-    class Optional(nn.Module):
-        @nn.compact
-        def __call__(self, x, head=True):
-            x = nn.Dense(6, name="encoder")(x)
-            return nn.Dense(3, name="head")(x) if head else x
-
-    model, x = Optional(), jnp.ones((2, 6))
-    variables, adapters = init(model, x)
-    lora_jax.lora_apply(model, variables, adapters, x)
-    with pytest.raises(ValueError, match=r"'head/kernel'.*was not used"):
-        lora_jax.lora_apply(model, variables, adapters, x, head=False)
-
-
 def test_adapters_of_another_model():
-    model, x = Parts(), jnp.ones((2, 6))
+    model, x = zoo.Parts(), jnp.ones((2, 6))
     variables, adapters = init(model, x)
     other, other_adapters = init(zoo.Compact(), x)
     with pytest.raises(ValueError, match=r"'first/kernel'.*another model.*Nearest.*head/kernel"):
@@ -556,7 +393,7 @@ def test_adapters_of_another_model():
 
 
 def test_adapters_that_do_not_fit():
-    model, x = Parts(), jnp.ones((2, 6))
+    model, x = zoo.Parts(), jnp.ones((2, 6))
     variables, adapters = init(model, x)
     good = adapters["head"]["kernel"]
     adapters["head"]["kernel"] = good.replace(V=jnp.ones((2, 4)))
@@ -584,7 +421,7 @@ def test_stack_axes_that_are_not_those_of_the_scan(batch_axes):
 
 
 def test_arguments_in_the_wrong_place():
-    model, x = Parts(), jnp.ones((2, 6))
+    model, x = zoo.Parts(), jnp.ones((2, 6))
     variables, adapters = init(model, x)
     with pytest.raises(ValueError, match=r"\{'params': frozen\}"):
         lora_jax.lora_apply(model, variables["params"], adapters, x)
@@ -595,66 +432,6 @@ def test_arguments_in_the_wrong_place():
     whole = {**adapters, "encoder": {"bias": jnp.ones(6)}}
     with pytest.raises(ValueError, match=r"'encoder/bias' is in the base and"):
         lora_jax.lora_apply(model, variables, whole, x)
-
-
-class Wrapped:
-    """As the Flax models of Hugging Face are called."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, x, params=None, dropout_rng=None, train=False):
-        rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        variables = params if "batch_stats" in params else {"params": params}
-        return self.module.apply(variables, x, rngs=rngs)
-
-    def twice(self, x, params=None):
-        return 2 * self(x, params)
-
-
-def test_model_that_takes_its_variables_as_params():
-    module, x, key = zoo.Compact(), jnp.ones((3, 6)), jax.random.key(0)
-    model = Wrapped(module)
-    frozen, adapters = dense_case(module, x, dropout=0.5)
-    variables = {"params": frozen}
-    assert set(lora_jax.kernel_axes(model, variables, x)) == {"first/kernel", "second/kernel"}
-    y = lora_jax.lora_apply(module, variables, adapters, x)
-    assert jnp.array_equal(lora_jax.lora_apply(model, variables, adapters, x), y)
-    twice = lora_jax.lora_apply(model, variables, adapters, x, method="twice")
-    assert jnp.array_equal(twice, 2 * y)
-    same = lora_jax.lora_apply(model, variables, adapters, x, dropout_rng=key)
-    assert jnp.array_equal(same, y)
-    dropped = lora_jax.lora_apply(model, variables, adapters, x, dropout_rng=key, train=True)
-    assert relative_error(dropped, y) > 1e-2
-
-    normed = zoo.Normed()
-    variables = normed.init(key, x)
-    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 2)])
-    frozen, adapters = lora_jax.lora_init(key, variables["params"], config)
-    got = lora_jax.lora_apply(
-        Wrapped(normed), {**variables, "params": frozen}, random_like(adapters), x
-    )
-    assert relative_error(got, normed.apply(variables, x)) > 1e-2
-
-
-@pytest.mark.parametrize("args", [(True,), ()])
-def test_dropout_sees_what_evaluates_in_any_place(args):
-    """As an argument by position, or as the default of the method."""
-
-    class Evaluates(nn.Module):
-        @nn.compact
-        def __call__(self, x, deterministic=True):
-            return nn.Dense(5)(x)
-
-    model, x = Evaluates(), jnp.ones((3, 6))
-    frozen, adapters = dense_case(model, x, dropout=0.5)
-    rngs = {"dropout": jax.random.key(0)}
-
-    def apply(*args, **kwargs):
-        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, *args, **kwargs)
-
-    assert jnp.array_equal(apply(*args, rngs=rngs), apply())
-    assert relative_error(apply(False, rngs=rngs), apply()) > 1e-2
 
 
 def test_variables_that_come_back_are_the_base():
@@ -668,38 +445,6 @@ def test_variables_that_come_back_are_the_base():
     _, updates = lora_jax.lora_apply(model, {"params": frozen}, adapters, x, mutable=True)
     expected = {**params, "second": {**params["second"], "bias": adapters["second"]["bias"]}}
     assert jax.tree.all(jax.tree.map(jnp.array_equal, updates["params"], expected))
-
-
-class Keyword(nn.Module):
-    layer: nn.Module
-
-    @nn.compact
-    def __call__(self, x):
-        return self.layer(inputs=x)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Dense(3),
-        nn.DenseGeneral((3, 2)),
-        nn.Einsum((6, 3), "...d,dk->...k"),
-        nn.Conv(3, (3,)),
-        nn.ConvTranspose(3, (3,)),
-        nn.ConvLocal(3, (3,)),
-        nn.Embed(7, 3),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_called_by_keyword(layer):
-    x = jnp.arange(4) if isinstance(layer, nn.Embed) else jnp.ones((2, 5, 6))
-    model = Keyword(layer)
-    variables = random_variables(model, x)
-    axes = lora_jax.kernel_axes(model, variables, x)
-    config = lora_jax.LoraConfig([lora_jax.Rule(KERNELS, 2)])
-    frozen, adapters = lora_jax.lora_init(jax.random.key(0), variables["params"], config, axes=axes)
-    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    assert jnp.array_equal(y, model.apply(variables, x))
 
 
 def test_adapters_saved_with_another_variant():
@@ -750,29 +495,6 @@ def test_one_adapted_model_inside_another(transform):
     assert relative_error(y, inner.apply(merged, hidden)) < 1e-5
 
 
-def test_method_that_is_bound():
-    class Encodes(nn.Module):
-        def setup(self):
-            self.dense = nn.Dense(50)
-
-        def __call__(self, x):
-            return self.dense(x)
-
-        def encode(self, x, deterministic=True):
-            return self.dense(x)
-
-    model, x = Encodes(), jnp.ones((2, 6))
-    frozen, adapters = dense_case(model, x, dropout=0.5)
-    rngs = {"dropout": jax.random.key(0)}
-
-    def apply(*args, **kwargs):
-        return lora_jax.lora_apply(model, {"params": frozen}, adapters, x, *args, **kwargs)
-
-    for method in ("encode", Encodes.encode, model.encode):
-        assert jnp.array_equal(apply(method=method, rngs=rngs), apply())
-        assert relative_error(apply(False, method=method, rngs=rngs), apply()) > 1e-2
-
-
 def test_dropout_of_adapters_leaves_the_models_own_alone():
     class OwnNoise(nn.Dense):
         @nn.compact
@@ -805,21 +527,6 @@ def test_dropout_of_a_layer_called_twice_is_drawn_twice():
         rngs={"dropout": jax.random.key(0)},
     )
     assert jnp.abs(y).max() > 1e-2
-
-
-@pytest.mark.parametrize("transform", [nn.remat, lambda cls: cls])
-def test_adapter_that_a_later_call_does_not_use_in_a_transform(transform):
-    class Optional(nn.Module):
-        @nn.compact
-        def __call__(self, x, head=True):
-            x = transform(nn.Dense)(6, name="body")(x)
-            return transform(nn.Dense)(3, name="head")(x) if head else x
-
-    model, x = Optional(), jnp.ones((2, 6))
-    frozen, adapters = dense_case(model, x)
-    lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
-    with pytest.raises(ValueError, match=r"'head/kernel'.*was not used"):
-        lora_jax.lora_apply(model, {"params": frozen}, adapters, x, head=False)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -872,36 +579,3 @@ def test_exported_with_a_symbolic_batch():
         exported = export.export(adapted)(jax.ShapeDtypeStruct(shape, "float32"))
         x = random_like(jnp.zeros((7, 4)))
         assert relative_error(exported.call(x), adapted(x)) < 1e-6
-
-
-PRECISE = {
-    "Dense": (nn.Dense(4, precision="highest"), (2, 5)),
-    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(-2, -1), precision="highest"), (2, 5, 3)),
-    "batched": (nn.DenseGeneral(3, batch_dims=(0,), precision="highest"), (2, 5, 3)),
-    "attention": (nn.MultiHeadDotProductAttention(2, precision="highest"), (2, 5, 4)),
-    "Einsum": (nn.Einsum((5, 4), "bd,dk->bk", precision="highest"), (2, 5)),
-    "Conv": (nn.Conv(4, (3,), precision="highest"), (2, 5, 6)),
-    "groups": (nn.Conv(4, (3,), feature_group_count=2, precision="highest"), (2, 5, 6)),
-    "ConvLocal": (nn.ConvLocal(4, (3,), precision="highest"), (2, 5, 6)),
-    "ConvTranspose": (nn.ConvTranspose(4, (3,), precision="highest"), (2, 5, 6)),
-}
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("layer", PRECISE)
-def test_every_product_has_the_precision_of_its_layer(layer, variant):
-    """Forwards and backwards, with `U` and with `V`."""
-    model, shape = PRECISE[layer]
-    x = jnp.ones(shape)
-    params = model.init(jax.random.key(0), x)["params"]
-    axes = lora_jax.kernel_axes(model, {"params": params}, x)
-    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 1, variant=variant)])
-    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
-
-    def loss(adapters, x):
-        return jnp.sum(lora_jax.lora_apply(model, {"params": frozen}, adapters, x))
-
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(adapters, x).as_text()
-    products = [line for line in text.splitlines() if re.search("dot_general|convolution", line)]
-    assert len(products) >= 4
-    assert not [line for line in products if "HIGHEST" not in line]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_jax.peft._patterns import by_pattern, first_match
+from lora_jax.peft.config._patterns import by_pattern, first_match
 
 
 def test_patterns_are_pefts():

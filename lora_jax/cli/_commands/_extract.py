@@ -15,14 +15,14 @@ from lora_jax.arithmetic._low_rank import low_rank
 from lora_jax.cli._arguments import Base, Number, Out, Tuned, check_new
 from lora_jax.cli._layouts import Layouts, model_types
 from lora_jax.cli._printing import print_line, print_table, progress
-from lora_jax.cli._vocabulary import embedding_by
-from lora_jax.cli._without_model import lora_adapter, nested
+from lora_jax.cli._trees_without_model import lora_adapter, nested
+from lora_jax.cli._vocabulary_arrays import embedding_by
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._save import save
 from lora_jax.files._tensors import floats
-from lora_jax.peft._torch_layout import CONV1D
+from lora_jax.peft.torch._layout import CONV1D
 
 
 def extract(

@@ -22,22 +22,22 @@ from lora_jax.cli._arguments import (
     read_names,
 )
 from lora_jax.cli._base_at_start import BaseAtStart
-from lora_jax.cli._consequences import with_consequences
 from lora_jax.cli._experts import order_of
+from lora_jax.cli._head_and_config import with_consequences
 from lora_jax.cli._layouts import Layouts
+from lora_jax.cli._merge_lora_jax import updates_of_lora_jax
+from lora_jax.cli._merge_peft import updates_of_peft
+from lora_jax.cli._merged_arrays import Updates
 from lora_jax.cli._model import Model
 from lora_jax.cli._open_adapter import is_peft
 from lora_jax.cli._prefixes import aligned
 from lora_jax.cli._printing import print_line, progress_bar
 from lora_jax.cli._tied import tie_of
-from lora_jax.cli._updates import Updates
-from lora_jax.cli._updates_of_lora_jax import updates_of_lora_jax
-from lora_jax.cli._updates_of_peft import updates_of_peft
-from lora_jax.cli._without_model import as_peft
+from lora_jax.cli._trees_without_model import as_peft
 from lora_jax.files._checkpoint import Checkpoint, rewrite
-from lora_jax.files._read import read as read_lora_jax
+from lora_jax.files._read_folder import read as read_lora_jax
 from lora_jax.peft._folder import read as read_peft
-from lora_jax.peft._key_mapping import KeyMapping
+from lora_jax.peft.names._key_mapping import KeyMapping
 
 
 def merge(

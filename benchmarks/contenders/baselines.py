@@ -1,0 +1,35 @@
+"""What adapters are compared with: the least that any of them costs, and full fine-tuning."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from benchmarks.contenders.training import Problem, model_loss
+from benchmarks.models import arrays, linen
+from benchmarks.models.cases import Case
+
+
+def floor(case: Case) -> Problem:
+    """The gradient of a vector that is added to the embeddings: the least that an adapter costs."""
+    plain = model_loss(linen.make(case))
+
+    def loss(vector: Any, params: Any, batch: Any) -> jax.Array:
+        def intercept(
+            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            y = next_fun(*args, **kwargs)
+            here = context.module.name == "embed" and context.method_name == "__call__"
+            return y + vector.astype(y.dtype) if here else y
+
+        with nn.intercept_methods(intercept):
+            return plain(params, batch)
+
+    return Problem(loss, jnp.zeros(case.width), arrays.params(case))
+
+
+def full(case: Case) -> Problem:
+    """All parameters are trained."""
+    plain = model_loss(linen.make(case))
+    return Problem(lambda params, _, batch: plain(params, batch), arrays.params(case), {})

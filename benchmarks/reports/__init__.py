@@ -1,0 +1,1 @@
+"""What the programs wrote, as tables and figures: a file for each program."""

@@ -1,0 +1,24 @@
+"""The adapted product of a layer, and its gradient.
+
+The formulas:
+
+- ``_norm.py``: DoRA's norm without forming ``U V``, and with it.
+- ``_factored.py``: ``a (x W + s (x U) V)``, and as a sum of outer products.
+- ``_dense.py``: ``x K`` with ``K = a (W + s U V)``, and its gradient.
+- ``_product.py``: the product of a layer, and which of these computes it.
+- ``_mixed_product.py``: the product of a layer whose rows have different adapters.
+
+What they are made of:
+
+- ``_einsum_equation.py``: an einsum with a kernel as a matrix product.
+- ``_layer_factors.py``: the factors of one layer.
+- ``_skinny_matmul.py``: products with the thin factors, and what they need on CPUs.
+- ``_row_ids.py``: which of several adapters each row of a batch has.
+- ``_row_factors.py``: the factors of the rows, gathered or one-hot.
+
+For layers:
+
+- ``_adapted_kernel.py``: the kernel that a layer's handler gets (``AdaptedKernel``).
+- ``_dropout.py``: dropout of the input of the factors.
+- ``_observer.py``: what is told how a handler uses a kernel.
+"""

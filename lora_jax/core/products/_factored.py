@@ -1,0 +1,168 @@
+"""The factored product ``y = a (x W + s (x U) V)``: the activations are read, not the kernel.
+
+It reads and writes the activations once more than the layer does, ``n (d + k)`` numbers for ``n``
+rows, which costs more than its arithmetic. JAX differentiates it: the gradient has the skinny
+products only, never ``x^T g``.
+
+**outer** writes ``(x U) V`` as a sum of ``r`` outer products,
+
+    y = a (x W + s sum_r (x U)_r V_r),
+
+which a compiler can fuse into the product with ``W``, so that ``x W`` is not written and read once
+more. It accesses fewer bytes by the TPU's compiler; no one has timed it on one, so it is taken only
+where a rule asks for it.
+
+:func:`factored_linear` is the same for any product that is linear in the kernel, such as a
+convolution: ``U`` in the layout of the kernel is a kernel with ``r`` outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._variants import along, float32_or_more
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._layer_factors import LayerFactors
+from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, on_cpu, skinny_matmul
+
+Product = Callable[[chex.Array, chex.Array], chex.Array]
+
+
+# Under jax.jit, layers that are alike are traced, differentiated and transposed once.
+@functools.partial(jax.jit, static_argnames=("outer", "equation", "s", "precision", "on_cpu"))
+def factored_product(
+    y: chex.Array,
+    x: chex.Array,
+    U: chex.Array,
+    V: chex.Array,
+    a: chex.Array | None,
+    *,
+    outer: bool,
+    equation: Equation,
+    s: float,
+    precision: jax.lax.PrecisionLike,
+    on_cpu: bool,
+    mask: chex.Array | None = None,
+) -> chex.Array:
+    """``a (y + s (x U) V)``; with a mask ``(r,)``, ``a (y + s (mask (x U)) V)``.
+
+    Args:
+      y: the layer's own product, ``x W``.
+      x: the input of the factors.
+      U: left factor.
+      V: right factor.
+      a: one number for each output, or ``None`` for 1.
+      outer: whether ``(x U) V`` is a sum of outer products.
+      equation: of ``x``, the kernel and ``y``.
+      s: the scale.
+      precision: of the products.
+      on_cpu: whether it is a CPU that computes.
+      mask: of the columns of ``U``.
+    """
+    U, V = U.astype(x.dtype), V.astype(x.dtype)
+    x = merge_free_axes(equation.operand(x), len(equation.axes.batch), on_cpu)
+    xU = skinny_matmul(x, U, precision, on_cpu)
+    if mask is not None:
+        xU = xU * along(mask, xU).astype(xU.dtype)
+    # The scale is where it moves the fewest bytes: that is how compilers fuse it.
+    if outer:
+        delta = _outer(s * xU, V, precision)
+    elif on_cpu:
+        delta = contract(s * xU, V, -2, precision)
+    else:
+        delta = s * contract(xU, V, -2, precision)
+    y = y + equation.result(delta).astype(y.dtype)
+    return y if a is None else scaled(equation.on_y(a), y)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _outer(xU: chex.Array, V: chex.Array, precision: jax.lax.PrecisionLike) -> chex.Array:
+    """``sum_r (x U)_r V_r``, whose derivative is that of the product ``(x U) V``."""
+    dtype = float32_or_more(xU.dtype)
+    batch, free = V.shape[:-2], (1,) * (xU.ndim - V.ndim + 1)
+    total = jnp.zeros((), dtype)
+    for r in range(V.shape[-2]):
+        V_r = jnp.reshape(V[..., r, :], (*batch, *free, V.shape[-1]))
+        total = total + xU[..., r : r + 1].astype(dtype) * V_r.astype(dtype)
+    return total.astype(xU.dtype)
+
+
+@_outer.defjvp
+def _outer_jvp(
+    precision: jax.lax.PrecisionLike,
+    primals: tuple[chex.Array, chex.Array],
+    tangents: tuple[chex.Array, chex.Array],
+) -> tuple[chex.Array, chex.Array]:
+    (xU, V), (dxU, dV) = primals, tangents
+    derivative = contract(dxU, V, -2, precision) + contract(xU, dV, -2, precision)
+    return _outer(xU, V, precision), derivative
+
+
+def factored_linear(
+    linear: Product,
+    y: chex.Array,
+    x: chex.Array,
+    W: chex.Array,
+    factors: LayerFactors,
+    axes: KernelAxes,
+    *,
+    groups: int = 1,
+    mask: chex.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> chex.Array:
+    """``a (y + s linear(x, U) V)``, and with a mask ``(r,)`` ``a (y + s (mask linear(x, U)) V)``.
+
+    Args:
+      linear: computes the layer's product; it takes kernels of any number of outputs.
+      y: the layer's own product, ``linear(x, W)``.
+      x: the input of the factors.
+      W: the kernel in the compute dtype, with one output axis.
+      factors: of the adapter.
+      axes: how ``W`` is a matrix.
+      groups: number of groups that the outputs are in, each with inputs of its own.
+      mask: of the columns of ``U``.
+      precision: of the product with ``V``.
+
+    Raises:
+      ValueError: if the outputs are not the last axis of what ``linear`` gives.
+    """
+    (out,) = axes.outputs
+    U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
+    rank = U.shape[-1]
+    shape = [rank if axis == out else size for axis, size in enumerate(W.shape)]
+    kernel = axes.as_kernel(U, shape)
+    if groups > 1:
+        kernel = jnp.concatenate([kernel] * groups, axis=out)
+    xU = factors.s * linear(x, kernel)
+    if y.shape[-1:] != (W.shape[out],) or xU.shape != (*y.shape[:-1], groups * rank):
+        raise ValueError(
+            f"The result of a linear product must have its outputs last: with a kernel {W.shape} "
+            f"it is {y.shape}, with {kernel.shape} it is {xU.shape}."
+        )
+    if groups > 1:
+        xU = jnp.reshape(xU, (*xU.shape[:-1], groups, rank))
+    if mask is not None:
+        xU = xU * along(mask, xU).astype(xU.dtype)
+    if groups > 1:
+        V = jnp.reshape(V, (rank, groups, -1))
+        delta = jnp.einsum("...gr,rgk->...gk", xU, V, precision=precision)
+    elif axes.batch:
+        batch = "abcdefgh"[: len(axes.batch)]
+        equation = f"...{batch}r,{batch}rk->...{batch}k"
+        delta = jnp.einsum(equation, xU, V, precision=precision)
+    else:
+        delta = contract(merge_free_axes(xU, 0, on_cpu()), V, -2, precision)
+    y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
+    return y if factors.a is None else scaled(factors.a, y)
+
+
+def scaled(a: chex.Array, y: chex.Array) -> chex.Array:
+    """``a * y``, whose last axes ``a`` has. ``a`` is close to 1, and 1 in 16 bits: so not cast."""
+    dtype = float32_or_more(y.dtype)
+    return (along(a, y).astype(dtype) * y.astype(dtype)).astype(y.dtype)

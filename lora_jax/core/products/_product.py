@@ -1,0 +1,184 @@
+"""The adapted product ``x W'`` of a layer, and which of its computations is taken.
+
+``W' = a (W + s U V)``, with ``a = m / ||W + s U V||_c`` for DoRA and ``a = 1`` for LoRA:
+``_variants.py`` says so as the papers do. Three computations give it:
+
+    factored    y = a (x W + s (x U) V)                _factored.py
+    outer       y = a (x W + s sum_r (x U)_r V_r)      _factored.py
+    dense       y = x K,   K = a (W + s U V)           _dense.py
+
+Dense is better with many rows ``n``. But ``K`` is rounded: in 16 bits an update below half a unit
+in the last place of ``W`` would vanish, and so it would on an accelerator that multiplies float32
+numbers in less. So ``"auto"`` is dense where the product is computed in float32 or more and
+``n >= d``, and else factored. ``docs/benchmarks.md`` has the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._meshes import left_to_compiler
+from lora_jax.core.products._dense import dense_product
+from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._factored import Product, factored_linear, factored_product, scaled
+from lora_jax.core.products._layer_factors import LayerFactors
+from lora_jax.core.products._skinny_matmul import on_cpu
+
+
+def adapted_einsum(
+    equation: Equation,
+    x: chex.Array,
+    W: chex.Array,
+    factors: LayerFactors,
+    *,
+    base: Product | None = None,
+    transposed: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+    dropped_x: chex.Array | None = None,
+) -> chex.Array:
+    """The einsum of ``x`` with ``W'`` for one layer, in the layer's own dtype.
+
+    Args:
+      equation: ``x,W->y``.
+      x: the input.
+      W: the kernel in the compute dtype.
+      factors: of the adapter.
+      base: the layer's own product of ``x`` and ``W``, if it is more than the einsum.
+      transposed: the product is with the transposed matrix, ``x W'^T``, as where an embedding
+        gives the logits: then ``y = (a x) W^T + s ((a x) V^T) U^T``.
+      precision: of the products.
+      dropped_x: the input of the factors where they have dropout; ``x`` by default.
+    """
+    reasons = {
+        "the layer has a product of its own": base is not None,
+        "the product is with the transposed kernel": transposed,
+        "the adapter has dropout": dropped_x is not None,
+    }
+    U, V, a = factors.U, factors.V, factors.a
+    static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": on_cpu()}
+    dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
+    chosen = choose_product(factors, dtype, equation.rows, precision, reasons)
+    if chosen == "dense":
+        dense = functools.partial(dense_product, **static)
+        plain = functools.partial(equation.product, precision=precision)
+        like = functools.partial(jax.eval_shape, plain, x, W)
+        return left_to_compiler(dense, x, W, U, V, a, like=like)
+    dropped_x = x if dropped_x is None else dropped_x
+    if transposed:
+        U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
+        if a is not None:
+
+            def scale(a: chex.Array, x: chex.Array) -> chex.Array:
+                return scaled(equation.on_x(a), x)
+
+            x, dropped_x = (left_to_compiler(scale, a, x, like=x) for x in (x, dropped_x))
+            a = None
+    y = equation.product(x, W, precision) if base is None else base(x, W)
+    factored = functools.partial(factored_product, outer=chosen == "outer", **static)
+    return left_to_compiler(factored, y, dropped_x, U, V, a, like=y)
+
+
+def adapted_linear(
+    linear: Product,
+    x: chex.Array,
+    W: chex.Array,
+    factors: LayerFactors,
+    axes: KernelAxes,
+    *,
+    base: Product,
+    groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
+    dropped_x: chex.Array | None = None,
+) -> chex.Array:
+    """``linear(x, W')`` for any product that is linear in the kernel, such as a convolution.
+
+    ``linear(x, U)`` is the same product with ``r`` outputs, and its result times ``V`` is added.
+
+    Args:
+      linear: computes the layer's product; it takes kernels of any number of outputs.
+      x: the input.
+      W: the kernel in the compute dtype, with one output axis.
+      factors: of the adapter.
+      axes: how ``W`` is a matrix. The result's last axes are the batch axes and the outputs.
+      base: the layer's own product of ``x`` and ``W``.
+      groups: number of groups that the outputs are in, each with inputs of its own.
+      precision: of the product with ``V``; that of ``linear`` is its own.
+      dropped_x: the input of the factors where they have dropout; ``x`` by default.
+    """
+    require_factored(factors)
+    y = base(x, W)
+
+    def add(y: chex.Array, x: chex.Array, U: chex.Array, V: chex.Array, a: Any) -> chex.Array:
+        inside = factors._replace(U=U, V=V, a=a)
+        return factored_linear(linear, y, x, W, inside, axes, groups=groups, precision=precision)
+
+    x = x if dropped_x is None else dropped_x
+    return left_to_compiler(add, y, x, factors.U, factors.V, factors.a, like=y)
+
+
+# What a precision may be called that keeps float32 as it is.
+_EXACT = (jax.lax.Precision.HIGHEST, "highest", "float32")
+
+
+def choose_product(
+    factors: LayerFactors,
+    dtype: Any,
+    rows: int,
+    precision: jax.lax.PrecisionLike = None,
+    reasons: Mapping[str, bool] = types.MappingProxyType({}),
+) -> str:
+    """How a product is computed: as the rule says, or else by whichever is exact and faster.
+
+    Args:
+      factors: of the adapter.
+      dtype: that the layer computes in.
+      rows: number of rows ``n`` of its input.
+      precision: of its products.
+      reasons: what would make a dense product impossible, and whether that is so.
+
+    Returns:
+      ``"factored"``, ``"outer"`` or ``"dense"``.
+
+    Raises:
+      ValueError: if the rule says what is not possible.
+
+    Example:
+      >>> factors = LayerFactors(jnp.zeros((512, 8)), jnp.zeros((8, 512)), None, 1.0)
+      >>> choose_product(factors, jnp.bfloat16, rows=4096)
+      'factored'
+    """
+    if factors.product in ("factored", "outer"):
+        return factors.product
+    not_dense = [reason for reason, is_so in reasons.items() if is_so]
+    if jnp.dtype(dtype).itemsize < 4:
+        not_dense.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
+    if factors.product == "dense":
+        if not_dense:
+            refuse_product(factors, not_dense[0])
+        return factors.product
+    exact = on_cpu() or precision in _EXACT
+    # A symbolic number of rows, as jax.export has, is not an int and cannot be compared.
+    many = isinstance(rows, int) and rows >= factors.U.shape[-2]
+    return "dense" if exact and not not_dense and many else "factored"
+
+
+def require_factored(factors: LayerFactors) -> None:
+    """Raises ValueError if the rule wants what is for products of two matrices only."""
+    if factors.product in ("dense", "outer"):
+        refuse_product(factors, "the layer is not a product of two matrices")
+
+
+def refuse_product(factors: LayerFactors, reason: str) -> NoReturn:
+    """Raises ValueError for a rule that wants a product which is not possible."""
+    raise ValueError(
+        f"The rule of {factors.path!r} says product={factors.product!r}, which is not possible, as "
+        f"{reason}. Give it a rule with product='factored' or 'auto'."
+    )

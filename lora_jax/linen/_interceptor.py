@@ -1,0 +1,124 @@
+"""The interceptor of one ``lora_apply``: it gives each adapted layer to its handler.
+
+A layer is adapted where the function in the layer's own class body runs, as
+``_handler_entry.py`` finds it. Its adapter is read from the scope of the module, so it is the one
+that the transforms around the layer have sliced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+
+from lora_jax import _compat as compat
+from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.products._observer import Unseen
+from lora_jax.linen._handlers import Handlers, entry_of
+from lora_jax.linen._map_variables import refuse_mapped
+from lora_jax.linen._place_adapters import SUFFIX, Placed
+from lora_jax.trees._paths import Key, path_of, unbox
+
+
+class _Active(threading.local):
+    """The interceptors that are active: of one call inside another, the inner one adapts."""
+
+    stack: tuple[Interceptor, ...] = ()
+
+
+_ACTIVE = _Active()
+
+
+@dataclasses.dataclass(eq=False)
+class Interceptor:
+    """The interceptor of one call, and what it saw.
+
+    Attributes:
+      handlers: of the call.
+      placed: the adapters beside kernels, as no transform has sliced them yet.
+      classes: of the modules that were called, by their paths.
+      used: the paths of the kernels that a handler has computed with.
+    """
+
+    handlers: Handlers
+    placed: Mapping[Key, Placed] = dataclasses.field(default_factory=dict)
+    classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
+    used: set[str] = dataclasses.field(default_factory=set)
+    _draws: dict[str, int] = dataclasses.field(default_factory=dict)
+    _maps: compat.Maps = dataclasses.field(default_factory=compat.Maps)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Intercepts the calls of modules."""
+        _ACTIVE.stack = (*_ACTIVE.stack, self)
+        try:
+            with nn.intercept_methods(self._intercept):
+                yield
+        finally:
+            _ACTIVE.stack = _ACTIVE.stack[:-1]
+
+    def _intercept(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        adapts = _ACTIVE.stack[-1] is self and not isinstance(module, compat.Probe)
+        if module.scope is None or not adapts:
+            return next_fun(*args, **kwargs)
+        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            refuse_mapped(module.layer_instance)
+        classes = self.classes.setdefault(module.path, [])
+        if type(module) not in classes:
+            classes.append(type(module))
+        entry = entry_of(self.handlers, context.orig_method)
+        names = entry.names(module) if entry else ()
+        if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
+            return next_fun(*args, **kwargs)
+        kernels = tuple(self._kernel(module, name) for name in names)
+        return entry.output(kernels, next_fun, args, kwargs, context)
+
+    def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
+        """A kernel of a module for its handler, with its adapter if there is one."""
+        if not module.has_variable("params", name):
+            return None
+        value = unbox(module.get_variable("params", name))
+        if not module.has_variable("params", name + SUFFIX):
+            return AdaptedKernel(path_of((*module.path, name)), value)
+        placed: Placed = module.get_variable("params", name + SUFFIX)
+        path, adapter = placed.path, placed.adapter
+        if placed.cut:
+            return AdaptedKernel(path, value, observer=Unseen())
+        if id(adapter.U) not in self._as_placed and self._maps.may_be_of_params(module):
+            refuse_mapped(module)
+
+        rng = self._dropout_rng(module, path) if adapter.dropout else None
+        use = functools.partial(self.used.add, path)
+        return AdaptedKernel(path, value, adapter, rng, use=use, ids=placed.ids)
+
+    @functools.cached_property
+    def _as_placed(self) -> set[int]:
+        """The factors that no transform has replaced."""
+        return {id(node.adapter.U) for node in self.placed.values()}
+
+    def _dropout_rng(self, module: nn.Module, path: str) -> chex.PRNGKey:
+        """A key from the module's own stream, which then goes on as if it had not been asked."""
+        if not module.has_rng("dropout"):
+            raise ValueError(
+                f"The adapter of {path!r} has dropout, but its module has no 'dropout' rng. If an "
+                f"nn.scan or nn.vmap around it does not pass it on, add "
+                f"split_rngs={{'dropout': True}} there; else set dropout=0 in the rule."
+            )
+        rng = compat.key_aside(module, "dropout")
+        self._draws[path] = self._draws.get(path, 0) + 1
+        return jax.random.fold_in(rng, zlib.crc32(f"{path}{SUFFIX}{self._draws[path]}".encode()))

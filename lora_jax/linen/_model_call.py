@@ -1,0 +1,64 @@
+"""Calling a model with its variables, and what it is that is called.
+
+A model is a ``flax.linen`` module, or a Flax model of Hugging Face, which has one as
+``model.module`` and is called as ``model(*args, params=..., **kwargs)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from lora_jax.tracing._map_rows import gives_variables
+
+
+def check_model(model: Any, variables: Any, name: str) -> None:
+    """Checks that the first two arguments are a model and its variables.
+
+    Args:
+      model: the first argument.
+      variables: the second one.
+      name: of the function that was called.
+
+    Raises:
+      TypeError: if ``model`` is neither a ``flax.linen`` module nor a model of Hugging Face.
+      ValueError: if ``variables`` does not have the collection ``"params"``.
+    """
+    if not isinstance(model, nn.Module) and not _is_hugging_face(model):
+        raise TypeError(
+            f"{name} is for flax.linen modules, and for Flax models of Hugging Face, which have "
+            f"one as model.module; got {type(model).__name__}."
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError("variables must have the collection 'params': pass {'params': frozen}.")
+
+
+def call_model(
+    model: Any, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """``model.apply``; a model of Hugging Face takes its variables as ``params=``."""
+    if isinstance(model, nn.Module):
+        return model.apply(variables, *args, **kwargs)
+    kwargs = dict(kwargs)
+    method = kwargs.pop("method", None) or "__call__"
+    bound = getattr(model, method if isinstance(method, str) else method.__name__)
+    params = variables["params"] if set(variables) == {"params"} else variables
+    return bound(*args, params=params, **kwargs)
+
+
+def name_of_call(kwargs: Mapping[str, Any]) -> str:
+    """What is called, as far as what a model reads depends on it.
+
+    Example:
+      >>> name_of_call({}), name_of_call({"method": "encode", "mutable": ["cache"]})
+      ('__call__', 'encode, with variables')
+    """
+    method = kwargs.get("method") or "__call__"
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    return f"{name}, with variables" if gives_variables(kwargs) else name
+
+
+def _is_hugging_face(model: Any) -> bool:
+    return callable(model) and isinstance(getattr(model, "module", None), nn.Module)

@@ -1,0 +1,264 @@
+"""Adapter nodes in the ``params`` collection, each next to the leaf of the base that it is for.
+
+There they go through every lifted transform (``nn.scan``, ``nn.vmap``, ``nn.remat``, ``nn.jit``)
+just as the kernels do, and all that decides what a layer computes is in the structure of the
+variables, where the cache of ``nn.jit`` sees it. What is done to a node depends on its kind and on
+the call; each has one function here:
+
+    fully trained           the leaf itself, of the adapter that the id is of
+    not in the layer        W' in the place of the parameter
+    in the layer            U, V and m / ||W + s U V||_c beside the kernel, as they are,
+      one id for all        those of one adapter of a stack,
+      an id for each row    those of all adapters, and the row's id
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._compat import is_traced
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._fully_trained import FullyTrained
+from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._row_ids import BASE, Ids, taken
+from lora_jax.linen._handlers import Handlers
+from lora_jax.trees._merge import join, merged_leaf
+from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
+
+# The name of an adapter is that of its parameter and this.
+SUFFIX = "@lora"
+
+
+@flax.struct.dataclass
+class Placed:
+    """An adapter beside its kernel.
+
+    The path is that of the parameter in the whole tree, also where the layer is applied on its own
+    inside the model. As a part of the structure it makes ``nn.jit`` trace each layer, and not use
+    for one what it has traced for another; likewise the handlers.
+
+    Attributes:
+      adapter: with ``m / ||W + s U V||_c`` in the place of ``m``, and as many axes as the kernel.
+      path: of the parameter.
+      handlers: of the call.
+      ids: of one row of a mixed batch.
+      cut: whether the layer shall compute with zeros in the place of the kernel.
+    """
+
+    adapter: Adapter
+    path: str = flax.struct.field(pytree_node=False)
+    handlers: Handlers = flax.struct.field(pytree_node=False)
+    ids: Ids | None = None
+    cut: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class CallIds:
+    """Which of several stacked adapters a call has.
+
+    Attributes:
+      ids: of one adapter, ``()``; or ``(1, tokens)``, of one for each token of the only row.
+      count: how many adapters there are.
+      base_is_complete: whether it is known that no row needs a leaf which the base lacks.
+      of_row: whether the call is that of one row of many, over which it is mapped.
+    """
+
+    ids: chex.Array
+    count: int
+    base_is_complete: bool
+    of_row: bool
+
+
+def key_of_adapter(key: Key) -> Key:
+    """The key of an adapter, from that of its kernel."""
+    return (*key[:-1], key[-1] + SUFFIX)
+
+
+def place(
+    frozen: chex.ArrayTree,
+    adapters: chex.ArrayTree,
+    ids: CallIds | None,
+    *,
+    dropout: bool,
+    handlers: Handlers,
+) -> tuple[chex.ArrayTree, dict[Key, Placed]]:
+    """The parameters for a call of the adapted model.
+
+    Args:
+      frozen: the base.
+      adapters: the adapters, stacked if there are ids.
+      ids: which of them the call has.
+      dropout: whether adapters have their dropout.
+      handlers: of the call.
+
+    Returns:
+      The base with the adapters in it, and those that stand beside a kernel, by the kernel's key.
+
+    Raises:
+      TypeError: if a tree is not a nested dict, or a node is not one of an adapter.
+      ValueError: if an adapter does not fit the base or the call.
+    """
+    placed: dict[Key, Placed] = {}
+
+    def place_node(key: Key, leaf: Any, node: Any) -> dict[Key, Any]:
+        if not node.in_layer:
+            return {key: _materialized(path_of(key), leaf, node, ids)}
+        placed[key] = _beside(path_of(key), unbox(leaf), node, ids, dropout, handlers)
+        return {key: leaf, key_of_adapter(key): placed[key]}
+
+    if ids is None:
+        return join(frozen, adapters, place_node), placed
+    return join(frozen, adapters, place_node, ids.count, functools.partial(_trained, ids)), placed
+
+
+def restored(params: chex.ArrayTree, frozen: chex.ArrayTree, placed: Any) -> chex.ArrayTree:
+    """The parameters that a call with ``mutable`` gives back, without what was placed in them.
+
+    Args:
+      params: what the call gives back.
+      frozen: the base, which is given back where ``W'`` stood in its place, and still does.
+      placed: what the call was given.
+    """
+    base, given = flatten(frozen, "frozen"), flatten(placed, "params")
+    kept = {}
+    for key, leaf in flatten(params, "params").items():
+        if not key[-1].endswith(SUFFIX):
+            kept[key] = base[key] if key in base and leaf is given.get(key) else leaf
+    return unflatten(kept, params)
+
+
+def is_complete(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> bool:
+    """Whether it is known that no row needs a leaf of the base that is not there.
+
+    Raises:
+      ValueError: if it is known that one does.
+    """
+    if is_traced(ids) or not ids.is_fully_addressable:
+        return False
+    for key, node in nodes.items():
+        if not node.in_base and key not in base and bool((np.asarray(ids) == BASE).any()):
+            raise ValueError(
+                f"{path_of(key)!r} was fully trained, and the base lacks it, so no row can have "
+                f"the base alone (id {BASE}): pass all of the model's parameters as "
+                f"{{'params': params}}."
+            )
+    return True
+
+
+def _trained(ids: CallIds, key: Key, leaf: Any, node: FullyTrained) -> dict[Key, Any]:
+    """A leaf that was fully trained, such as a head or a bias: that of the id.
+
+    Args:
+      ids: which of the adapters.
+      key: of the parameter.
+      leaf: the base's own, or ``None``.
+      node: the leaves of all adapters, on an axis in front.
+
+    Raises:
+      ValueError: if ids are those of tokens, or if the stack is of another model.
+    """
+    path = path_of(key)
+    if ids.ids.ndim > 0:
+        raise ValueError(
+            f"{path!r} was fully trained, so that adapter_ids must be one number for each example, "
+            f"not for each token."
+        )
+    dtype, box, shape = node.merged_dtype(), node.value, jnp.shape(node.array)
+    if leaf is not None and jnp.shape(unbox(leaf)) != shape[1:]:
+        raise ValueError(
+            f"{path!r} was fully trained: its stack is {shape}, but the base has "
+            f"{jnp.shape(unbox(leaf))} there. Was it made for another model?"
+        )
+    base = (0.0 if ids.base_is_complete else jnp.nan) if leaf is None else unbox(leaf)
+    return {key: jax.tree.map(lambda array: taken(array, ids.ids, base).astype(dtype), box)}
+
+
+def _materialized(path: str, kernel: Any, adapter: Adapter, ids: CallIds | None) -> Any:
+    """``W'`` in the place of the parameter."""
+    if ids is None:
+        return merged_leaf(kernel, adapter)
+    if ids.ids.ndim > 0:
+        raise ValueError(
+            f"The adapters of {path!r} have materialize=True, and W' cannot be another one for "
+            f"every token: give one id for each row."
+        )
+    merged = merged_leaf(kernel, _one_of(adapter, ids.ids))
+    return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, kernel)
+
+
+def _beside(
+    path: str,
+    W: Any,
+    adapter: Adapter,
+    ids: CallIds | None,
+    dropout: bool,
+    handlers: Handlers,
+) -> Placed:
+    """An adapter as it stands beside its kernel."""
+    adapter = _with_dropout(path, adapter, dropout)
+    if ids is None:
+        return Placed(_on_axes_of_kernel(normalized(W, adapter)), path, handlers)
+    if not ids.of_row:
+        return Placed(_on_axes_of_kernel(_for_all_rows(W, adapter, ids.ids)), path, handlers)
+    adapter, of_row = _for_one_row(W, normalized(W, adapter), ids)
+    return Placed(adapter, path, handlers, of_row)
+
+
+def _with_dropout(path: str, adapter: Adapter, active: bool) -> Adapter:
+    """The adapter with its rate of dropout, or with 0 where dropout is not active.
+
+    It is a part of the structure, so that ``nn.jit`` traces again.
+    """
+    if active and adapter.dropout is None:
+        raise ValueError(
+            f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
+            f"active: train them apart, or call without the 'dropout' rng."
+        )
+    return adapter.replace(dropout=adapter.dropout if active else 0.0)  # type: ignore[attr-defined, no-any-return]
+
+
+def _one_of(adapter: Adapter, id_: chex.Array) -> Adapter:
+    """One adapter of a stack; zeros where the id is that of the base."""
+    one: Adapter = jax.tree.map(lambda array: taken(array, id_, 0.0), adapter)
+    return one
+
+
+def _for_all_rows(W: Any, adapter: Adapter, id_: chex.Array) -> Adapter:
+    """One adapter of a stack for the whole batch, or the base alone: ``m / ||W||_c`` is 1 there."""
+    adapter = normalized(W, _one_of(adapter, id_))
+    if adapter.m is None:
+        return adapter
+    return adapter.replace(m=jnp.where(id_ == BASE, 1.0, adapter.m))  # type: ignore[attr-defined, no-any-return]
+
+
+def _for_one_row(W: Any, adapter: Adapter, ids: CallIds) -> tuple[Adapter, Ids]:
+    """All adapters of a stack, from which each layer takes those of the row; and the row's ids.
+
+    The axis of the adapters is behind those that stack the kernel, so that transforms slice the
+    arrays as they slice the kernel.
+    """
+    behind = len(adapter.axes.batch_shape(W.shape))
+    arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in _arrays(adapter).items()}
+    adapter = adapter.replace(**arrays)  # type: ignore[attr-defined]
+    of_row = Ids.placed(ids.ids, ids.count, adapter.axes, W.shape)
+    return _on_axes_of_kernel(adapter), of_row
+
+
+def _on_axes_of_kernel(adapter: Adapter) -> Adapter:
+    """The arrays with as many axes as the kernel, those that stack it in their places."""
+    place = adapter.axes.place
+    arrays = {name: place(x, 1 if name == "m" else 2) for name, x in _arrays(adapter).items()}
+    return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
+
+
+def _arrays(adapter: Adapter) -> dict[str, Any]:
+    return {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}
