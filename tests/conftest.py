@@ -13,6 +13,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# They have no doctests, and there is one in several folders.
+collect_ignore_glob = ["*conftest.py"]
+
 
 def pytest_report_header():
     """Which end it is that is tested."""
