@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from lora_jax.files._kinds import KINDS, add_kind
+from lora_jax.files._node_kinds import KINDS, add_kind
 
 
 @flax.struct.dataclass
