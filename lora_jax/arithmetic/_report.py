@@ -39,7 +39,7 @@ class ApproximationReport(Report[Approximation]):
         body = [
             (
                 path,
-                "whole" if one.rank is None else str(one.rank),
+                "full" if one.rank is None else str(one.rank),
                 f"{one.error:.2g}" if one.error else "exact",
             )
             for path, one in self.rows.items()

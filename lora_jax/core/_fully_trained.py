@@ -37,7 +37,7 @@ class FullyTrained(Node):
     @property
     def variant(self) -> str:
         """As a summary has it."""
-        return "whole"
+        return "full"
 
     @property
     def array(self) -> Any:

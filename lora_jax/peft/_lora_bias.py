@@ -41,7 +41,7 @@ class LoraBias(Node):
     @property
     def variant(self) -> str:
         """As a summary has it."""
-        return "shift"
+        return "lora_bias"
 
     def merge(self, leaf: chex.Array) -> chex.Array:
         """``b' = b + s v``, in float32."""

@@ -56,7 +56,7 @@ def summary(
       >>> print(lora_jax.summary(*split, config=config, tx=optax.adam(1e-3)))
       path      shape    variant  rank  scale  trained  total       %
       --------  -------  -------  ----  -----  -------  -----  ------
-      0/bias    32       whole                      32     32  100.00
+      0/bias    32       full                       32     32  100.00
       0/kernel  64 x 32  lora        2      1      192  2,048    9.38
       --------  -------  -------  ----  -----  -------  -----  ------
       Rule('0/kernel'): 1 of 1 matched leaves adapted

@@ -17,7 +17,7 @@ class Row:
     Attributes:
       path: where it is in the parameters.
       shape: shape of the kernel or leaf.
-      variant: ``"lora"``, ``"dora"``, or ``"whole"`` for a fully trained leaf.
+      variant: ``"lora"``, ``"dora"``, or ``"full"`` for a fully trained leaf.
       rank: ``r``; ``None`` for a fully trained leaf.
       scale: ``s``; ``None`` for a fully trained leaf.
       trained: number of trained parameters.
@@ -113,7 +113,7 @@ class Summary:
                 )
         if self.optimizer_nbytes is not None:
             lines.append(f"optimizer state: {_bytes(self.optimizer_nbytes)}")
-        frozen = self.total - sum(row.total for row in self.rows if row.variant == "whole")
+        frozen = self.total - sum(row.total for row in self.rows if row.variant == "full")
         sums = (
             f"trained {self.trained:,} of {self.total:,} parameters ({self.percent:.2f} %), "
             f"{frozen:,} frozen; {_bytes(self.nbytes)} to save"

@@ -500,7 +500,7 @@ def test_report_is_a_table():
         "path    rank  relative error",
         "-----  -----  --------------",
         "dense      1           exact",
-        "head   whole           exact",
+        "head   full            exact",
         "-----  -----  --------------",
     ]
     wide = {"dense": trained({"dense": params["dense"]}, "rslora", 1)["dense"]}

@@ -34,7 +34,7 @@ def test_counts(dtype):
     assert [(row.path, row.variant, row.rank, row.scale) for row in table.rows] == [
         ("a/kernel", "lora", 2, 4.0),
         ("b/kernel", "dora", 3, 1.0),
-        ("head/bias", "whole", None, None),
+        ("head/bias", "full", None, None),
     ]
     assert [row.shape for row in table.rows] == [(20, 10), (3, 10, 5), (7,)]
     trained = [2 * (20 + 10), 3 * (3 * (10 + 5) + 5), 7]
