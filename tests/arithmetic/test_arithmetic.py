@@ -497,11 +497,11 @@ def test_bfloat16_base_and_files(tmp_path):
 def test_report_is_a_table():
     params, _, a = with_head(1)
     assert str(lora_jax.combine([a], [1])[1]).splitlines() == [
-        "path    rank  relative error",
-        "-----  -----  --------------",
-        "dense      1           exact",
-        "head   full            exact",
-        "-----  -----  --------------",
+        "path   rank  relative error",
+        "-----  ----  --------------",
+        "dense     1           exact",
+        "head   full           exact",
+        "-----  ----  --------------",
     ]
     wide = {"dense": trained({"dense": params["dense"]}, "rslora", 1)["dense"]}
     report = lora_jax.compress(wide, rank=1)[1]
