@@ -14,7 +14,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 styles serve test test-slow test-oldest test-newest interop lint format docs notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -22,6 +22,7 @@ help:
 	@echo "make styles    teach a small language model two styles of English"
 	@echo "make serve     serve them side by side, in one batch"
 	@echo "make test      the tests and doctests"
+	@echo "make test-quick those of the mathematics and of the trees, in a minute"
 	@echo "make test-slow the thorough tests that take long"
 	@echo "make test-oldest  what leans on jax and flax, with the oldest versions that are supported"
 	@echo "make test-newest  the tests on the newest Python, with its newest jax and flax (NEWEST_PYTHON=python3.13)"
@@ -49,14 +50,20 @@ serve: $(VENV)/.examples $(VENV)/.smollm2
 	$(BIN)/python -m examples.serve $(ARGS)
 
 test: $(VENV)/.dev
+	@echo "the tests and doctests: about nine minutes on two cores; 'make test-quick' takes one"
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The mathematics, the trees, and how a model is called.
+test-quick: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 tests/core lora_jax/core tests/trees lora_jax/trees tests/linen/test_model_call.py
 
 test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
 NOT_OLDEST = cli peft core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
-	test_benchmarks.py test_benchmarks_gpu.py test_resume.py test_examples.py test_entry_points.py
+	test_benchmarks.py test_benchmarks_gpu.py test_resume.py test_examples.py test_entry_points.py \
+	test_docs.py test_names.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
 VARIANTS = not rslora and not detached and not -lora]
 test-oldest: $(OLDEST_VENV)/.oldest
