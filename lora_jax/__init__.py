@@ -16,6 +16,8 @@ files. `lora_init_model` is `kernel_axes`, which finds the `KernelAxes` of every
 are those of one call.
 """
 
+from typing import TYPE_CHECKING
+
 from lora_jax import peft
 from lora_jax._deprecated import renamed_names as _renamed_names
 from lora_jax._version import __version__ as __version__
@@ -82,15 +84,16 @@ __all__ = [
     "summary",
 ]
 
-__getattr__ = _renamed_names(
-    __name__,
-    {
-        "Shift": LoraBias,
-        "Whole": FullyTrained,
-        "each_adapter": per_adapter,
-        "freeze_norm": cache_norm,
-    },
-)
+if not TYPE_CHECKING:  # a type checker shall say that there is no such name
+    __getattr__ = _renamed_names(
+        __name__,
+        {
+            "Shift": LoraBias,
+            "Whole": FullyTrained,
+            "each_adapter": per_adapter,
+            "freeze_norm": cache_norm,
+        },
+    )
 
 
 def __dir__() -> list[str]:

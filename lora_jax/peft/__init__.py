@@ -22,6 +22,8 @@ Its files, from the public functions down:
 - ``names/``: of a parameter in Flax and in PyTorch, and of its tensors in PEFT.
 """
 
+from typing import TYPE_CHECKING
+
 from lora_jax._deprecated import renamed_names as _renamed_names
 from lora_jax.peft._load import load
 from lora_jax.peft._save import save
@@ -30,4 +32,9 @@ from lora_jax.peft.names._key_mapping import KeyMapping
 
 __all__ = ["FAMILIES", "KeyMapping", "load", "save"]
 
-__getattr__ = _renamed_names(__name__, {"Name": KeyMapping})
+if not TYPE_CHECKING:  # a type checker shall say that there is no such name
+    __getattr__ = _renamed_names(__name__, {"Name": KeyMapping})
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__"])
