@@ -311,6 +311,11 @@ def is_intercepted_inside(
     return next_fun is not context.orig_method
 
 
+def is_module(value: Any) -> bool:
+    """Whether something is a module of Flax Linen, for streets that know none."""
+    return isinstance(value, nn.Module)
+
+
 def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:
     """A key of a module's own stream, which then goes on as if it had not been asked.
 

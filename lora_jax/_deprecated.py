@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,12 +28,17 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def renamed_arguments(
-    values: Mapping[str, Mapping[Any, Any]] | None = None, /, **names: str
+    values: Mapping[str, Mapping[Any, Any]] | None = None,
+    fields: frozenset[str] | None = None,
+    /,
+    **names: str,
 ) -> Callable[[F], F]:
     """A decorator for a function whose keyword arguments, or their values, had other names.
 
     Args:
       values: for each argument ``{old value: new value}``.
+      fields: of a dataclass whose ``__init__`` it is, all. ``dataclasses.replace`` passes every
+        one of them beside what it is to replace; so where all are there, the old name wins.
       **names: ``old="new"``.
 
     Example:
@@ -50,9 +56,10 @@ def renamed_arguments(
 
         @functools.wraps(function)
         def renamed(*args: Any, **kwargs: Any) -> Any:
+            is_replace = fields is not None and fields <= kwargs.keys()
             for old in names.keys() & kwargs.keys():
                 new = names[old]
-                if new in kwargs:
+                if new in kwargs and not is_replace:
                     raise TypeError(f"{where}: {old}= is the old name of {new}=: pass one of them.")
                 warn(f"{where}({old}=...)", f"{new}=")
                 kwargs[new] = kwargs.pop(old)
@@ -91,7 +98,8 @@ def renamed_fields(
     """
 
     def decorate(cls: type[T]) -> type[T]:
-        setattr(cls, "__init__", renamed_arguments(values, **names)(cls.__init__))  # noqa: B010
+        fields = frozenset(field.name for field in dataclasses.fields(cls) if field.init)  # type: ignore[arg-type]
+        setattr(cls, "__init__", renamed_arguments(values, fields, **names)(cls.__init__))  # noqa: B010
         for old, new in names.items():
             setattr(cls, old, _renamed_attribute(cls.__name__, old, new))
         return cls

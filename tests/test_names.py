@@ -1,5 +1,6 @@
 """Public names: what they are, and those of before, which work for one version more."""
 
+import dataclasses
 import importlib
 import pkgutil
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import KernelAxes, LoraConfig, Rule
+from lora_jax import Adapter, KernelAxes, LoraConfig, Rule
 
 PUBLIC = [lora_jax, lora_jax.peft]
 
@@ -81,6 +82,7 @@ def trained():
             "batch",
         ),
         (lambda: KernelAxes((1,), (2,), (0,)).stacks, lambda: (0,), "batch"),
+        (lambda: KernelAxes((1,), (2,), (0,)).stack_shape((5, 2, 3)), lambda: (5,), "batch_shape"),
         (lambda: Rule("a", 1, batch_axes=(0,)).stack_axes, lambda: (0,), "batch_axes"),
         (lambda: trained()["kernel"].substitute, lambda: False, "materialize"),
         (
@@ -100,6 +102,28 @@ def test_old_argument(old, new, names):
         found = old()
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), found, new())
     assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "new"),
+    [
+        (Rule("a", 1), {"substitute": True}, {"materialize": True}),
+        (Rule("a", 1, batch_axes=(0,)), {"stack_axes": ()}, {"batch_axes": ()}),
+        (Rule("a", 1), {"product": "merged"}, {"product": "dense"}),
+        (
+            KernelAxes((1,), (2,), (0,)),
+            {"inputs": (0,), "stacks": (1,)},
+            {"inputs": (0,), "batch": (1,)},
+        ),
+        (Adapter(1.0, 2.0), {"substitute": True}, {"materialize": True}),
+        (Adapter(1.0, 2.0), {"product": "merged"}, {"product": "dense"}),
+    ],
+)
+def test_old_field_in_replace(value, old, new):
+    """Which passes all fields: those that stay, and so the new name too."""
+    with pytest.warns(DeprecationWarning, match=" is now "):
+        found = dataclasses.replace(value, **old)
+    assert found == dataclasses.replace(value, **new)
 
 
 def test_both_names_of_an_argument():

@@ -20,7 +20,9 @@ from lora_jax.core._variants import VARIANTS, column_norm, float32_or_more
 from lora_jax.core.rules._rule import Rule, scale
 
 
-@renamed_fields(substitute="materialize", effective_kernel="merge")
+@renamed_fields(
+    {"product": {"merged": "dense"}}, substitute="materialize", effective_kernel="merge"
+)
 @flax.struct.dataclass
 class Adapter(Node):
     """The trained arrays of one kernel, and what is static about them.

@@ -17,7 +17,7 @@ from lora_jax._deprecated import renamed_fields
 from lora_jax.core._meshes import left_to_compiler, spec_of
 
 
-@renamed_fields(stacks="batch")
+@renamed_fields(stacks="batch", stack_shape="batch_shape")
 @dataclasses.dataclass(frozen=True)
 class KernelAxes:
     """How a kernel of any number of axes is a stack of ``(d, k)`` matrices.

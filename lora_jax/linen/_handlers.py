@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -130,6 +131,9 @@ class Handlers:
     def __hash__(self) -> int:
         return hash(frozenset(self._entries))  # handlers that are callable objects may have none
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handlers:
+        return self  # immutable
+
     def _with(
         self,
         caller: str,
@@ -181,6 +185,7 @@ class Handlers:
 
 
 _registered = Handlers()
+_REGISTERING = threading.Lock()  # two threads that register at once both count
 
 
 def register(
@@ -237,7 +242,8 @@ def register(
 
     def decorate(handler: Handler) -> Handler:
         global _registered
-        _registered = _registered._with("register", cls, kernels, handler, method, override)
+        with _REGISTERING:
+            _registered = _registered._with("register", cls, kernels, handler, method, override)
         return handler
 
     return decorate

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from lora_jax._compat import is_module
+
 
 def arrays_in(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
     """The arrays in a result, also in objects of classes that jax does not know.
@@ -20,12 +22,7 @@ def arrays_in(out: Any, inside: tuple[int, ...] = ()) -> Iterator[jax.Array]:
     for leaf in jax.tree.leaves(out):
         if isinstance(leaf, jax.Array):
             yield leaf
-        elif isinstance(leaf, type) or _is_module(leaf) or id(leaf) in inside:
+        elif isinstance(leaf, type) or is_module(leaf) or id(leaf) in inside:
             continue
         elif hasattr(leaf, "__dict__"):
             yield from arrays_in(vars(leaf), (*inside, id(leaf)))
-
-
-def _is_module(leaf: Any) -> bool:
-    """Whether it is a Flax module, whose variables are not results."""
-    return hasattr(type(leaf), "variables")

@@ -1,5 +1,6 @@
 """Handlers are a value: a call computes with those that it is given, and nothing else."""
 
+import copy
 import dataclasses
 
 import flax.linen as nn
@@ -181,6 +182,7 @@ def test_handlers_are_values():
     assert ONCE.with_handler(Own, "w", handler=once) == ONCE
     assert ONCE.with_handler(Own, "w", handler=twice, override=True) == TWICE
     assert ONCE.without(Own) == Handlers()
+    assert copy.deepcopy(ONCE) == ONCE
     with pytest.raises(dataclasses.FrozenInstanceError):
         ONCE._entries = {}
     with pytest.raises(TypeError, match="does not support item assignment"):

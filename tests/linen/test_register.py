@@ -1,5 +1,8 @@
 """Layers that the library has never seen: registered, or materialized."""
 
+import threading
+import time
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import zoo
 from helpers import random_like, random_variables, relative_error
 
 import lora_jax
-from lora_jax import LoraConfig, Rule
+from lora_jax import Handlers, LoraConfig, Rule
 
 KEY = jax.random.key(0)
 NORMAL = nn.initializers.normal()
@@ -331,6 +334,27 @@ def test_substituted_parameters(model, variant):
 def test_bad_registrations(args, kwargs, error, match):
     with pytest.raises(error, match=match):
         lora_jax.register(*args, **kwargs)
+
+
+def test_threads_that_register_at_once(monkeypatch):
+    """As where they import two packages, each with a layer of its own: none is forgotten."""
+    classes = [type("Layer", (nn.Module,), {"__call__": lambda self, x: x}) for _ in range(2)]
+    add = Handlers._with
+
+    def slow(handlers, *args):
+        new = add(handlers, *args)
+        time.sleep(0.05)
+        return new
+
+    monkeypatch.setattr(Handlers, "_with", slow)
+    threads = [threading.Thread(target=lora_jax.register(c, "w"), args=(print,)) for c in classes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    for cls in classes:
+        Handlers.registered().without(cls)  # raises where there is none
 
 
 def test_a_handler_is_not_replaced_by_chance():

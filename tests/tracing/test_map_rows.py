@@ -492,13 +492,19 @@ def test_a_batch_with_objects():
     y = lora_jax.lora_apply(Model(), variables, stacked, X, options, adapter_ids=IDS)
     assert y.shape == (ROWS, 3, 5)
 
+    class Result(types.SimpleNamespace):
+        variables = None  # as a Flax module has it, which is not looked into
+
     class Gives(nn.Module):
+        kind: type
+
         @nn.compact
         def __call__(self, x):
-            return types.SimpleNamespace(y=nn.Dense(5, name="dense")(x))
+            return self.kind(y=nn.Dense(5, name="dense")(x))
 
-    with pytest.raises(ValueError, match=r"a SimpleNamespace with arrays in it"):
-        lora_jax.lora_apply(Gives(), variables, stacked, X, adapter_ids=IDS)
+    for kind in (types.SimpleNamespace, Result):
+        with pytest.raises(ValueError, match=rf"a {kind.__name__} with arrays in it"):
+            lora_jax.lora_apply(Gives(kind), variables, stacked, X, adapter_ids=IDS)
 
 
 def test_maps_and_intermediates_around():
