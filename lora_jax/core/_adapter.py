@@ -97,7 +97,7 @@ class Adapter(Node):
         return not self.materialize
 
     def merge(self, kernel: chex.Array) -> chex.Array:
-        """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
+        """``W'`` in float32, of the shape of the kernel, by the formula of the variant."""
 
         def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
             kernel = kernel.astype(float32_or_more(kernel.dtype))

@@ -28,7 +28,8 @@ def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
       adapters: one adapter, or several from :func:`stack`. LoRA stays as it is.
 
     Raises:
-      TypeError: as :func:`lora_jax.lora_merge`.
+      TypeError: if a tree is not a nested dict, or if adapters are as a file has them, of arrays
+        only.
       ValueError: if the adapters, which may be stacked, do not fit the base.
 
     Example:
