@@ -61,7 +61,12 @@ def test_biases_of_B(biased, model, tmp_path):
     logits = lora_jax.lora_apply(Model(), {"params": frozen}, adapters, IDS)
     assert jnp.allclose(logits, Model().apply({"params": merged}, IDS), atol=1e-5)
     row = lora_jax.summary(frozen, adapters).rows[-2]
-    assert (row.path, row.variant, row.scale, row.trained) == ("layers/up/bias", "lora_bias", 1.5, 18)
+    assert (row.path, row.variant, row.scale, row.trained) == (
+        "layers/up/bias",
+        "lora_bias",
+        1.5,
+        18,
+    )
     assert lora_jax.rounding(frozen, adapters)["heads/bias"].largest == 0
 
     trained = random_like(adapters, seed=3)
