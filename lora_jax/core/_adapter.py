@@ -91,11 +91,6 @@ class Adapter(Node):
         arrays = {"U": self.U, "V": self.V, "m": self.m}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    @property
-    def in_layer(self) -> bool:
-        """Whether the kernel's layer computes with the factors."""
-        return not self.materialize
-
     def merge(self, kernel: chex.Array) -> chex.Array:
         """``W'`` in float32, of the shape of the kernel, by the formula of the variant."""
 

@@ -78,16 +78,6 @@ class Node(abc.ABC):
         """Raises ValueError if such a node cannot be stacked; ``name`` is of its tree."""
 
     @property
-    def count(self) -> int | None:
-        """How many nodes are stacked in this one; ``None`` for one alone, or where unknown."""
-        return None
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether the leaf's layer computes with the node; else the leaf is merged before."""
-        return False
-
-    @property
     @abc.abstractmethod
     def variant(self) -> str:
         """The kind of node in a word, as a summary has it."""

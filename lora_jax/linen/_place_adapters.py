@@ -110,7 +110,7 @@ def place(
     placed: dict[Key, Placed] = {}
 
     def place_node(key: Key, leaf: Any, node: Any) -> dict[Key, Any]:
-        if not node.in_layer:
+        if not isinstance(node, Adapter) or node.materialize:
             return {key: _materialized(path_of(key), leaf, node, ids)}
         placed[key] = _in_layer(path_of(key), unbox(leaf), node, ids, dropout, handlers)
         return {key: leaf, key_of_adapter(key): placed[key]}
@@ -183,17 +183,17 @@ def _fully_trained(ids: CallIds, key: Key, leaf: Any, node: FullyTrained) -> dic
     return {key: jax.tree.map(lambda array: taken(array, ids.ids, base).astype(dtype), box)}
 
 
-def _materialized(path: str, kernel: Any, adapter: Adapter, ids: CallIds | None) -> Any:
-    """``W'`` in the place of the parameter."""
+def _materialized(path: str, leaf: Any, node: Any, ids: CallIds | None) -> Any:
+    """The merged leaf, ``W'`` of a kernel, in the place of the parameter."""
     if ids is None:
-        return merged_leaf(kernel, adapter)
+        return merged_leaf(leaf, node)
     if ids.ids.ndim > 0:
         raise ValueError(
             f"The adapters of {path!r} have materialize=True, and W' cannot be another one for "
             f"every token: give one id for each row."
         )
-    merged = merged_leaf(kernel, _one_of(adapter, ids.ids))
-    return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, kernel)
+    merged = merged_leaf(leaf, _one_of(node, ids.ids))
+    return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, leaf)
 
 
 def _in_layer(
