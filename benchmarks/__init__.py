@@ -1,6 +1,6 @@
 """Measurements: each module here is a program, `python -m benchmarks.NAME`.
 
-    train_step      a step of training, beside other libraries
+    train_step      a step of training, compared with other libraries
     overheads       what is paid once: tracing, compiling, importing
     many            many adapters of one base
     operations      the operations of a step one at a time

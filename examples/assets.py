@@ -29,7 +29,7 @@ def in_package(name: str, wheel: str, requirements: str) -> Path:
       requirements: file in ``examples/`` that pins it.
 
     Raises:
-      MissingAsset: the package is not installed.
+      MissingAsset: if the package is not installed.
     """
     try:
         spec = importlib.util.find_spec(name)
@@ -98,10 +98,10 @@ def _from_mirrors(path: str, file: Path) -> bytes:
 
 
 def check_hash(content: bytes, sha256: str, name: str) -> None:
-    """Errors where a file is not the one that the numbers in the documentation come from.
+    """Checks that a file is the one that the numbers in the documentation come from.
 
     Raises:
-      MissingAsset: the hash is another one.
+      MissingAsset: if the hash is another one.
     """
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:

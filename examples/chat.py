@@ -19,7 +19,7 @@ def load_tokenizer() -> Tokenizer:
     """The tokenizer of SmolLM2-135M-Instruct.
 
     Raises:
-      MissingAsset: the package with the weights is not installed, or has another tokenizer.
+      MissingAsset: if the package with the weights is not installed, or has another tokenizer.
     """
     return from_reader(pretrained_file())
 

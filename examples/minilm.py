@@ -130,7 +130,7 @@ def load_pretrained() -> tuple[Config, dict[str, Any]]:
     """The encoder's sizes and parameters.
 
     Raises:
-      MissingAsset: the weights are not installed, or are not those of all-MiniLM-L6-v2.
+      MissingAsset: if the weights are not installed, or are not those of all-MiniLM-L6-v2.
     """
     said = json.loads((folder() / "config.json").read_text())
     config = Config(
@@ -178,7 +178,7 @@ def from_bert(tensors: dict[str, np.ndarray], config: Config) -> dict[str, Any]:
     """Parameters of :class:`Encoder` from the tensors of a BERT checkpoint.
 
     Raises:
-      MissingAsset: a tensor is missing, or there is one that has no place here.
+      MissingAsset: if a tensor is missing, or if there is one that has no place here.
     """
     tensors = dict(tensors)
     flat: dict[str, np.ndarray] = {}

@@ -199,7 +199,7 @@ def load_pretrained() -> tuple[Config, dict[str, Any]]:
     The file has the matrices in 4 bits (Q4_1, the embeddings in 8), which become float32.
 
     Raises:
-      MissingAsset: the weights are not installed, or are not those of SmolLM2-135M-Instruct.
+      MissingAsset: if the weights are not installed, or are not those of SmolLM2-135M-Instruct.
     """
     reader = pretrained_file()
     config = config_from(
@@ -248,7 +248,7 @@ def from_gguf(tensors: Mapping[str, np.ndarray], config: Config) -> dict[str, An
     """Parameters of :class:`SmolLM2` from the tensors of a GGUF file, as float32.
 
     Raises:
-      MissingAsset: a tensor is missing, or there is one that has no place here.
+      MissingAsset: if a tensor is missing, or if there is one that has no place here.
     """
     tensors = dict(tensors)
     flat: dict[str, np.ndarray] = {}

@@ -40,7 +40,7 @@ def devil() -> Style:
     """Definitions of Ambrose Bierce's Devil's Dictionary (1911), without his verses.
 
     Raises:
-      MissingAsset: the package is neither in the cache folder nor to be had.
+      MissingAsset: if the package is neither in the cache folder nor to be had.
     """
     package = downloaded(DEVIL, DEVIL_SHA256)
     text = gzip.decompress(deb_member(package, "./usr/share/dictd/devil.dict.dz"))
@@ -52,7 +52,7 @@ def bible() -> Style:
     """Verses of the King James Bible (1611), each asked for by a word that is in it.
 
     Raises:
-      MissingAsset: the package is neither in the cache folder nor to be had.
+      MissingAsset: if the package is neither in the cache folder nor to be had.
     """
     package = downloaded(BIBLE, BIBLE_SHA256)
     text = windows(deb_member(package, "./usr/lib/bible.data")).decode("ascii")
@@ -196,7 +196,7 @@ def lzw(data: bytes, widest: int = 16) -> bytes:
     groups of eight, and a group is filled up where the width changes. Code 256 empties the table.
 
     Raises:
-      ValueError: a code is not in the table.
+      ValueError: if a code is not in the table.
     """
     empty = [*(bytes([i]) for i in range(256)), b""]
     table, width, before, out = list(empty), 9, b"", []

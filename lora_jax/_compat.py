@@ -44,7 +44,7 @@ def is_traced(x: Any) -> bool:
 def defined_barrier() -> Callable[[chex.Array], chex.Array]:
     """A ``jax.lax.optimization_barrier`` that is not there under ``jax.vmap``.
 
-    Why: XLA's compiler for CPUs fails a check of its own, and with it the process, on some batched
+    Why: XLA's compiler for CPUs fails one of its checks, and with it the process, on some batched
     matrix products behind a barrier: it leaves an operand in a layout that it has no code for. What
     JAX has in public for another meaning under ``vmap`` cannot be differentiated in reverse.
     Gone: there is no barrier. On CPUs the gradient of ``U`` takes longer, and is the same.

@@ -1,4 +1,4 @@
-"""Names of before, which work for one version more, with a warning that says the new one."""
+"""Old names, which work for one version more, with a warning that says the new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warns that a name is of before.
+    """Warns that a name is an old one.
 
     Args:
       old: what was written.

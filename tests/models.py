@@ -1,4 +1,4 @@
-"""Whole models, written as such models are: a scanned decoder, and a ResNet with BatchNorm."""
+"""Full models, written as such models are: a scanned decoder, and a ResNet with BatchNorm."""
 
 import functools
 

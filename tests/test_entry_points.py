@@ -215,11 +215,14 @@ WRONG_BASES = {
 }
 FILE = ["file has arrays only: load it into the tree that lora_init gives"]
 WRONG_ADAPTERS = {
-    "whole in int8": (
+    "fully trained in int8": (
         nodes(head_kernel=FullyTrained(HEAD["kernel"], "int8")),
         ["'head/kernel'", "int8"],
     ),
-    "whole integers": (nodes(head_kernel=np.ones((4, 2), np.int32)), ["'head/kernel'", "int32"]),
+    "fully trained integers": (
+        nodes(head_kernel=np.ones((4, 2), np.int32)),
+        ["'head/kernel'", "int32"],
+    ),
     "factors in int8": (
         nodes(dense_kernel=LORA.replace(U=np.ones((3, 2), np.int8))),
         ["'dense/kernel.U'", "int8"],
@@ -248,7 +251,7 @@ OF_ANOTHER = {
         nodes(dense_kernel=LORA.replace(U=array(5, 2))),
         ["'dense/kernel'", "another model|for one model"],
     ),
-    "a shift of another": (nodes(dense_bias=LoraBias(array(5))), ["'dense/bias'"]),
+    "a LoRA bias of another": (nodes(dense_bias=LoraBias(array(5))), ["'dense/bias'"]),
     "above the base": (
         Case(adapters={"dense": array(3, 4), "head": HEAD}),
         ["'dense' as a leaf", "another model"],
@@ -328,7 +331,7 @@ SOME = {
         ["'dense/kernel'.*swapped|'dense/bias', which nothing in the pool has"],
         {*ALONE},  # which cannot know
     ),
-    "whole leaves in both": (
+    "fully trained leaves in both": (
         Case(frozen=PARAMS),
         ["'head/(bias|kernel)' is in the base and, fully trained"],
         {*ADAPTERS, *ALONE} - {"lora_apply", "lora_merge", "rounding", "summary", "save", "export"},

@@ -255,10 +255,11 @@ def test_other_ways_of_an_adapter(what, kind):
     model, x, mesh = Model(), random_like(jnp.zeros((8, 3, 6)), scale=1.0), make_mesh(kind, 8)
     params = random_variables(model, x)["params"]
     rngs = {"dropout": jax.random.key(1)}
-    whole, shape = MIXED.get(what, (None, None))
+    trainable, shape = MIXED.get(what, (None, None))
     rules = [{"pattern": ".*/kernel", "variant": "dora"}] if what in MIXED else [RULES[what]]
     config = lora_jax.LoraConfig(
-        [lora_jax.Rule(rank=2, **rule) for rule in rules], trainable=[whole] if whole else []
+        [lora_jax.Rule(rank=2, **rule) for rule in rules],
+        trainable=[trainable] if trainable else [],
     )
     each = [lora_jax.lora_init(jax.random.key(i), params, config) for i in range(2)]
     if what in MIXED:

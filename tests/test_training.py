@@ -48,7 +48,7 @@ def train_step(model, state, frozen, batch):
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_train_state(variant):
-    """One trace for a whole run, the base as it was, and a lower loss."""
+    """One trace for all of a run, the base as it was, and a lower loss."""
     model, batch, frozen, adapters = setup(variant)
     before = jax.tree.map(lambda a: a.copy(), frozen)
     state = TrainState.create(apply_fn=model.apply, params=adapters, tx=optax.adam(1e-2))
@@ -83,9 +83,9 @@ OPTIMIZERS = {
         ),
     ),
     "partition": optax.partition(
-        {"factors": optax.adam(1e-2), "whole": optax.sgd(1e-2)},
+        {"factors": optax.adam(1e-2), "head": optax.sgd(1e-2)},
         lambda adapters: {
-            name: jax.tree.map(lambda _, n=name: "whole" if n == "head" else "factors", sub)
+            name: jax.tree.map(lambda _, n=name: "head" if n == "head" else "factors", sub)
             for name, sub in adapters.items()
         },
     ),

@@ -33,7 +33,7 @@ def compress(
       ``(adapters, report)``, as :func:`lora_jax.combine`.
 
     Raises:
-      TypeError: as :func:`lora_jax.combine`.
+      TypeError: if :func:`lora_jax.combine` refuses the types.
       ValueError: likewise; if there is neither a rank nor an explained_variance, or both.
 
     Example:

@@ -19,7 +19,7 @@ class Plan:
     """How adapters are combined.
 
     Attributes:
-      combination_type: of :data:`lora_jax.arithmetic._task_vectors.METHODS`.
+      combination_type: one of ``METHODS`` in ``_task_vectors.py``.
       density: share of the entries of each task vector that is kept; ``None`` for ``"linear"``.
       key: for DARE.
       rank: of the result, at most.

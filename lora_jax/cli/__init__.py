@@ -17,7 +17,7 @@ Its files, from the command down:
 - ``_experts.py``: which parameters adapters of parameters are for.
 - ``_layouts.py``: how a base stores its weights, ``(in, out)`` or ``(out, in)``.
 - ``_base_at_start.py``: a base as it was when the training began.
-- ``_fits_base.py``: what is asked of a base before anything is merged into it.
+- ``_fits_base.py``: what a base must be before anything is merged into it.
 - ``_tied.py``: an embedding that is the head too.
 - ``_model.py``: what the config says of the model of a base.
 - ``_vocabulary_arrays.py``: embeddings and heads, by their names.

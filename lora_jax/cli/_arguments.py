@@ -1,4 +1,4 @@
-"""The arguments that several commands have, and what is asked of them."""
+"""The arguments that several commands have, and their checks."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class BaseAtStart(Mapping[str, np.ndarray]):
             self._replaced[tie.head] = self._replaced.get(tie.embedding, (base, tie.embedding))
 
     def _take(self, name: str, key: str, in_place: bool) -> None:
-        """Puts an array of the adapter's files in place of the base's, where that is other."""
+        """Puts an array of the adapter's files in place of the base's, where they differ."""
         tensors, tie = self._files.tensors, self._tie
         if tie is not None and name == tie.head:
             name = tie.embedding

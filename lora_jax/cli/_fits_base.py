@@ -1,4 +1,4 @@
-"""What is asked of a base on disk before anything is merged into it."""
+"""What a base on disk must be before anything is merged into it."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Layouts:
         return "conv1d" if (self._answer == "in-out") == name.endswith(".weight") else "linear"
 
     def check(self) -> None:
-        """Checks the answer, when all that it is for is known.
+        """Checks the answer, when all layers that it is for are known.
 
         Raises:
           ValueError: if nothing says how a weight is stored, or the answer cannot be that of all.

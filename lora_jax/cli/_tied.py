@@ -57,7 +57,7 @@ class Tie:
 
     Attributes:
       embedding: its name.
-      head: the name that the head has as an array of its own; the base may lack it.
+      head: the name that the head has as a separate array; the base may lack it.
       together: whether PEFT was asked to tie what it makes of the two (``ensure_weight_tying``).
     """
 
@@ -67,7 +67,7 @@ class Tie:
 
 
 def tie_of(model: Model, files: PeftFiles, base: Checkpoint) -> Tie | None:
-    """What the model ties of that which the adapter changes.
+    """Which embedding that the adapter changes the model ties to its head.
 
     Args:
       model: what is known of the model.
@@ -87,7 +87,7 @@ class _Change:
 
     Attributes:
       embeddings: those of the base.
-      heads: those that are arrays of their own in the base.
+      heads: those that are separate arrays in the base.
       touched: what the adapter changes of them.
       trained_heads: the heads among these, in the base or not.
       what: begins the messages.
@@ -208,7 +208,7 @@ def _by_size(model: Model, files: PeftFiles, base: Checkpoint) -> set[str]:
 
 
 def _head(model: Model, base: Checkpoint, embedding: str) -> str:
-    """The name that a tied head has as an array of its own."""
+    """The name that a tied head has as a separate array."""
     for before, head in _BEFORE_HEAD.items():
         if f"{before}.weight" in base:
             return f"{head}.weight"

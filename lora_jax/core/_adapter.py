@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._compat import is_traced
 from lora_jax._deprecated import renamed_fields
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._node import Node
-from lora_jax.core._variants import VARIANTS, column_norm, float32_or_more
+from lora_jax.core._variants import VARIANTS, float32_or_more
 from lora_jax.core.rules._rule import Rule, scale
 
 
@@ -75,11 +74,6 @@ class Adapter(Node):
         return int(self.U.shape[0]) if self.U.ndim == self.ndim + 1 else None
 
     @property
-    def is_alone(self) -> bool:
-        """Whether this is one adapter; false of a tree that has other things for arrays."""
-        return np.ndim(self.U) == self.ndim
-
-    @property
     def ndim(self) -> int:
         """How many axes ``U`` and ``V`` of one adapter have."""
         return len(self.axes.batch) + (self.axes.fused > 1) + 2
@@ -99,13 +93,8 @@ class Adapter(Node):
         arrays = {"U": self.U, "V": self.V, "m": self.m}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    @property
-    def in_layer(self) -> bool:
-        """Whether the kernel's layer computes with the factors."""
-        return not self.materialize
-
     def merge(self, kernel: chex.Array) -> chex.Array:
-        """``W'`` in float32, of the kernel's own shape, by the formula of the variant."""
+        """``W'`` in float32, of the shape of the kernel, by the formula of the variant."""
 
         def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
             kernel = kernel.astype(float32_or_more(kernel.dtype))
@@ -116,13 +105,6 @@ class Adapter(Node):
 
         W_: chex.Array = left_to_compiler(merged, kernel, self.U, self.V, self.m, like=kernel)
         return W_
-
-    def zero_columns(self, kernel: Any) -> int | None:
-        """How many columns of the kernel DoRA has no direction for; ``None`` where unknown."""
-        if self.m is None or isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel):
-            return None
-        matrix = self.axes.as_matrix(jnp.asarray(kernel))
-        return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
 
     def check(self, path: str) -> None:
         """Raises ValueError if there is no such variant, or its arrays are not there."""

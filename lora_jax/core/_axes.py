@@ -27,11 +27,11 @@ class KernelAxes:
     Attributes:
       inputs: axes that are contracted with the layer's input; ``d`` is the product of their sizes.
       outputs: axes that are features of the layer's output; ``k`` is the product of their sizes.
-      batch: axes that hold one matrix beside another: the layers of an ``nn.scan``, the experts
+      batch: axes along which matrices are stacked: the layers of an ``nn.scan``, the experts
         of a mixture; the ``batch_axis`` of ``jax.nn.initializers``. The arrays of an adapter have
         them in front: ``stack``, in the shapes below.
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
-        computes queries, keys and values. Each is then a matrix ``(d, k / fused)`` of its own.
+        computes queries, keys and values. Each is then its own matrix, ``(d, k / fused)``.
       parts: which of the fused kernels are adapted; all by default.
       alone: the call of the model, by a name for it, in which only the kernel's layer reads the
         kernel, or a rule says what the other readers see. It has no part in equality, and is in no

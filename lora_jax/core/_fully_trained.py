@@ -1,4 +1,4 @@
-"""The node of a leaf that is fully trained, as a head or a bias."""
+"""The node of a leaf that is fully trained, such as a head or a bias."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FullyTrained(Node):
     """
 
     in_base: ClassVar[bool] = False
-    # None in the node that as_node makes of a plain array.
     value: Any
+    # None in the node that as_node makes of a plain array.
     dtype: str | None = flax.struct.field(pytree_node=False, default="float32")
 
     @property
@@ -36,7 +36,7 @@ class FullyTrained(Node):
 
     @property
     def variant(self) -> str:
-        """As a summary has it."""
+        """``"full"``."""
         return "full"
 
     @property

@@ -2,9 +2,9 @@
 
 ``jax.make_mesh`` makes such meshes. There every operation has a rule for the sharding of its
 result, and is an error where that is ambiguous: a reshape that merges sharded axes, a product that
-contracts them. The plain model says what its own results shall be. What an adapter adds to one is
-sharded as that is, so nothing in between needs to be said: it is left to the compiler, to which all
-is left in a mesh with automatic axes.
+contracts them. The plain model says how its results shall be sharded. What an adapter adds to a
+result is sharded as the result is, and the shardings in between are left to the compiler, as all
+are in a mesh with automatic axes.
 """
 
 from __future__ import annotations

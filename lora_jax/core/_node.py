@@ -77,48 +77,7 @@ class Node(abc.ABC):
     def check_stacks(self, path: str, name: str) -> None:  # noqa: B027
         """Raises ValueError if such a node cannot be stacked; ``name`` is of its tree."""
 
-    # What stacks, layers and summaries ask for. None where a node has no such thing.
-
-    @property
-    def count(self) -> int | None:
-        """How many nodes are stacked in this one; ``None`` for one alone, or where unknown."""
-        return None
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether it can be seen that this one is not a stack."""
-        return False
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether the leaf's layer computes with the node; else the leaf is merged before."""
-        return False
-
     @property
     @abc.abstractmethod
     def variant(self) -> str:
-        """The kind of node in a word."""
-
-    @property
-    def rank(self) -> int | None:
-        """``r`` of its factors."""
-        return None
-
-    @property
-    def scale(self) -> float | None:
-        """``s`` of what is added."""
-        return None
-
-    @property
-    def materialize(self) -> bool:
-        """Whether ``W'`` stands in place of the parameter by the user's choice."""
-        return False
-
-    @property
-    def product(self) -> str | None:
-        """How the layer computes its product."""
-        return None
-
-    def zero_columns(self, leaf: Any) -> int | None:
-        """How many columns of the leaf are zero, where the node scales columns by their norms."""
-        return None
+        """The kind of node in a word, as a summary has it."""

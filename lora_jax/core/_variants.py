@@ -8,7 +8,8 @@ The norm ``||.||_c`` of DoRA is one norm for each column of ``W``, which is one 
 feature*: axis ``-2`` here. PyTorch stores weights ``(out, in)``, so that there the same norm
 reads ``dim=1``.
 
-A new variant gives the two functions of :class:`Variant` and an entry in ``VARIANTS``.
+A new variant gives the two functions of :class:`Variant` and an entry in ``VARIANTS``; one whose
+``a`` is not its ``m`` also gives ``a``, in ``products/_norm.py``.
 """
 
 from __future__ import annotations

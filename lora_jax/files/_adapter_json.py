@@ -1,6 +1,6 @@
 """``adapter.json``: what it must have, and its checksum.
 
-Beside it is the safetensors file that it names. For each kind of node it has an object with an
+Next to it is the safetensors file that it names. For each kind of node it has an object with an
 entry for each path, see :mod:`lora_jax.files._node_kinds`.
 """
 

@@ -33,6 +33,6 @@ def named(leaves: Mapping[Key, Any], name: str) -> dict[str, Any]:
 def named_pair(
     frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, either: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """:func:`lora_jax.trees._pair.pair` by paths; no two may be the same."""
+    """A base and its nodes, as ``pair`` gives them, by paths; no two may be the same."""
     base, nodes = pair(frozen, adapters, either=either)
     return named(base, "frozen"), named(nodes, "adapters")

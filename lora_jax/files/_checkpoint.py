@@ -49,7 +49,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
       path: the file or folder.
       info: dtype and shape of every array, without reading it.
       files: the names of each file's arrays.
-      beside: other safetensors files in the folder, which are not read.
+      others: other safetensors files in the folder, which are not read.
 
     Raises:
       FileNotFoundError: if there is none.
@@ -59,7 +59,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
-        self.beside: tuple[Path, ...] = ()
+        self.others: tuple[Path, ...] = ()
         found, shards = [self.path], {}
         if self.path.is_dir():
             there = sorted(self.path.glob("*.safetensors"))
@@ -68,7 +68,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
             shards = {index: _shards(index) for index in sorted(self.path.glob(f"*{SHARDS}"))}
             named = {file for files in shards.values() for file in files.values()} or {_ONE}
             found = [file for file in there if file.name in named] or there
-            self.beside = tuple(file for file in there if file not in found)
+            self.others = tuple(file for file in there if file not in found)
         self._of: dict[str, tuple[Tensors, str]] = {}
         self.files: dict[Path, tuple[str, ...]] = {}
         for tensors in map(Tensors, found):
@@ -86,7 +86,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @property
     def config_file(self) -> Path:
-        """Where the config of the model is, if there is one: beside the files."""
+        """Where the config of the model is, if there is one: next to the files."""
         return (self.path if self.path.is_dir() else self.path.parent) / MODEL_CONFIG
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""The model's other collections beside its parameters, as a folder of adapters has them."""
+"""Collections of the model other than its parameters, as a folder of adapters has them."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def in_box(path: str, node: FullyTrained, leaf: Any, file: str) -> FullyTrained:
     Args:
       path: of the leaf.
       node: the leaf as the file has it, without a box.
-      leaf: the model's own.
+      leaf: that of the model.
       file: the file, for messages.
 
     Raises:

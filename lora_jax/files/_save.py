@@ -110,7 +110,7 @@ def save(
     except BaseException:
         new.unlink()
         raise
-    # No other file: a process beside this one may be about to name it.
+    # Only the old one: of other files another process may be about to name one.
     if old is not None:
         old.unlink(missing_ok=True)
 

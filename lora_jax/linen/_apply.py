@@ -49,17 +49,17 @@ def lora_apply(
 
     Adapter dropout (``Rule(dropout=...)``) is active when the call passes a ``dropout`` rng,
     ``rngs={"dropout": key}``; ``adapter_dropout`` says whether it is. As a convenience it is off
-    as well where the call evaluates in Flax's own words: ``deterministic=True``, ``train=False``,
+    as well where the call evaluates in Flax's words: ``deterministic=True``, ``train=False``,
     ``training=False``, ``is_training=False`` or ``enable_dropout=False``, as an argument or as the
     default of the model's method. (An rng by another name, on which Flax would fall back, is not
     one for adapters.)
 
-    With ``adapter_ids`` every example of the batch has an adapter of its own, of a stack
+    With ``adapter_ids`` each example of the batch has its own adapter, of a stack
     (:func:`lora_jax.stack`), or with the id -1 the base alone. By definition that is ``jax.vmap``
     of a call with one row, a batch of the size 1, over ``(id, row)``, so every row has what it
     would have alone, and the product with ``W`` is computed once for all of them. One array among
     the arguments has its rows in the first axis. Where there are several, or a cache, ``in_axes``
-    and ``variable_axes`` say it. Numbers are for all rows, and each row has a key of its own of
+    and ``variable_axes`` say it. Numbers are for all rows, and each row has its own key of
     every one in ``rngs``. Ids may be traced: other ids, and other adapters of the same shapes, are
     no other program. An id that is of no adapter is an error, or, traced, gives NaN in its row.
 

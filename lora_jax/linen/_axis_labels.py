@@ -1,7 +1,7 @@
-"""A label beside every parameter, by which a layer knows which parameter it has, and which axes.
+"""A label next to every parameter, by which a layer knows which parameter it has, and which axes.
 
 A label has no arrays. Flax tells it when ``nn.scan`` or ``nn.vmap`` slice an axis off, so that in
-the layer it says which axes of the whole kernel are left there.
+the layer it says which axes of the full kernel are left there.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from lora_jax.tracing._liveness import live_inputs, read_inputs
 from lora_jax.tracing._map_rows import gives_variables
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 
-# Calls the model: of its parameters, as an interceptor has them adapted.
+# Calls the model with parameters that have adapters in them, under an interceptor.
 Call = Callable[[chex.ArrayTree, Interceptor], Any]
 
 # What JAX raises where a model needs the numbers that it computes.
@@ -39,7 +39,7 @@ _UNTRACEABLE = (
 def check_used(
     call: Call, params: chex.ArrayTree, interceptor: Interceptor, model: Any, method: Any
 ) -> None:
-    """Checks that a call has used every adapter that stands beside a kernel.
+    """Checks that a call has used every adapter that is next to a kernel.
 
     Args:
       call: the call.
@@ -66,14 +66,13 @@ def check_ties(
 ) -> None:
     """Checks that a call reads the adapted kernels in their layers only.
 
-    Where ``kernel_axes`` has found it of the same call, with the handlers that are registered, it
-    is known. A call of which it was found before, with arrays of the same shapes, is not traced
-    again.
+    It is known where ``kernel_axes`` has found it for the same call, with the handlers that are
+    registered. A call that was checked before, with arrays of the same shapes, is not traced again.
 
     Args:
       call: the call.
       params: with the adapters in them.
-      placed: the adapters beside kernels.
+      placed: the adapters next to kernels.
       model: the model.
       given: all that the call depends on.
       kwargs: of the model and of ``apply``.
@@ -98,10 +97,10 @@ def check_ties(
 
 
 def _unread(call: Call, params: chex.ArrayTree, keys: list[Key], handlers: Handlers) -> Key | None:
-    """The first of these adapters, of whose use nothing was seen, that the call does not read.
+    """The first of these adapters that the call does not read.
 
-    ``nn.jit`` does not call a layer again that it has in its cache. So the call is traced, with the
-    layers as ``nn.jit`` has them, and what is in the trace was used.
+    No handler saw them. But ``nn.jit`` does not call a layer again that it has in its cache, so the
+    call is traced: the trace has such layers in it, and what they read.
     """
     flat = flatten(params, "params")
 
@@ -116,7 +115,7 @@ def _unread(call: Call, params: chex.ArrayTree, keys: list[Key], handlers: Handl
 
 
 def _not_used(key: Key, count: int, interceptor: Interceptor, model: Any, method: Any) -> str:
-    """What to say of an adapter that had no part in the call."""
+    """The message for an adapter that the call did not use."""
     path = path_of(key)
     classes = interceptor.classes.get(key[:-1])
     others = f" (and {count - 1} more adapters)" if count > 1 else ""

@@ -2,7 +2,7 @@
 
 Each handler gets the layer, its kernels, Flax's own method, and the arguments of the call.
 Where Flax lets the product be injected, all but the product stays Flax's: promotion of dtypes,
-bias, padding. Elsewhere the handler is the layer's method once more.
+bias, padding. Elsewhere the handler computes all that the layer's method does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which layers can be adapted, and by which handlers: a value, and the one that is registered."""
+"""Which layers can be adapted, and by which handlers: those of a call, or those registered."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class Handlers:
         method: str = "__call__",
         override: bool = False,
     ) -> Handlers:
-        """These and one more.
+        """These handlers and one more.
 
         Args:
           cls: the module class; ``method`` must be defined in its own body.
           *kernels: names of its parameters that can be adapted.
-          handler: the method once more, ``handler(module, *kernels, *args, **kwargs)``.
+          handler: computes what the method does, ``handler(module, *kernels, *args, **kwargs)``.
           method: the method that uses them; each method that does needs a handler.
           override: replace a handler that is there for the method. (The same function may be added
             again without it.)
@@ -99,7 +99,7 @@ class Handlers:
         return self._with("with_handler", cls, kernels, handler, method, override)
 
     def without(self, cls: type[nn.Module], *, method: str = "__call__") -> Handlers:
-        """These without the one for a method, whose layer then cannot be adapted.
+        """These handlers without that of a method, whose layer then cannot be adapted.
 
         Args:
           cls: the module class; ``method`` must be defined in its own body.

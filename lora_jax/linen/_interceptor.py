@@ -43,7 +43,7 @@ class Interceptor:
 
     Attributes:
       handlers: of the call.
-      placed: the adapters beside kernels, as no transform has sliced them yet.
+      placed: the adapters next to kernels, as no transform has sliced them yet.
       classes: of the modules that were called, by their paths.
       used: the paths of the kernels that a handler has computed with.
     """

@@ -1,7 +1,7 @@
-"""Layers of well-known packages, which compute with a kernel of their own.
+"""The handlers of layers of well-known packages.
 
 The packages are not imported: a layer is known by the name of its method. What stands here is
-what a user would write with :func:`lora_jax.register` for a layer of their own.
+what a user would write with :func:`lora_jax.register` for their layers.
 """
 
 from __future__ import annotations

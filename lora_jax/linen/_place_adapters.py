@@ -7,7 +7,7 @@ the call; each has one function here:
 
     fully trained           the leaf itself, of the adapter that the id is of
     not in the layer        W' in the place of the parameter
-    in the layer            U, V and m / ||W + s U V||_c beside the kernel, as they are,
+    in the layer            U, V and m / ||W + s U V||_c next to the kernel, as they are,
       one id for all        those of one adapter of a stack,
       an id for each row    those of all adapters, and the row's id
 """
@@ -40,10 +40,10 @@ SUFFIX = "@lora"
 
 @flax.struct.dataclass
 class Placed:
-    """An adapter beside its kernel.
+    """An adapter next to its kernel.
 
-    The path is that of the parameter in the whole tree, also where the layer is applied on its own
-    inside the model. As a part of the structure it makes ``nn.jit`` trace each layer, and not use
+    The path is that of the parameter in the tree of the model, also where the layer is applied by
+    itself inside it. As a part of the structure it makes ``nn.jit`` trace each layer, and not use
     for one what it has traced for another; likewise the handlers.
 
     Attributes:
@@ -101,7 +101,7 @@ def place(
       handlers: of the call.
 
     Returns:
-      The base with the adapters in it, and those that stand beside a kernel, by the kernel's key.
+      The base with the adapters in it, and those that are next to a kernel, by the kernel's key.
 
     Raises:
       TypeError: if a tree is not a nested dict, or a node is not one of an adapter.
@@ -110,14 +110,15 @@ def place(
     placed: dict[Key, Placed] = {}
 
     def place_node(key: Key, leaf: Any, node: Any) -> dict[Key, Any]:
-        if not node.in_layer:
+        if not isinstance(node, Adapter) or node.materialize:
             return {key: _materialized(path_of(key), leaf, node, ids)}
-        placed[key] = _beside(path_of(key), unbox(leaf), node, ids, dropout, handlers)
+        placed[key] = _in_layer(path_of(key), unbox(leaf), node, ids, dropout, handlers)
         return {key: leaf, key_of_adapter(key): placed[key]}
 
     if ids is None:
         return join(frozen, adapters, place_node), placed
-    return join(frozen, adapters, place_node, ids.count, functools.partial(_trained, ids)), placed
+    fully_trained = functools.partial(_fully_trained, ids)
+    return join(frozen, adapters, place_node, ids.count, fully_trained), placed
 
 
 def restored(params: chex.ArrayTree, frozen: chex.ArrayTree, placed: Any) -> chex.ArrayTree:
@@ -154,13 +155,13 @@ def is_complete(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> 
     return True
 
 
-def _trained(ids: CallIds, key: Key, leaf: Any, node: FullyTrained) -> dict[Key, Any]:
+def _fully_trained(ids: CallIds, key: Key, leaf: Any, node: FullyTrained) -> dict[Key, Any]:
     """A leaf that was fully trained, such as a head or a bias: that of the id.
 
     Args:
       ids: which of the adapters.
       key: of the parameter.
-      leaf: the base's own, or ``None``.
+      leaf: that of the base, or ``None``.
       node: the leaves of all adapters, on an axis in front.
 
     Raises:
@@ -182,20 +183,20 @@ def _trained(ids: CallIds, key: Key, leaf: Any, node: FullyTrained) -> dict[Key,
     return {key: jax.tree.map(lambda array: taken(array, ids.ids, base).astype(dtype), box)}
 
 
-def _materialized(path: str, kernel: Any, adapter: Adapter, ids: CallIds | None) -> Any:
-    """``W'`` in the place of the parameter."""
+def _materialized(path: str, leaf: Any, node: Any, ids: CallIds | None) -> Any:
+    """The merged leaf, ``W'`` of a kernel, in the place of the parameter."""
     if ids is None:
-        return merged_leaf(kernel, adapter)
+        return merged_leaf(leaf, node)
     if ids.ids.ndim > 0:
         raise ValueError(
             f"The adapters of {path!r} have materialize=True, and W' cannot be another one for "
             f"every token: give one id for each row."
         )
-    merged = merged_leaf(kernel, _one_of(adapter, ids.ids))
-    return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, kernel)
+    merged = merged_leaf(leaf, _one_of(node, ids.ids))
+    return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, leaf)
 
 
-def _beside(
+def _in_layer(
     path: str,
     W: Any,
     adapter: Adapter,
@@ -203,7 +204,7 @@ def _beside(
     dropout: bool,
     handlers: Handlers,
 ) -> Placed:
-    """An adapter as it stands beside its kernel."""
+    """An adapter as it is placed next to its kernel."""
     adapter = _with_dropout(path, adapter, dropout)
     if ids is None:
         return Placed(_on_axes_of_kernel(normalized(W, adapter)), path, handlers)
@@ -247,7 +248,7 @@ def _for_one_row(W: Any, adapter: Adapter, ids: CallIds) -> tuple[Adapter, Ids]:
     arrays as they slice the kernel.
     """
     behind = len(adapter.axes.batch_shape(W.shape))
-    arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in _arrays(adapter).items()}
+    arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in adapter.arrays.items()}
     adapter = adapter.replace(**arrays)  # type: ignore[attr-defined]
     of_row = Ids.placed(ids.ids, ids.count, adapter.axes, W.shape)
     return _on_axes_of_kernel(adapter), of_row
@@ -256,9 +257,5 @@ def _for_one_row(W: Any, adapter: Adapter, ids: CallIds) -> tuple[Adapter, Ids]:
 def _on_axes_of_kernel(adapter: Adapter) -> Adapter:
     """The arrays with as many axes as the kernel, those that stack it in their places."""
     place = adapter.axes.place
-    arrays = {name: place(x, 1 if name == "m" else 2) for name, x in _arrays(adapter).items()}
+    arrays = {name: place(x, 1 if name == "m" else 2) for name, x in adapter.arrays.items()}
     return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
-
-
-def _arrays(adapter: Adapter) -> dict[str, Any]:
-    return {name: x for name in ("U", "V", "m") if (x := getattr(adapter, name)) is not None}

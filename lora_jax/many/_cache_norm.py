@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import chex
 import jax.numpy as jnp
 
@@ -28,7 +26,8 @@ def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
       adapters: one adapter, or several from :func:`stack`. LoRA stays as it is.
 
     Raises:
-      TypeError: as :func:`lora_jax.lora_merge`.
+      TypeError: if a tree is not a nested dict, or if adapters are as a file has them, of arrays
+        only.
       ValueError: if the adapters, which may be stacked, do not fit the base.
 
     Example:
@@ -42,16 +41,17 @@ def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
     base = base_of(frozen)
     out = flatten(adapters, "adapters")
     nodes = nodes_of(adapters, base=base)
-    count = next((node.count for node in nodes.values() if node.count is not None), None)
+    counts = [node.count for node in nodes.values() if isinstance(node, Adapter)]
+    count = next((count for count in counts if count is not None), None)
     for key, node in nodes.items():
         check_pair(key, node, base, count)
-        if node.variant == "dora":
+        if isinstance(node, Adapter) and node.variant == "dora":
             out[key] = with_cached_norm(jnp.asarray(unbox(base[key])), node)
     return unflatten(out, adapters)
 
 
-def with_cached_norm(kernel: chex.Array, adapter: Any) -> Adapter:
+def with_cached_norm(kernel: chex.Array, adapter: Adapter) -> Adapter:
     """The adapter with ``a = m / ||W + s U V||_c`` for ``m``."""
     norm = dense_norm(kernel, adapter)
     a = magnitude_ratio(jnp.asarray(adapter.m).astype(norm.dtype), norm)
-    return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[no-any-return]
+    return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]

@@ -1,7 +1,8 @@
-"""Adapters of one kernel brought to one structure and one shape, without a change of what they do.
+"""Adapters of one kernel brought to one structure and one shape, computing what they did.
 
 A smaller rank is padded with zeros, a part of fused kernels that is not adapted gets zeros, scales
-that differ go into ``U``, and beside DoRA, LoRA gets the ``m`` with which DoRA computes the same.
+that differ go into ``U``, and where there is DoRA too, LoRA gets the ``m`` with which DoRA computes
+the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lora_jax.many._cache_norm import with_cached_norm
 from lora_jax.trees._leaves import check_floating
 from lora_jax.trees._paths import unbox
 
-# Facts of an adapter that are part of what it computes, and that nothing can hide.
+# Fields in which stacked adapters must agree: no padding makes up for them.
 _ALIKE = ("materialize", "untied")
 
 

@@ -28,9 +28,9 @@ def from_folders(
       axes: likewise.
 
     Raises:
-      FileNotFoundError: by the function, if there are no adapters.
-      ValueError: by the function, if a name is not that of one folder, or if files are damaged or
-        do not fit.
+      FileNotFoundError: if there are no adapters; by the function.
+      ValueError: if a name is not that of one folder, or if files are damaged or do not fit; by the
+        function.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, lora_jax

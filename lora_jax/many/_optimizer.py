@@ -18,7 +18,7 @@ _WHAT = "per_adapter is"
 def per_adapter(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives each of the stacked adapters an optimizer of its own, with a state of its own.
+    """Gives each of the stacked adapters its own optimizer, with its own state.
 
     What an optimizer reckons over all parameters, such as the norm that gradients are clipped to,
     it reckons for each adapter by itself. Given the ids of a batch of mixed requests, it leaves
@@ -35,7 +35,7 @@ def per_adapter(
       without them every adapter is updated. Other arguments are for each one's optimizer.
 
     Raises:
-      ValueError: by the optimizer, if adapters are not stacked.
+      ValueError: if adapters are not stacked; by the optimizer.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax, optax

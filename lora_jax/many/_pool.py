@@ -2,7 +2,7 @@
 
 The adapters in memory are in the slots of one stack (``_lru_slots.py``). Its structure and shapes
 never change (``_structure.py``), and its arrays are never written to: to load an adapter makes new
-arrays, in which one slot differs. Who has the arrays of before has them as they were.
+arrays, in which one slot differs. Whoever holds the old arrays has them as they were.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class AdapterPool:
         and is not remembered. Without ``root`` and ``load`` there is only what was :meth:`put`.
 
     Raises:
-      TypeError: ``params`` or ``like`` of another kind.
-      ValueError: examples that do not fit the model; arguments that exclude each other; not one
+      TypeError: if ``params`` or ``like`` is of another kind.
+      ValueError: if examples do not fit the model, if arguments exclude each other, or if not one
         adapter fits ``max_bytes``.
 
     Example:
@@ -147,9 +147,9 @@ class AdapterPool:
           The ids are ``int32`` of shape ``(len(names),)``. Both stay valid after it.
 
         Raises:
-          TimeoutError: other requests did not give their slots back.
-          ValueError: more names than slots, or an adapter that does not fit. And what loading one
-            raises.
+          TimeoutError: if other requests did not give their slots back.
+          ValueError: if there are more names than slots, or if an adapter does not fit. And what
+            loading one raises.
         """
         if isinstance(names, str):
             raise TypeError(f"use takes a list of names, one for each row, not {names!r}.")
@@ -173,7 +173,8 @@ class AdapterPool:
           :attr:`stacked` from now on.
 
         Raises:
-          TimeoutError, ValueError: as :meth:`use`.
+          TimeoutError: if other requests did not give their slots back.
+          ValueError: if the adapter does not fit. And what loading it raises.
         """
         entries, _ = self._slots.take([name], timeout)
         if name is None:
@@ -194,9 +195,9 @@ class AdapterPool:
           timeout: seconds to wait for a slot while all are in use.
 
         Raises:
-          TimeoutError: all slots stayed in use.
-          TypeError: no tree of adapters.
-          ValueError: adapters that do not fit.
+          TimeoutError: if all slots stayed in use.
+          TypeError: if it is not a tree of adapters.
+          ValueError: if the adapters do not fit.
         """
         check_adapter_name(name)
         self._slots.put(name, self._conformed(name, adapters), timeout)

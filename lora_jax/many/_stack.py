@@ -25,10 +25,10 @@ def stack(
     So one program serves them all, by ``lora_apply(..., adapter_ids=ids)``, or trains them all, by
     ``jax.vmap``. Each computes what it computed alone. Ranks are padded with zeros, which stay zero
     in training. An adapter that lacks a kernel that another one adapts gets a zero adapter there,
-    and one that lacks a leaf that another one fully trained gets the base's. Beside DoRA, LoRA gets
-    the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``.
+    and one that lacks a leaf that another one fully trained gets the base's. Next to DoRA, LoRA
+    gets the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``.
 
-    That is for what they compute. How they train is one way for all: beside DoRA, LoRA trains its
+    That is for what they compute. They all train alike: next to DoRA, LoRA trains its
     ``m`` too; where some have ``detach_norm``, all have the exact gradient; where scales differ,
     ``s`` is multiplied into ``U``, and an optimizer's steps are others. (So to train several ranks
     side by side give them one scale, ``alpha = c * rank``.) Where rates of dropout differ, that it
@@ -40,7 +40,7 @@ def stack(
     Args:
       adapters: the adapters, each as from :func:`lora_init` or :func:`load`.
       params: the model's parameters, all of them; needed only where one adapter lacks what another
-        one has, or where LoRA is beside DoRA.
+        one has, or where LoRA is next to DoRA.
 
     Returns:
       One tree: every array has the number of adapters as its first size. ``jax.tree.map(lambda x:

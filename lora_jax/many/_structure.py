@@ -61,7 +61,7 @@ class AdapterStructure:
         like = [like] if isinstance(like, Mapping) else like
         self._params = params
         self._base = base_of(params, "params")
-        for i, tree in enumerate(like):  # missing leaves have a message of their own below
+        for i, tree in enumerate(like):  # missing leaves have another message below
             for key in nodes_of(tree, f"like[{i}]", self._base):
                 self._leaf(key)
         trees = nodes_of_each(like, self._base, "like")

@@ -1,4 +1,4 @@
-"""The nodes of an adapter tree as PEFT's tensors; what PEFT has not is refused."""
+"""The nodes of an adapter tree as PEFT's tensors; what PEFT does not have is refused."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class LoraBias(Node):
     ``b``, ``v`` comes back from a file and goes into one as it is, trained further or not.
 
     Attributes:
-      value: ``v``, of the leaf's own shape, in float32.
+      value: ``v``, of the shape of the leaf, in float32.
       scale: ``s``; of a bias, that of the adapter of its layer.
     """
 
@@ -40,7 +40,7 @@ class LoraBias(Node):
 
     @property
     def variant(self) -> str:
-        """As a summary has it."""
+        """``"lora_bias"``."""
         return "lora_bias"
 
     def merge(self, leaf: chex.Array) -> chex.Array:
@@ -59,7 +59,7 @@ class LoraBias(Node):
             )
 
     def check_combines(self, path: str, name: str) -> None:
-        """Raises ValueError: there is no arithmetic of it."""
+        """Raises ValueError: it cannot be added to others."""
         raise ValueError(
             f"Something is added to {path!r} (PEFT's lora_bias), for which there is no arithmetic: "
             f"merge such an adapter into its base."
@@ -74,7 +74,7 @@ class LoraBias(Node):
 
 
 def _read(entry: Any, arrays: Mapping[str, np.ndarray], path: str, where: str) -> LoraBias:
-    """The node out of ``adapter.json``, if what is said of it makes sense."""
+    """The node out of ``adapter.json``, if its entry makes sense."""
     array = arrays["value"]
     if type(entry) is not float or not (math.isfinite(entry) and entry > 0):
         raise ValueError(f"{where}: the scale of a LoRA bias must be positive, got {entry!r}.")

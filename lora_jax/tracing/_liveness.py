@@ -20,7 +20,7 @@ from lora_jax._compat import Branches, Loop, is_jit, is_literal, mark_of, writte
 def live_inputs(jaxpr: Any, live_outputs: Sequence[bool], *, effects: bool = True) -> list[bool]:
     """Says of every input of a jaxpr whether one of the live outputs, or an effect, depends on it.
 
-    It looks into loops, branches, and calls, and so into functions with a gradient of their own,
+    It looks into loops, branches, and calls, and so into functions with their own gradient,
     for which the tools of jax assume that every input is used.
 
     Example:

@@ -1,4 +1,4 @@
-"""A batch in which every row has an adapter of its own: the model, mapped over its rows.
+"""A batch in which each row has its own adapter: the model, mapped over its rows.
 
 By definition it is ``jax.vmap`` over ``(id, row)`` of a call with one row, a batch of the size 1.
 So a row has what it would have alone, whatever the model computes: caches, norms, heads that were
@@ -24,7 +24,7 @@ from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.tracing._row_inputs import Call, RowInputs
 from lora_jax.tracing._row_results import RowResult
 
-# Arguments with keys of random numbers: each row gets keys of its own.
+# Arguments with keys of random numbers: each row gets its own keys.
 _KEYS = ("rngs", "dropout_rng")
 
 
@@ -45,7 +45,7 @@ def over_rows(
     Args:
       call: of a batch with one row.
       ids: ``(batch, ...)``.
-      rest: the collections of variables beside ``params``.
+      rest: the collections of variables other than ``params``.
       args: of the model.
       kwargs: of the model and of ``apply``.
       in_axes: as for :func:`lora_jax.lora_apply`; alike the others.

@@ -26,7 +26,7 @@ _ARRAY = object()
 
 @dataclasses.dataclass
 class RowResult:
-    """What a call of one row gives, beside its arrays.
+    """What a call of one row gives, apart from its arrays.
 
     Attributes:
       axes: where the arrays have the rows; ``None`` for one that is the same for all of them.
@@ -52,7 +52,7 @@ class RowResult:
 
         Args:
           y: the result.
-          variables: collections that ``apply`` gives beside it.
+          variables: collections that ``apply`` gives along with it.
           out_axes: of the result.
           variable_axes: of the collections.
           grown: says of each leaf which axis grows with the batch.

@@ -1,4 +1,4 @@
-"""What is asked of one leaf: an array of numbers, in a box or not."""
+"""One leaf: its dtype, in a box or not, and whether it is floating-point and finite."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def lora_merge(
 
 
 def merged_leaf(leaf: Any, node: Node, key: chex.PRNGKey | None = None) -> Any:
-    """The merged leaf in the dtype and the box of the base's own.
+    """The merged leaf, in the dtype and the box of the base's leaf.
 
     Args:
       leaf: of the base.
@@ -84,11 +84,11 @@ def join(
       adapt: gives the leaves for a leaf that the base has, from its key, the leaf and its node.
       count: how many adapters there are, where they are stacked.
       replace: gives the leaves for a stack of leaves that were fully trained, from their key, the
-        base's own leaf, if there is one, and the node.
+        leaf of the base, if there is one, and the node.
 
     Raises:
-      TypeError: as :func:`lora_jax.trees._pair.pair`.
-      ValueError: likewise.
+      TypeError: if :func:`pair` refuses the trees.
+      ValueError: if it does, or if a node cannot be adapted.
     """
     flat, nodes = pair(frozen, adapters, count, either=replace is not None)
     for key, node in nodes.items():

@@ -1,8 +1,8 @@
 """The base and the adapters leaf by leaf: whatever takes both looks here before it computes.
 
-A base is nested dicts of arrays. A tree of adapters has a :class:`lora_jax.core._node.Node` for
-every leaf of the model that is trained: beside leaves of the base, which it changes, or, for leaves
-that are fully trained, in the place of leaves that the base lacks.
+A base is nested dicts of arrays. A tree of adapters has a :class:`Node` for every leaf of the model
+that is trained. It changes the leaf of the base with its path, or, where the leaf is fully trained,
+it takes the place of a leaf that the base lacks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_jax.trees._leaves import check_floating, dtype_of
 from lora_jax.trees._paths import Key, flatten, path_of, unbox
 from lora_jax.trees._refuse_plain_arrays import check_has_nodes
 
-# Names that Flax gives to collections beside "params".
+# Names that Flax gives to collections other than "params".
 _COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
 
 
@@ -40,8 +40,8 @@ def pair(
       either: whether the base may be all parameters too, leaves that are fully trained among them.
 
     Raises:
-      TypeError: as :func:`base_of` and :func:`nodes_of`.
-      ValueError: likewise; if the adapters do not fit this base, or a leaf is in both.
+      TypeError: if a tree is not what :func:`base_of` and :func:`nodes_of` take.
+      ValueError: if it is not, if the adapters do not fit this base, or if a leaf is in both.
     """
     base = base_of(frozen)
     nodes = nodes_of(adapters, base=base)
@@ -125,7 +125,7 @@ def check_pair(
 
     Args:
       key: of the leaf.
-      node: the node, or a stack of so many.
+      node: the node, which may be a stack.
       base: the leaves of the frozen tree, or of all of a model's parameters.
       count: how many nodes are stacked in this one; ``None`` for one alone.
       name: of the base, for messages.

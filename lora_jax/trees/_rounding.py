@@ -170,8 +170,10 @@ def rounding(
       A report that prints as a table. Only one merged kernel is in memory at a time.
 
     Raises:
-      TypeError: as :func:`lora_jax.lora_merge`.
-      ValueError: likewise.
+      TypeError: if a tree is not a nested dict, or if adapters are as a file has them, of arrays
+        only.
+      ValueError: if the adapters do not fit this base, if the base is of integers, or if a leaf is
+        in both trees.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.core._node import Node
+from lora_jax.core._adapter import Adapter
 
 
 def stack_size(adapters: Any, what: str) -> int:
@@ -20,8 +20,8 @@ def stack_size(adapters: Any, what: str) -> int:
     Raises:
       ValueError: if its arrays do not have one first size, or an adapter is alone.
     """
-    nodes = jax.tree.leaves(adapters, is_leaf=lambda x: isinstance(x, Node))
-    alone = any(isinstance(node, Node) and node.is_alone for node in nodes)
+    nodes = jax.tree.leaves(adapters, is_leaf=lambda x: isinstance(x, Adapter))
+    alone = any(isinstance(node, Adapter) and np.ndim(node.U) == node.ndim for node in nodes)
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(adapters)}
     if alone or len(sizes) != 1 or sizes == {()}:
         raise ValueError(

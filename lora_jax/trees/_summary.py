@@ -8,12 +8,16 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import empty_node
 
+from lora_jax._compat import is_traced
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._node import Node
+from lora_jax.core._variants import column_norm
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._match_paths import assign, matched_by
 from lora_jax.trees._pair import pair
@@ -78,7 +82,7 @@ def summary(
         for path, leaf in base.items()
         if path not in nodes and len(getattr(leaf, "shape", ())) - len(batch_axes.get(path, ())) > 1
     }
-    adapted = [path for path, node in nodes.items() if node.rank is not None]
+    adapted = [path for path, node in nodes.items() if isinstance(node, Adapter)]
     tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
     state = None if tx is None else jax.eval_shape(tx.init, adapters)
     return Summary(
@@ -98,7 +102,7 @@ def _rules(
     config: LoraConfig, paths: list[str], nodes: Mapping[str, Node], axes: object
 ) -> tuple[RuleReport, ...]:
     rules, trainable = assign(config, paths, axes)
-    adapted_now = {path for path, node in nodes.items() if node.rank is not None}
+    adapted_now = {path for path, node in nodes.items() if isinstance(node, Adapter)}
     for path in sorted(rules.keys() ^ adapted_now | trainable ^ (nodes.keys() - adapted_now)):
         raise ValueError(
             f"The adapters were made with another config: they and this one differ in {path!r}."
@@ -117,21 +121,30 @@ def _rules(
 
 
 def _row(path: str, node: Node, leaf: Any) -> Row:
-    """The row of a node; a leaf that the base lacks is the node's own."""
+    """The row of a node: what a kind of node has no field for is not in it."""
     leaf = unbox(leaf) if node.in_base else node.merge(None)
     return Row(
         path,
         tuple(leaf.shape),
         node.variant,
-        node.rank,
-        node.scale,
+        getattr(node, "rank", None),
+        getattr(node, "scale", None),
         trained=_size(node.arrays),
         total=_size(leaf),
         nbytes=_nbytes(node.arrays),
-        materialized=node.materialize,
-        zero_columns=node.zero_columns(leaf),
-        product=node.product,
+        materialized=getattr(node, "materialize", False),
+        zero_columns=_zero_columns(node, leaf),
+        product=getattr(node, "product", None),
     )
+
+
+def _zero_columns(node: Node, kernel: Any) -> int | None:
+    """How many columns of the kernel DoRA has no direction for; ``None`` where unknown."""
+    abstract = isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel)
+    if not isinstance(node, Adapter) or node.m is None or abstract:
+        return None
+    matrix = node.axes.as_matrix(jnp.asarray(kernel))
+    return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
 
 
 def _size(tree: Any) -> int:

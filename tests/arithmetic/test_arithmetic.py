@@ -380,17 +380,17 @@ def test_dare_differs_by_key_adapter_path_and_matrix():
     assert len(set(masks)) == len(masks) == 16
 
 
-# --- whole leaves, and trees that differ ---
+# --- fully trained leaves, and trees that differ ---
 
 
-def with_head(seed, whole=("head",), dtype=jnp.bfloat16, adapted=("dense",)):
+def with_head(seed, trainable=("head",), dtype=jnp.bfloat16, adapted=("dense",)):
     params = kernels("dense") | {"head": jnp.arange(4, dtype=dtype), "bias": jnp.ones(2)}
-    config = LoraConfig([Rule(name, 1) for name in adapted], list(whole))
+    config = LoraConfig([Rule(name, 1) for name in adapted], list(trainable))
     frozen, adapters = lora_jax.lora_init(KEY, params, config)
     return params, frozen, random_like(adapters, seed)
 
 
-def test_leaves_trained_whole():
+def test_fully_trained_leaves():
     params, frozen, a = with_head(1)
     b = with_head(2, ["head", "bias"])[2]
     combined, report = lora_jax.combine([a, b], [0.5, -1], params=params)
@@ -417,7 +417,7 @@ def test_leaves_trained_whole():
             lora_jax.combine(trees, weights, **options)
 
 
-def test_task_vectors_of_leaves_trained_whole():
+def test_task_vectors_of_fully_trained_leaves():
     params, _, a = with_head(1)
     b = with_head(2)[2]
     options = {"params": params, "density": 0.5, "rank": 1}

@@ -52,12 +52,12 @@ def test_merge_of_other_keys(folders, call, tmp_path, kind):
 
 def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
     """PEFT writes them beside with bias="all"; in a state dict the copy has the adapter's name."""
-    base, whole = tmp_path / "base", {}
+    base, heads = tmp_path / "base", {}
     for layer in ("dense", "out"):
-        whole |= {f"head.{layer}.weight": np.ones((3, 3), np.float32)}
+        heads |= {f"head.{layer}.weight": np.ones((3, 3), np.float32)}
     arrays = dict(Tensors(folders / "torch.safetensors"))
-    safetensors.numpy.save_file(arrays | {n: 0 * x for n, x in whole.items()}, base)
-    saved = {PREFIX + name: x for name, x in whole.items()}
+    safetensors.numpy.save_file(arrays | {n: 0 * x for n, x in heads.items()}, base)
+    saved = {PREFIX + name: x for name, x in heads.items()}
     copies = {n.replace("head.", "head.modules_to_save."): x for n, x in saved.items()}
     named = {n.replace("head.", "head.modules_to_save.some."): x for n, x in saved.items()}
     cases = {"plain": (saved | copies, str), "named": (named, KEYS["the adapter's name"])}
@@ -68,7 +68,7 @@ def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
         code, out = call("merge", folder, base, tmp_path / f"{case} merged")
         assert code == 0, out
         merged = Tensors(tmp_path / f"{case} merged")
-        assert all(np.array_equal(merged[name], x) for name, x in whole.items())
+        assert all(np.array_equal(merged[name], x) for name, x in heads.items())
 
 
 @pytest.mark.parametrize("change", [0, 1])

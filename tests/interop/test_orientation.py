@@ -231,12 +231,12 @@ FLAX = {
 @pytest.mark.parametrize("name", FLAX)
 def test_flax_is_peft(bases, name, dora, tmp_path):
     """What Flax computes, PEFT computes with what is saved, and transformers with the export."""
-    base, (targets, whole) = bases(name), FLAX[name]
+    base, (targets, trainable) = bases(name), FLAX[name]
     model = getattr(transformers, f"Flax{base.cls}").from_pretrained(base.folder, from_pt=True)
     params, variant = model.params, {"variant": "dora", "detach_norm": True} if dora else {}
     axes = lora_jax.kernel_axes(model, {"params": params}, IDS)
     rule = lora_jax.Rule(f"(.*/)?({targets})/kernel", rank=2, **variant)
-    config = lora_jax.LoraConfig([rule], trainable=whole)
+    config = lora_jax.LoraConfig([rule], trainable=trainable)
     frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
     adapters = random_like(adapters)
     expected = lora_jax.lora_apply(model, {"params": frozen}, adapters, IDS).logits

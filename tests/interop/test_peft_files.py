@@ -393,7 +393,7 @@ def check_command_merges(base, folder, out, **options):
         {"target_modules": [*LAYERS, "conv2", "embed"], "use_dora": True},
         {"target_modules": LAYERS, "bias": "all", "modules_to_save": ["norm"]},
     ],
-    ids=["biases of B", "dora", "saved whole"],
+    ids=["biases of B", "dora", "fully trained"],
 )
 def test_command_merges_as_peft(params, config, tmp_path):
     with warnings.catch_warnings():

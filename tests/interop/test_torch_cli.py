@@ -105,7 +105,7 @@ TIED = {
     "xlnet": ("LMHeadModel", "layer_1", "word_embedding", "lm_loss"),
     "t5": ("ForConditionalGeneration", "q", "shared", "lm_head"),
 }
-# What is adapted, and what is saved whole: "E" and "H" are the embedding and the head.
+# What is adapted, and what is fully trained: "E" and "H" are the embedding and the head.
 CHANGES = [("", "E"), ("", "H"), ("H", ""), ("EH", ""), ("", "EH"), ("E", ""), ("H", "E")]
 
 

@@ -429,9 +429,9 @@ def test_arguments_in_the_wrong_place():
         lora_jax.lora_apply(model.apply.__func__, variables, adapters, x)
     with pytest.raises(TypeError, match=r"adapters must be a nested dict.*tuple"):
         lora_jax.lora_apply(model, variables, (adapters,), x)
-    whole = {**adapters, "encoder": {"bias": jnp.ones(6)}}
+    trained = {**adapters, "encoder": {"bias": jnp.ones(6)}}
     with pytest.raises(ValueError, match=r"'encoder/bias' is in the base and"):
-        lora_jax.lora_apply(model, variables, whole, x)
+        lora_jax.lora_apply(model, variables, trained, x)
 
 
 def test_variables_that_come_back_are_the_base():

@@ -379,7 +379,7 @@ def test_unusual_models(model, variant):
         assert relative_error(y, model.apply({"params": merged}, *args)) < 1e-5
 
 
-def test_parameters_in_a_dict_are_substituted_or_refused():
+def test_parameters_in_a_dict_are_materialized_or_refused():
     model, x = Dictionary(), jnp.ones((2, 6))
     variables = model.init(KEY, x)
     axes = lora_jax.kernel_axes(model, variables, x)

@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(5), (4, 6))
 
 
-def test_spectral_norm_is_substituted_or_refused():
+def test_spectral_norm_is_materialized_or_refused():
     model = nn.SpectralNorm(nn.Dense(5))
     variables = model.init(KEY, X, update_stats=False)
     axes = lora_jax.kernel_axes(model, variables, X, update_stats=False)

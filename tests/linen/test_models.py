@@ -1,4 +1,4 @@
-"""Whole models: their axes, their adapters, and their training."""
+"""Full models: their axes, their adapters, and their training."""
 
 import jax
 import jax.numpy as jnp

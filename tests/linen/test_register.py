@@ -292,7 +292,7 @@ def test_unknown_layer_says_what_to_register():
     ],
     ids=["unknown", "WeightNorm", "map_variables", "masked", "LSTM", "scan", "embedding"],
 )
-def test_substituted_parameters(model, variant):
+def test_materialized_parameters(model, variant):
     """In place of the parameter stands W', whatever reads it."""
     x = jnp.arange(5) if isinstance(model, zoo.Tied) else X[None]
     variables = random_variables(model, x)

@@ -68,8 +68,8 @@ def alone(adapters, i, x, model=MODEL):
     """One adapter with its own frozen base, or the base."""
     if i < 0:
         return model.apply({"params": PARAMS}, x)
-    whole = {k for k, n in flat(adapters[i]).items() if not isinstance(n, lora_jax.Adapter)}
-    frozen = {key: leaf for key, leaf in flat(PARAMS).items() if key not in whole}
+    trained = {k for k, n in flat(adapters[i]).items() if not isinstance(n, lora_jax.Adapter)}
+    frozen = {key: leaf for key, leaf in flat(PARAMS).items() if key not in trained}
     frozen = lora_jax.trees._paths.unflatten(frozen, PARAMS)
     return lora_jax.lora_apply(model, {"params": frozen}, adapters[i], x)
 
@@ -91,7 +91,7 @@ def mixed(stacked, x=X, ids=IDS, model=MODEL, **kwargs):
         nn.jit,
     ],
 )
-def test_leaves_trained_whole_differ_from_row_to_row(transform):
+def test_fully_trained_leaves_differ_from_row_to_row(transform):
     model = Model(block=transform(Block))
     adapters = several("head/.*", ".*norm/(scale|bias)", ".*mlp/bias", ".*query/bias")
     stacked = lora_jax.stack(adapters, PARAMS)
@@ -101,7 +101,7 @@ def test_leaves_trained_whole_differ_from_row_to_row(transform):
 
 
 @pytest.mark.slow
-def test_gradient_of_leaves_trained_whole_is_that_of_their_rows():
+def test_gradient_of_fully_trained_leaves_is_that_of_their_rows():
     stacked = lora_jax.stack(several("head/.*", ".*norm/scale"), PARAMS)
     weights = random_like(jnp.zeros((5, 4, 3)), seed=4)
     grads = jax.jit(jax.grad(lambda s: jnp.sum(weights * mixed(s))))(stacked)
@@ -248,15 +248,15 @@ def test_what_cannot_be_mixed_says_what_can():
     ):
         mixed(materialized, ids=np.zeros((5, 4), int))
     assert relative_error(mixed(materialized, ids=-1), MODEL.apply(VARIABLES, X)) < 1e-6
-    whole = lora_jax.stack([adapter(0, trainable=["head/.*"])[1]])
+    with_head = lora_jax.stack([adapter(0, trainable=["head/.*"])[1]])
     with pytest.raises(ValueError, match=r"one number for each example.*not for each token"):
-        mixed(whole, ids=np.zeros((5, 4), int))
+        mixed(with_head, ids=np.zeros((5, 4), int))
     merged = lora_jax.stack([adapter(0, product="dense")[1]])
     with pytest.raises(ValueError, match=r"product='dense', which is not possible, as the rows"):
         mixed(merged, ids=np.zeros(5, int))
 
 
-def whole_of(model, pattern, x, count=2):
+def fully_trained_of(model, pattern, x, count=2):
     variables = random_variables(model, x)
     config = lora_jax.LoraConfig([], trainable=[pattern])
     tree = lora_jax.lora_init(jax.random.key(0), variables["params"], config)[1]
@@ -265,14 +265,14 @@ def whole_of(model, pattern, x, count=2):
 
 
 def test_a_stack_of_another_base_is_refused():
-    stacked = whole_of(nn.Dense(5), "bias", X)[2]
+    stacked = fully_trained_of(nn.Dense(5), "bias", X)[2]
     other = random_variables(nn.Dense(1), X)
     with pytest.raises(ValueError, match=r"'bias' was fully trained: its stack is \(2, 5\), but"):
         lora_jax.lora_apply(nn.Dense(1), other, stacked, X, adapter_ids=IDS % 2)
 
 
 def test_a_batch_of_an_unknown_size():
-    variables, _, stacked = whole_of(nn.Dense(5), "bias", X)
+    variables, _, stacked = fully_trained_of(nn.Dense(5), "bias", X)
     (b,) = export.symbolic_shape("b")
     ids = jax.ShapeDtypeStruct((b,), jnp.int32)
     x = jax.ShapeDtypeStruct((b, WIDTH), jnp.float32)
@@ -323,7 +323,7 @@ def test_summary_is_of_one():
         lora_jax.summary(PARAMS, stacked)
 
 
-def test_boxed_leaves_trained_whole():
+def test_boxed_fully_trained_leaves():
     init = nn.with_partitioning(nn.initializers.ones, ("model",))
     model, x = nn.Dense(5, bias_init=init), X[:, 0]
     params = model.init(jax.random.key(0), x)["params"]

@@ -385,17 +385,21 @@ OTHER = {"layers_0": {"kernel": jnp.ones((5, 7))}}
 OTHER_MODEL = lora_jax.lora_init(
     jax.random.key(0), OTHER, lora_jax.LoraConfig([lora_jax.Rule(".*", 1)])
 )[1]
-SHIFTED = {"layers_0": {"bias": lora_jax.LoraBias(jnp.ones(6))}}
+BIASED = {"layers_0": {"bias": lora_jax.LoraBias(jnp.ones(6))}}
 MISFITS = {
-    "shift": (lambda: SHIFTED, ValueError, r"it adds something to 'layers_0/bias' \(PEFT's lora_b"),
+    "lora_bias": (
+        lambda: BIASED,
+        ValueError,
+        r"it adds something to 'layers_0/bias' \(PEFT's lora_b",
+    ),
     "rank": (lambda: one(rank=3), ValueError, "at 'layers_0/kernel' it has rank 3, .*room for 2"),
     "DoRA": (lambda: one(variant="dora"), ValueError, "'layers_0/kernel' it is DoRA, and there is"),
-    "whole": (
+    "fully trained": (
         lambda: one(trainable=["layers_2/bias"]),
         ValueError,
         "it has 'layers_2/bias', which nothing in the pool has: make the pool with .* in `like`",
     ),
-    "whole, adapted": (
+    "fully trained, adapted": (
         lambda: one(pattern="layers_0/kernel", trainable=["layers_2/kernel"]),
         ValueError,
         "'layers_2/kernel' is adapted in one of the adapters and fully trained in another",

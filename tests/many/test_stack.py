@@ -25,9 +25,9 @@ def one(pattern=".*kernel", rank=2, seed=0, trainable=(), params=PARAMS, **rule)
 
 
 def merged(adapters):
-    whole = set(paths(adapters))
+    trained = set(paths(adapters))
     frozen = {
-        name: {k: v for k, v in layer.items() if f"{name}/{k}" not in whole}
+        name: {k: v for k, v in layer.items() if f"{name}/{k}" not in trained}
         for name, layer in PARAMS.items()
     }
     return lora_jax.lora_merge({k: v for k, v in frozen.items() if v}, adapters)
@@ -212,7 +212,7 @@ ERRORS = {
         "Not all of the adapters have 'layers_2/bias'.*pass the model's parameters",
     ),
     "no params, DoRA": ([one(), one(variant="dora")], None, ValueError, "different variants there"),
-    "whole and adapted": (
+    "fully trained and adapted": (
         [one(), one("layers_0/kernel", trainable=["layers_2/kernel"])],
         PARAMS,
         ValueError,

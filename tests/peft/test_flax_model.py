@@ -60,7 +60,7 @@ def test_a_layer_that_may_be_either_is_refused(tmp_path):
     lora_jax.peft.save(tmp_path / "x", frozen, adapters, axes=axes)
     with pytest.raises(ValueError, match=message):
         lora_jax.peft.load(tmp_path / "x", frozen)
-    # One that is not adapted does not matter, and whole both are PyTorch's transposed.
+    # One that is not adapted does not matter, and fully trained both are PyTorch's transposed.
     rest = {"head": adapters["head"]}
     lora_jax.peft.save(tmp_path / "y", frozen, rest)
     chex.assert_trees_all_equal(lora_jax.peft.load(tmp_path / "y", frozen)[1], rest)

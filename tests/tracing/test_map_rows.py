@@ -18,14 +18,14 @@ X = random_like(jnp.zeros((ROWS, 3, WIDTH)), scale=1.0)
 MEMORY = random_like(jnp.zeros((ROWS, WIDTH)), seed=1, scale=1.0)  # as many as there are rows
 
 
-def adapted(model, *args, kernels=".*(kernel|embedding)", whole=(), rank=2, **kwargs):
+def adapted(model, *args, kernels=".*(kernel|embedding)", trainable=(), rank=2, **kwargs):
     """Variables of a model, a LoRA and a DoRA of it, and their stack."""
     variables = random_variables(model, *args)
     axes = lora_jax.kernel_axes(model, variables, *args, **kwargs)
     trees = []
     for seed, variant in enumerate(("lora", "dora")):
         rules = [lora_jax.Rule(kernels, rank, variant=variant)] if kernels else []
-        config = lora_jax.LoraConfig(rules, trainable=list(whole))
+        config = lora_jax.LoraConfig(rules, trainable=list(trainable))
         tree = lora_jax.lora_init(jax.random.key(0), variables["params"], config, axes=axes)[1]
         trees.append(random_like(tree, seed=seed))
     return variables, trees, lora_jax.stack(trees, variables["params"])
@@ -105,12 +105,12 @@ class Inner(nn.Module):
 @pytest.mark.parametrize(
     ("model", "x", "options"),
     [
-        (WithMemory(), X[:, 0], {"whole": [".*scale"]}),
-        (WithMemory(), X[:, 0], {"kernels": "", "whole": [".*scale", ".*bias"]}),
+        (WithMemory(), X[:, 0], {"trainable": [".*scale"]}),
+        (WithMemory(), X[:, 0], {"kernels": "", "trainable": [".*scale", ".*bias"]}),
         (WithPositions(), jnp.arange(16).reshape(4, 4) % 11, {}),
         (OverTheBatch(), jnp.concatenate([X, X[:, :1]], 1), {}),
-        (OverTheBatch(), X, {"kernels": "", "whole": [".*bias"]}),
-        (PastItsModule(), X[:, 0], {"kernels": "", "whole": [".*kernel"]}),
+        (OverTheBatch(), X, {"kernels": "", "trainable": [".*bias"]}),
+        (PastItsModule(), X[:, 0], {"kernels": "", "trainable": [".*kernel"]}),
         (Inner(), X[:, 0], {"rank": 1}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -123,7 +123,7 @@ def test_a_row_is_not_known_by_its_size(model, x, options):
 
 def test_an_array_beside_the_input_is_of_all_rows_or_of_one():
     model, x = Affine(), X[:, 0]
-    variables, _, stacked = adapted(model, x, MEMORY, whole=["scale"])
+    variables, _, stacked = adapted(model, x, MEMORY, trainable=["scale"])
 
     def call(*args, **kwargs):
         return lora_jax.lora_apply(model, variables, stacked, *args, adapter_ids=IDS, **kwargs)
@@ -252,7 +252,7 @@ def test_what_is_another_one_for_each_row_has_no_place_in_a_number():
     with pytest.raises(ValueError, match=r"result \(\) has no axis for the batch.*Map over"):
         lora_jax.lora_apply(Loss(), variables, stacked, X, adapter_ids=IDS)
     model, x = Normed(), X[:, 0]
-    variables, _, stacked = adapted(model, x, whole=[".*norm.*"])
+    variables, _, stacked = adapted(model, x, trainable=[".*norm.*"])
     y = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=IDS)
     check_rows(y, lambda i, own: alone(model, variables, stacked, i, x[own]))
     with pytest.raises(ValueError, match=r"'batch_stats/norm/mean' \(6,\) has no axis"):
@@ -446,7 +446,7 @@ def test_the_product_with_the_base_is_computed_once():
 
 def test_the_program_is_of_one_size_for_any_number_of_rows():
     model = nn.Sequential([nn.Dense(6), nn.tanh, nn.Dense(6)])
-    variables, _, stacked = adapted(model, X, whole=[".*bias"])
+    variables, _, stacked = adapted(model, X, trainable=[".*bias"])
 
     def equations(rows):
         x, ids = jnp.ones((rows, 3, WIDTH)), np.zeros(rows, int)

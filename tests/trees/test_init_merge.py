@@ -98,7 +98,7 @@ def test_merge_gives_back_the_parameters():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_leaf_trained_whole_is_float32_and_goes_back(dtype):
+def test_fully_trained_leaf_is_float32_and_goes_back(dtype):
     tree = params(dtype)
     frozen, adapters = init(tree)
     assert {a.dtype for a in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
@@ -109,13 +109,13 @@ def test_leaf_trained_whole_is_float32_and_goes_back(dtype):
     assert jnp.array_equal(merged["head"]["kernel"], tree["head"]["kernel"])
     # The model sees the leaf in its own dtype, as if nothing had happened.
     model, x = nn.Dense(3), jnp.ones((2, 4), dtype)
-    whole = {"kernel": adapters["head"]["kernel"], "bias": adapters["head"]["bias"]}
-    y = lora_jax.lora_apply(model, {"params": {}}, whole, x)
+    head = {"kernel": adapters["head"]["kernel"], "bias": adapters["head"]["bias"]}
+    y = lora_jax.lora_apply(model, {"params": {}}, head, x)
     assert y.dtype == dtype
     assert jnp.array_equal(y, model.apply({"params": tree["head"]}, x))
 
 
-def test_donated_adapters_leave_the_parameters_whole():
+def test_donated_adapters_leave_the_parameters_intact():
     tree = params()
     _, adapters = init(tree)
     jax.jit(lambda a: jax.tree.map(lambda x: x + 1, a), donate_argnums=0)(adapters)
@@ -157,7 +157,7 @@ def float64():
 
 
 @pytest.mark.usefixtures("float64")
-def test_whole_float64_leaf_stays():
+def test_fully_trained_float64_leaf_stays():
     tree = {"kernel": jnp.ones((3, 3), jnp.float64), "bias": jnp.ones(3, jnp.float64)}
     config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1)], trainable=["bias"])
     frozen, adapters = init(tree, config)

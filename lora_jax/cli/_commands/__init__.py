@@ -6,7 +6,7 @@
 ``_merge.py``    an adapter into the safetensors of its base
 ``_diff.py``     how far two adapters are apart
 ``_extract.py``  an adapter from a fine-tuned model and its base
-``_verify.py``   whether an adapter is complete, and of which base
+``_verify.py``   whether an adapter is complete, and for what base
 ===============  =============================================================
 """
 

@@ -100,8 +100,8 @@ def merge(
 
             info = {name: updates.info[to] for name, to in named.items()}
             rewrite(checkpoint, out, info, merged, updates.config)
-    if checkpoint.beside:
-        not_copied = ", ".join(file.name for file in checkpoint.beside)
+    if checkpoint.others:
+        not_copied = ", ".join(file.name for file in checkpoint.others)
         print_line(f"Not copied, as no part of the model: {not_copied}.")
     for note in updates.notes:
         print_line(note)

@@ -1,4 +1,4 @@
-"""``lora-jax verify``: whether an adapter is complete, and of which base it is."""
+"""``lora-jax verify``: whether an adapter is complete, and what base it was trained on."""
 
 from __future__ import annotations
 

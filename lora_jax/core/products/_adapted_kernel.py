@@ -74,7 +74,7 @@ class AdaptedKernel:
 
         Letters that ``W`` shares only with ``x`` are its inputs, those that it shares only with
         the result are its outputs, and those in all three are its batch axes: each matrix has
-        ``U`` and ``V`` of its own.
+        its own ``U`` and ``V``.
 
         Args:
           equation: ``"x,W->y"``; ``...`` may stand in ``x`` and ``y``.
@@ -144,9 +144,9 @@ class AdaptedKernel:
             where that is floating-point.
           inputs: axes of the kernel that are contracted. One axis is left: the outputs.
           base: the layer's own product, for ``W``; by default ``product``.
-          batch_axes: axes of the kernel that hold one matrix beside another, each with ``U`` and
-            ``V`` of its own.
-          groups: number of groups that the outputs are in, each with inputs of its own.
+          batch_axes: axes of the kernel along which matrices are stacked, each with its own ``U``
+            and ``V``.
+          groups: number of groups that the outputs are in, each with its own inputs.
           batch_shape: sizes of the axes that the layer has made into the first one of ``x``, if it
             has.
           precision: of the product with ``V``; give the one that ``product`` has.
@@ -197,7 +197,7 @@ class AdaptedKernel:
           batch: sizes of the first axes of the input, which are the batch.
 
         Raises:
-          ValueError: if positions behind the batch have adapters of their own.
+          ValueError: if positions behind the batch have their own adapters.
         """
         if self.ids is not None and len(self.ids.shape) > max(len(batch), 1):
             raise ValueError(

@@ -125,7 +125,7 @@ def factored_linear(
       W: the kernel in the compute dtype, with one output axis.
       factors: of the adapter.
       axes: how ``W`` is a matrix.
-      groups: number of groups that the outputs are in, each with inputs of its own.
+      groups: number of groups that the outputs are in, each with its own inputs.
       mask: of the columns of ``U``.
       precision: of the product with ``V``.
 

@@ -1,7 +1,7 @@
-"""Products of a batch in which every row has an adapter of its own, or none.
+"""Products of a batch in which each row has its own adapter, or none.
 
-The product with ``W`` is computed once, for the whole batch. What the adapters add is computed row
-by row, of which ``jax.vmap`` makes batched products; ``_row_factors.py`` has the factors of a row.
+The product with ``W`` is computed once, for the whole batch. What the adapters add is written
+for one row, and ``jax.vmap`` makes batched products of it; ``_row_factors.py`` has the factors.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def mixed_linear(
       axes: how ``W`` is a matrix.
       ids: which adapter each row has.
       base: the layer's own product of ``x`` and ``W``.
-      groups: number of groups that the outputs are in, each with inputs of its own.
+      groups: number of groups that the outputs are in, each with its own inputs.
       precision: of the product with ``V``.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
 

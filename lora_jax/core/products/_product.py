@@ -109,7 +109,7 @@ def adapted_linear(
       factors: of the adapter.
       axes: how ``W`` is a matrix. The result's last axes are the batch axes and the outputs.
       base: the layer's own product of ``x`` and ``W``.
-      groups: number of groups that the outputs are in, each with inputs of its own.
+      groups: number of groups that the outputs are in, each with its own inputs.
       precision: of the product with ``V``; that of ``linear`` is its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """

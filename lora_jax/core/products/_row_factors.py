@@ -1,6 +1,6 @@
 """The factors of the rows of a mixed batch: those of each row's adapter, or of all at once.
 
-What the adapters add to a row is computed in one of two ways:
+What the adapters add to a row is computed by one of two formulas:
 
     gather    s (x U_i) V_i, with the factors of the row's adapter i
     one-hot   s (x [U_0 | U_1 | ...]) * [0 | 1 | 0 ...] [V_0; V_1; ...], with those of all adapters

@@ -1,6 +1,6 @@
 """Matrix products with the thin factors ``U`` and ``V``, and what they need on CPUs.
 
-A product with a factor costs little arithmetic, so how it is laid out decides what it costs. On
+A product with a factor costs little arithmetic, so its layout in memory decides what it costs. On
 CPUs XLA is helped in two places, by :func:`merge_free_axes` and :func:`skinny_matmul`; elsewhere
 the products are as they are written.
 """

@@ -62,7 +62,7 @@ class Rule:
       input_axes: axes of the kernel that are contracted with the layer's input; by default the
         first one that is not a batch axis. Not needed with :func:`lora_jax.kernel_axes`.
       fused: number of kernels that lie side by side in the outputs, such as 3 where one kernel
-        computes queries, keys and values; each has ``U`` and ``V`` of its own. They must be
+        computes queries, keys and values; each has its own ``U`` and ``V``. They must be
         contiguous blocks of the flattened outputs, not interleaved within heads.
       parts: which of the fused kernels are adapted: ``fused=3, parts=(0, 2)`` leaves the keys
         frozen. All by default.

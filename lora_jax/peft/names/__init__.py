@@ -4,5 +4,5 @@
 - ``_families.py``: ``FAMILIES``, the names of well-known models.
 - ``_templates.py``: names with placeholders, matched and filled in.
 - ``_keys.py``: the keys of PEFT's tensors: what is added to the names of a model.
-- ``_targets.py``: what PEFT calls that which it adapts.
+- ``_targets.py``: PEFT's name for what it adapts.
 """

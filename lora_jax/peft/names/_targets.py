@@ -1,4 +1,4 @@
-"""What PEFT calls that which it adapts: a module, or a parameter by itself."""
+"""PEFT's name for what it adapts: a module, or a parameter by itself."""
 
 from __future__ import annotations
 

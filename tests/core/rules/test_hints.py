@@ -156,7 +156,7 @@ MISTAKES = {
         "matches 'classifier/kernel', of shape (8, 3): rank 8 is above min(d, k) = 3. Give it a "
         "rule with a lower rank before this one",
     ),
-    "adapted and whole": (
+    "adapted and fully trained": (
         lambda: init(Rule("classifier/kernel", rank=2), trainable=["classifier/.*"]),
         "'classifier/kernel' has trainable pattern 'classifier/.*'. Those leaves would be both",
     ),
