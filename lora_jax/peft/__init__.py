@@ -31,3 +31,7 @@ from lora_jax.peft.names._key_mapping import KeyMapping
 __all__ = ["FAMILIES", "KeyMapping", "load", "save"]
 
 __getattr__ = _renamed_names(__name__, {"Name": KeyMapping})
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__"])
