@@ -28,7 +28,7 @@ MARK = "lora_jax: what is multiplied by "
 
 
 @dataclasses.dataclass
-class Observer:
+class AxesObserver:
     """The interceptor of an abstract call, and what it saw.
 
     Attributes:
@@ -117,7 +117,7 @@ class Observer:
 class _OneKernel:
     """Notes what the handler of a layer does with one kernel."""
 
-    observer: Observer
+    observer: AxesObserver
     label: Label
     value: jax.Array
 

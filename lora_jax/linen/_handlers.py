@@ -26,10 +26,10 @@ class Handlers:
     return another one. A call of :func:`lora_jax.lora_apply`, :func:`lora_jax.kernel_axes` or
     :func:`lora_jax.lora_init_model` with ``handlers=`` looks at nothing else.
 
-    The handler of a layer is the layer's method once more, with an :class:`AdaptedKernel` in the
-    place of each kernel (``None`` where the module does not have it). It is called instead of the
-    method, in this class and in subclasses that call ``super()``, and gets the module, the kernels,
-    and the arguments of the call.
+    The handler of a layer computes what the layer's method does, with an :class:`AdaptedKernel` in
+    the place of each kernel (``None`` where the module does not have it). It is called instead of
+    the method, in this class and in subclasses that call ``super()``, and gets the module, the
+    kernels, and the arguments of the call.
 
     Two are equal if they have the same functions for the same methods. So one that a training step
     makes anew from the same functions does not make ``nn.jit`` trace again.

@@ -17,7 +17,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax.core._meshes import explicit_sharding
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.linen._axes_observer import MARK, Observer
+from lora_jax.linen._axes_observer import MARK, AxesObserver
 from lora_jax.linen._axis_labels import Label, labels_of, renewed
 from lora_jax.linen._handlers import Handlers, handlers_of_call
 from lora_jax.linen._model_call import call_model, check_model, name_of_call
@@ -192,9 +192,9 @@ class _AbstractCall:
             treedef=treedef,
         )
 
-    def trace(self, labels: Mapping[Key, Label], *, cuts: bool = False) -> tuple[Observer, Any]:
+    def trace(self, labels: Mapping[Key, Label], *, cuts: bool = False) -> tuple[AxesObserver, Any]:
         """What is seen in the call, and its jaxpr."""
-        observer, labels = Observer(self.handlers, cuts), renewed(labels)
+        observer, labels = AxesObserver(self.handlers, cuts), renewed(labels)
 
         def call(params: dict[Key, Any], rest: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
             values = dict(zip(self.at, inputs, strict=True))

@@ -446,7 +446,7 @@ def test_trees_of_different_targets():
 
 
 def test_frozen_norms():
-    """After cache_norm the ratio is there already; beside a DoRA the sum is a DoRA."""
+    """After cache_norm the ratio is there already; with a DoRA the sum is a DoRA."""
     params = kernels("dense", "experts")
     a, b = trained(params, "dora", 1), trained(params, "dora, rank 1", 2)
     frozen = [lora_jax.cache_norm(params, tree) for tree in (a, b)]

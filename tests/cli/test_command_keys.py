@@ -51,7 +51,7 @@ def test_merge_of_other_keys(folders, call, tmp_path, kind):
 
 
 def test_copies_of_a_head_with_several_layers(folders, call, tmp_path):
-    """PEFT writes them beside with bias="all"; in a state dict the copy has the adapter's name."""
+    """PEFT writes them too with bias="all"; in a state dict the copy has the adapter's name."""
     base, heads = tmp_path / "base", {}
     for layer in ("dense", "out"):
         heads |= {f"head.{layer}.weight": np.ones((3, 3), np.float32)}

@@ -131,7 +131,7 @@ def test_codes_of_a_quantized_base_are_no_weights(folders, call, tmp_path, form,
 
 
 def test_a_folder_is_what_transformers_takes_of_it(folders, call, tmp_path):
-    """An adapter beside a base, or its weights in another form, is neither read nor copied."""
+    """An adapter next to a base, or its weights in another form, is neither read nor copied."""
     base, arrays = tmp_path / "base", dict(Tensors(folders / "torch.safetensors"))
     base.mkdir()
     safetensors.numpy.save_file(arrays, base / "model.safetensors", {"format": "pt"})

@@ -251,7 +251,7 @@ def check_close(tolerance):
 
 
 def check_learns(apply, adapters, stopped=None):
-    """At the start all but the factor beside the zero one has a gradient, after a step all has."""
+    """At the start all but the partner of the zero factor has a gradient, after a step all has."""
 
     @jax.jit
     @jax.grad

@@ -136,7 +136,7 @@ WIDE = {
 
 
 def nearly_emptied(layer, left, variant="lora"):
-    """An adapter that leaves so much of every other column, a DoRA beside it, and `W + s U V`."""
+    """An adapter that leaves so much of every other column, a DoRA next to it, and `W + s U V`."""
 
     def length(matrix):
         return np.linalg.norm(matrix, axis=-2, keepdims=True)

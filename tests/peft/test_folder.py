@@ -131,7 +131,7 @@ def test_tensors_that_do_not_fit(saved, model, change, message):
     ],
 )
 def test_shapes_without_numbers(saved, name, shape, message):
-    """They take no bytes of the file, so it need not be large for any size beside the 0."""
+    """They take no bytes of the file, so it need not be large for any size next to the 0."""
     tensors = dict(Tensors(saved[0] / FILE))
     tensors[f"{UP}.{name}"] = np.zeros(0, np.float32)
     content = encode(tensors)

@@ -49,7 +49,7 @@ def dense_product(
       on_cpu: whether it is a CPU that computes.
     """
     U, V = U.astype(W.dtype), V.astype(W.dtype)
-    if a is not None:  # Its gradient divides by it. No output feels that it is not 0.
+    if a is not None:  # Its gradient divides by it. 1e-20 in place of 0 changes no output.
         tiny = jnp.where(jnp.abs(a) < 1e-20, 1e-20 - a, 0)
         a = (a + jax.lax.stop_gradient(tiny)).astype(W.dtype)
     # Not all backends multiply float32 numbers as such unless they are told to.
