@@ -17,7 +17,7 @@ def main() -> None:
     try:
         import tyro
 
-        from lora_jax.cli._commands import COMMANDS
+        from lora_jax.cli.commands import COMMANDS
     except ImportError as error:
         sys.exit(f"lora-jax needs {error.name}, which is not installed: pip install rich tyro")
     if sys.argv[1:] == ["--version"]:

@@ -8,8 +8,8 @@ import pytest
 from cli_folders import KEY, with_biases_of_B
 
 import lora_jax
-from lora_jax.cli._adapted_matrix import difference
-from lora_jax.cli._open_adapter import open_adapter
+from lora_jax.cli.adapters._adapted_matrix import difference
+from lora_jax.cli.adapters._open_adapter import open_adapter
 
 
 def test_diff(split, folders, call, tmp_path):

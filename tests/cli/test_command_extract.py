@@ -11,7 +11,7 @@ import safetensors.numpy
 from helpers import relative_error
 
 import lora_jax
-from lora_jax.cli._open_adapter import open_adapter
+from lora_jax.cli.adapters._open_adapter import open_adapter
 from lora_jax.files._tensors import Tensors
 
 

@@ -7,7 +7,7 @@ from cli_folders import KEY
 from helpers import random_like
 
 import lora_jax
-from lora_jax.cli._open_adapter import open_adapter
+from lora_jax.cli.adapters._open_adapter import open_adapter
 
 
 @pytest.mark.parametrize("form", ["own", "peft"])

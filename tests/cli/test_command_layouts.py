@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from helpers import relative_error
 
-from lora_jax.cli._open_adapter import open_adapter
+from lora_jax.cli.adapters._open_adapter import open_adapter
 from lora_jax.files._tensors import Tensors
 
 # What a base says of a square weight that is called as GPT-2's are: the files beside it and in it,

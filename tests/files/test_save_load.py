@@ -20,9 +20,9 @@ import pytest
 from helpers import random_like
 
 import lora_jax
-from lora_jax.cli._merge_lora_jax import updates_of_lora_jax
-from lora_jax.cli._open_adapter import open_adapter
-from lora_jax.cli._trees_without_model import trees_of_lora_jax
+from lora_jax.cli.adapters._open_adapter import open_adapter
+from lora_jax.cli.adapters._trees_without_model import trees_of_lora_jax
+from lora_jax.cli.merging._merge_lora_jax import updates_of_lora_jax
 from lora_jax.files import _node_kinds as kinds
 from lora_jax.files._adapter_json import checksum
 from lora_jax.files._bytes import write_bytes

@@ -13,7 +13,7 @@ from helpers import random_like, relative_error
 from test_peft_files import noisy
 
 import lora_jax
-from lora_jax.cli import _commands as commands
+from lora_jax.cli import commands
 from lora_jax.files._tensors import Tensors
 
 torch = pytest.importorskip("torch")

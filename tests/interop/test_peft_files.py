@@ -14,7 +14,7 @@ from helpers import random_like, random_variables, relative_error
 
 import lora_jax
 from examples import minilm
-from lora_jax.cli import _commands as commands
+from lora_jax.cli import commands
 from lora_jax.files._tensors import Tensors, encode
 from lora_jax.peft.config._write import DEFAULTS
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lora_jax.cli import _commands as commands
+from lora_jax.cli import commands
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ import pytest
 from peft_folders import FILE, UP, edit_config, edit_tensors, load
 
 import lora_jax
-from lora_jax.cli._open_adapter import open_adapter
+from lora_jax.cli.adapters._open_adapter import open_adapter
 from lora_jax.files._tensors import Tensors, encode
 
 

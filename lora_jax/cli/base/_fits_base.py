@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from lora_jax.cli._vocabulary_arrays import grown, head_biases, is_vocabulary
+from lora_jax.cli.base._vocabulary_arrays import grown, head_biases, is_vocabulary
 from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._tensors import Info, floats

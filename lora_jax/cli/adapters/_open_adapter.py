@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.cli._adapted_matrix import AdaptedMatrix, Array
+from lora_jax.cli.adapters._adapted_matrix import AdaptedMatrix, Array
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._fully_trained import as_node
 from lora_jax.files._adapter_json import INDEX

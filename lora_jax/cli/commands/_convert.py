@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lora_jax import peft
 from lora_jax.cli._arguments import Adapter, Names, Out, Text, check_new, read_names
-from lora_jax.cli._open_adapter import is_peft, open_adapter
 from lora_jax.cli._printing import print_line
-from lora_jax.cli._trees_without_model import trees_of_lora_jax, trees_of_peft
+from lora_jax.cli.adapters._open_adapter import is_peft, open_adapter
+from lora_jax.cli.adapters._trees_without_model import trees_of_lora_jax, trees_of_peft
 from lora_jax.files._save import save
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from lora_jax.cli._base_at_start import BaseAtStart
+from lora_jax.cli.base._base_at_start import BaseAtStart
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft.names._key_mapping import EXPERTS, KeyMapping
 from lora_jax.peft.names._keys import wrapped_module

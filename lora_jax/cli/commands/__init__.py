@@ -13,12 +13,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.cli._commands._convert import convert
-from lora_jax.cli._commands._diff import diff
-from lora_jax.cli._commands._extract import extract
-from lora_jax.cli._commands._inspect import inspect
-from lora_jax.cli._commands._merge import merge
-from lora_jax.cli._commands._verify import verify
+from lora_jax.cli.commands._convert import convert
+from lora_jax.cli.commands._diff import diff
+from lora_jax.cli.commands._extract import extract
+from lora_jax.cli.commands._inspect import inspect
+from lora_jax.cli.commands._merge import merge
+from lora_jax.cli.commands._verify import verify
 
 COMMANDS: Mapping[str, Callable[..., Any]] = {
     "inspect": inspect,

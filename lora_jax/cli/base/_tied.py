@@ -12,8 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli._model import Model
-from lora_jax.cli._vocabulary_arrays import is_embedding, is_head, is_vocabulary, last_of, module_of
+from lora_jax.cli.base._model import Model
+from lora_jax.cli.base._vocabulary_arrays import (
+    is_embedding,
+    is_head,
+    is_vocabulary,
+    last_of,
+    module_of,
+)
 from lora_jax.files._checkpoint import MODEL_CONFIG, Checkpoint
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft.names._keys import without_base_layer

@@ -13,10 +13,10 @@ import tyro
 from lora_jax import peft
 from lora_jax.arithmetic._low_rank import low_rank
 from lora_jax.cli._arguments import Base, Number, Out, Tuned, check_new
-from lora_jax.cli._layouts import Layouts, model_types
 from lora_jax.cli._printing import print_line, print_table, progress
-from lora_jax.cli._trees_without_model import lora_adapter, nested
-from lora_jax.cli._vocabulary_arrays import embedding_by
+from lora_jax.cli.adapters._trees_without_model import lora_adapter, nested
+from lora_jax.cli.base._layouts import Layouts, model_types
+from lora_jax.cli.base._vocabulary_arrays import embedding_by
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.files._checkpoint import Checkpoint

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from lora_jax import peft
-from lora_jax.cli._layouts import kinds_of
+from lora_jax.cli.base._layouts import kinds_of
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import as_node

@@ -21,19 +21,19 @@ from lora_jax.cli._arguments import (
     check_new,
     read_names,
 )
-from lora_jax.cli._base_at_start import BaseAtStart
-from lora_jax.cli._experts import order_of
-from lora_jax.cli._head_and_config import with_consequences
-from lora_jax.cli._layouts import Layouts
-from lora_jax.cli._merge_lora_jax import updates_of_lora_jax
-from lora_jax.cli._merge_peft import updates_of_peft
-from lora_jax.cli._merged_arrays import Updates
-from lora_jax.cli._model import Model
-from lora_jax.cli._open_adapter import is_peft
-from lora_jax.cli._prefixes import aligned
 from lora_jax.cli._printing import print_line, progress_bar
-from lora_jax.cli._tied import tie_of
-from lora_jax.cli._trees_without_model import as_peft
+from lora_jax.cli.adapters._open_adapter import is_peft
+from lora_jax.cli.adapters._trees_without_model import as_peft
+from lora_jax.cli.base._base_at_start import BaseAtStart
+from lora_jax.cli.base._layouts import Layouts
+from lora_jax.cli.base._model import Model
+from lora_jax.cli.base._tied import tie_of
+from lora_jax.cli.merging._experts import order_of
+from lora_jax.cli.merging._head_and_config import with_consequences
+from lora_jax.cli.merging._merge_lora_jax import updates_of_lora_jax
+from lora_jax.cli.merging._merge_peft import updates_of_peft
+from lora_jax.cli.merging._merged_arrays import Updates
+from lora_jax.cli.merging._prefixes import aligned
 from lora_jax.files._checkpoint import Checkpoint, rewrite
 from lora_jax.files._read_folder import read as read_lora_jax
 from lora_jax.peft._folder import read as read_peft

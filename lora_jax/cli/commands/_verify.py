@@ -9,8 +9,8 @@ import numpy as np
 import tyro
 
 from lora_jax.cli._arguments import Adapter
-from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.cli._printing import print_line, progress
+from lora_jax.cli.adapters._open_adapter import open_adapter
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._fingerprint import fingerprint
 from lora_jax.files._read_folder import read

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.cli._adapted_matrix import AdaptedMatrix, difference
 from lora_jax.cli._arguments import Adapter, Names, Other, read_names
-from lora_jax.cli._open_adapter import OpenedAdapter, is_peft, open_adapter, opened
 from lora_jax.cli._printing import print_line, print_table
-from lora_jax.cli._trees_without_model import as_peft
+from lora_jax.cli.adapters._adapted_matrix import AdaptedMatrix, difference
+from lora_jax.cli.adapters._open_adapter import OpenedAdapter, is_peft, open_adapter, opened
+from lora_jax.cli.adapters._trees_without_model import as_peft
 
 
 def diff(first: Adapter, second: Other, names: Names = "transformers") -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_jax.cli._fits_base import check_floats
-from lora_jax.cli._tied import Tie
-from lora_jax.cli._vocabulary_arrays import grown, is_vocabulary
+from lora_jax.cli.base._fits_base import check_floats
+from lora_jax.cli.base._tied import Tie
+from lora_jax.cli.base._vocabulary_arrays import grown, is_vocabulary
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Info
 from lora_jax.peft._folder import PeftFiles

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from lora_jax.cli._vocabulary_arrays import is_embedding, is_head
+from lora_jax.cli.base._vocabulary_arrays import is_embedding, is_head
 from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.peft._folder import PeftFiles

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.cli._base_at_start import BaseAtStart
-from lora_jax.cli._experts import alone_in
-from lora_jax.cli._fits_base import check_has, check_shape
-from lora_jax.cli._layouts import Layouts
-from lora_jax.cli._merged_arrays import Parts, Updates
-from lora_jax.cli._vocabulary_arrays import is_head
+from lora_jax.cli.base._base_at_start import BaseAtStart
+from lora_jax.cli.base._fits_base import check_has, check_shape
+from lora_jax.cli.base._layouts import Layouts
+from lora_jax.cli.base._vocabulary_arrays import is_head
+from lora_jax.cli.merging._experts import alone_in
+from lora_jax.cli.merging._merged_arrays import Parts, Updates
 from lora_jax.core._variants import VARIANTS
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft.names._key_mapping import EXPERTS

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli._merged_arrays import Updates
-from lora_jax.cli._model import Model
-from lora_jax.cli._prefixes import ADAPTER
-from lora_jax.cli._tied import TIED, Tie
-from lora_jax.cli._vocabulary_arrays import head_biases, is_vocabulary
+from lora_jax.cli.base._model import Model
+from lora_jax.cli.base._tied import TIED, Tie
+from lora_jax.cli.base._vocabulary_arrays import head_biases, is_vocabulary
+from lora_jax.cli.merging._merged_arrays import Updates
+from lora_jax.cli.merging._prefixes import ADAPTER
 from lora_jax.files._checkpoint import MODEL_CONFIG, Checkpoint
 from lora_jax.files._tensors import Info
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from lora_jax.cli._fits_base import check_has, check_shape
-from lora_jax.cli._merged_arrays import Parts, Updates
+from lora_jax.cli.base._fits_base import check_has, check_shape
+from lora_jax.cli.merging._merged_arrays import Parts, Updates
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
 from lora_jax.files._bytes import StrPath

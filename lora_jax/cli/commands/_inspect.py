@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lora_jax.cli._adapted_matrix import AdaptedMatrix
 from lora_jax.cli._arguments import Adapter
-from lora_jax.cli._open_adapter import open_adapter
 from lora_jax.cli._printing import print_line, print_table, progress
+from lora_jax.cli.adapters._adapted_matrix import AdaptedMatrix
+from lora_jax.cli.adapters._open_adapter import open_adapter
 
 
 def inspect(path: Adapter) -> int:
