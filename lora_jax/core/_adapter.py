@@ -171,8 +171,8 @@ class Adapter(Node):
         """Raises ValueError if this is not one adapter of one rank."""
         if self.count is not None:
             raise ValueError(
-                f"{name} is a stack of {self.count} adapters already, at {path!r}: stack adapters "
-                f"that are alone."
+                f"{name} is a stack of {self.count} adapters already, at {path!r}: take each one "
+                f"alone, jax.tree.map(lambda x: x[i], stacked)."
             )
         self.check_factors(path, name)
 
