@@ -10,16 +10,16 @@ Which layers can be adapted, and how they compute:
 
 - ``_handler_entry.py``: a method of a layer, and the handler that computes it with its kernels.
 - ``_flax_layers.py``: the handlers of Flax's own layers.
-- ``_other_layers.py``: the handlers of layers of other packages.
+- ``_third_party_layers.py``: the handlers of layers of other packages.
 - ``_handlers.py``: ``Handlers``, all of these and a user's; and ``register``.
 
 Inside of ``lora_apply``:
 
 - ``_model_call.py``: calling a model, and what it is that is called.
-- ``_dropout.py``: whether adapters have their dropout in a call.
+- ``_dropout_is_active.py``: whether adapters have their dropout in a call.
 - ``_place_adapters.py``: adapter nodes in the ``params`` collection, next to their kernels.
 - ``_interceptor.py``: each adapted layer is given to its handler.
-- ``_map_variables.py``: parameters that ``nn.map_variables`` maps, which is refused.
+- ``_refuse_mapped.py``: parameters that ``nn.map_variables`` maps, which is refused.
 - ``_check_use.py``: adapters that were not used, and kernels that are read elsewhere too.
 
 Inside of ``kernel_axes``:

@@ -10,7 +10,7 @@ import chex
 
 from lora_jax.core.products._row_ids import checked_ids
 from lora_jax.linen._check_use import check_ties, check_used
-from lora_jax.linen._dropout import dropout_is_active, has_dropout_rng
+from lora_jax.linen._dropout_is_active import dropout_is_active, has_dropout_rng
 from lora_jax.linen._handlers import Handlers, handlers_of_call
 from lora_jax.linen._interceptor import Interceptor
 from lora_jax.linen._model_call import (

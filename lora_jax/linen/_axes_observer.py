@@ -20,7 +20,7 @@ from lora_jax.core._axes import KernelAxes
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.linen._axis_labels import LABEL, Label
 from lora_jax.linen._handlers import Handlers, entry_of
-from lora_jax.linen._map_variables import MAPPED
+from lora_jax.linen._refuse_mapped import MAPPED
 from lora_jax.trees._paths import Key, unbox
 
 # The name of the input of a product is this and the path of its kernel.

@@ -12,7 +12,7 @@ import flax.linen as nn
 
 from lora_jax.linen._flax_layers import LAYERS
 from lora_jax.linen._handler_entry import Entry, Handler, MethodKey, body, keys_of
-from lora_jax.linen._other_layers import PACKAGES
+from lora_jax.linen._third_party_layers import PACKAGES
 
 BUILT_IN: Mapping[MethodKey, Entry] = types.MappingProxyType({**LAYERS, **PACKAGES})
 

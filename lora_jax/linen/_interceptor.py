@@ -23,8 +23,8 @@ from lora_jax import _compat as compat
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
 from lora_jax.linen._handlers import Handlers, entry_of
-from lora_jax.linen._map_variables import refuse_mapped
 from lora_jax.linen._place_adapters import SUFFIX, Placed
+from lora_jax.linen._refuse_mapped import refuse_mapped
 from lora_jax.trees._paths import Key, path_of, unbox
 
 

@@ -21,7 +21,7 @@ from lora_jax.core.rules._match_paths import assign
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unbox, unflatten
-from lora_jax.trees._resolve import check_read, resolve_axes
+from lora_jax.trees._resolve_axes import check_read, resolve_axes
 from lora_jax.trees._rounding import key_for
 
 

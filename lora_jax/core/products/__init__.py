@@ -19,6 +19,6 @@ What they are made of:
 For layers:
 
 - ``_adapted_kernel.py``: the kernel that a layer's handler gets (``AdaptedKernel``).
-- ``_dropout.py``: dropout of the input of the factors.
+- ``_dropout_mask.py``: dropout of the input of the factors.
 - ``_observer.py``: what is told how a handler uses a kernel.
 """

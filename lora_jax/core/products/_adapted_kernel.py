@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lora_jax._deprecated import renamed_arguments
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core.products._dropout import dropped
+from lora_jax.core.products._dropout_mask import dropped
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._factored import Product
 from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
