@@ -14,10 +14,11 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
+	@echo "make classify  a sentence of your own, by the adapters of the demo (TEXT='...')"
 	@echo "make demo-r8   the same on topics of Reuters news"
 	@echo "make styles    teach a small language model two styles of English"
 	@echo "make serve     serve them side by side, in one batch"
@@ -39,6 +40,9 @@ help:
 
 demo: $(VENV)/.examples $(CACHE)/.data
 	$(BIN)/python -m examples.finetune $(ARGS)
+
+classify: $(VENV)/.examples
+	$(BIN)/python -m examples.classify $(if $(TEXT),"$(TEXT)") $(ARGS)
 
 demo-r8: $(VENV)/.examples $(VENV)/.r8
 	$(BIN)/python -m examples.finetune --task r8 --length 64 --out runs/r8 $(ARGS)

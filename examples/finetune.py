@@ -27,7 +27,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 import lora_jax
-from examples import data, minilm
+from examples import classify, data, minilm
 from examples.assets import MissingAsset
 from examples.checkpoint import CannotResume, Checkpoints, Log
 
@@ -400,8 +400,13 @@ def main(options: Options) -> None:
                 runs[name].append(run)
 
     for name, (*_, run) in runs.items():
-        said = fixed | {"way": name, "accuracy": round(run.accuracy, 1)}
-        lora_jax.save(options.out / name, run.adapters, frozen=run.frozen, metadata=said)
+        facts = fixed | {
+            "way": name,
+            "accuracy": round(run.accuracy, 1),
+            "classes": list(task.classes),
+            "seed": options.seeds - 1,
+        }
+        lora_jax.save(options.out / name, run.adapters, frozen=run.frozen, metadata=facts)
     console.print(table(runs, ways, task, options.out))
     console.print("\n".join(differences(runs, ways)), highlight=False)
     params = init_params(model, encoder, options.seeds - 1)
@@ -418,6 +423,16 @@ def main(options: Options) -> None:
     }
     (options.out / "results.json").write_text(json.dumps(results))
     console.print(f"Curves: {options.out / 'curves.png'}", highlight=False)
+    if options.task == "reviews":
+        split = {name: (runs[name][-1].frozen, runs[name][-1].adapters) for name in classify.TITLES}
+        lines = classify.answers(classify.SENTENCES, model, task.classes, split, options.length)
+        console.print(lines)
+    console.print(
+        f"Now your own sentence: make classify TEXT='...' (or python -m examples.classify --runs "
+        f"{options.out} '...'). What was saved: lora-jax inspect {options.out / 'dora'}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def init_params(model: minilm.Classifier, encoder: Any, seed: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from examples import assets, data, finetune, minilm
+from examples import assets, classify, data, finetune, minilm
 
 TINY = minilm.Config(vocabulary=50, layers=2, width=12, heads=3, hidden=20, positions=16)
 
@@ -144,3 +144,32 @@ def test_what_each_way_trains(name):
     }
     assert counts.trained == expected[name]
     assert counts.total == everything
+
+
+def test_answers_are_those_of_each_adapter(monkeypatch):
+    model, tokens = minilm.Classifier(TINY, 2), jnp.arange(1, 9).reshape(2, 4)
+    mask = jnp.ones_like(tokens)
+    monkeypatch.setattr(minilm, "tokenize", lambda texts, length: (tokens, mask))
+    params = model.init(jax.random.key(0), tokens, mask)["params"]
+    split = {
+        name: lora_jax.lora_init(jax.random.key(0), params, finetune.methods(2, 4.0)[name].config)
+        for name in classify.TITLES
+    }
+    other = jax.tree.map(lambda x: x + 0.5, split["dora"][1])
+    split["dora"] = split["dora"][0], other
+    table = classify.answers(["a", "b"], model, ["no", "yes"], split, 4)
+    texts, *columns = (list(column.cells) for column in table.columns)
+    assert texts == ["a", "b"]
+    expected = jax.nn.softmax(model.apply({"params": params}, tokens, mask))
+    for name, column in zip(split, columns, strict=True):
+        if name == "dora":
+            frozen, adapters = split["dora"]
+            merged = lora_jax.lora_merge(frozen, adapters)
+            expected = jax.nn.softmax(model.apply({"params": merged}, tokens, mask))
+        labels = [f"{['no', 'yes'][p.argmax()]} {100 * p.max():.0f} %" for p in expected]
+        assert column == labels
+
+
+def test_no_adapters_to_classify_with(tmp_path):
+    with pytest.raises(classify.NoAdapters, match="run make demo first"):
+        classify.main(classify.Options(runs=tmp_path))
