@@ -130,11 +130,11 @@ def ours(combined):
         ({"combination_type": "svd", "svd_rank": 2}, {"rank": 2}),
         (
             {"combination_type": "ties_svd", "svd_rank": 3, "density": 0.6},
-            {"method": "ties", "rank": 3, "density": 0.6},
+            {"combination_type": "ties", "rank": 3, "density": 0.6},
         ),
         (
             {"combination_type": "magnitude_prune_svd", "svd_rank": 4, "density": 0.4},
-            {"method": "magnitude_prune", "rank": 4, "density": 0.4},
+            {"combination_type": "magnitude_prune", "rank": 4, "density": 0.4},
         ),
     ],
     ids=lambda options: options.get("combination_type"),
