@@ -263,7 +263,7 @@ def test_dora_stays_nearest_for_its_ratio():
         assert error > report["dense"].error - 1e-6
 
 
-def test_energy_of_a_stack_is_that_of_every_matrix():
+def test_explained_variance_of_a_stack_is_that_of_every_matrix():
     U = jnp.zeros((2, 6, 3)).at[:, :3].set(jnp.eye(3))
     V = jnp.zeros((2, 3, 5)).at[:, :, :3].set(jnp.eye(3))
     V = V * jnp.array([[1.0, 0.1, 0.01], [1.0, 1.0, 1.0]])[..., None]

@@ -409,7 +409,7 @@ def test_adapters_that_do_not_fit():
 
 
 @pytest.mark.parametrize("batch_axes", [(0,), (-1,)])
-def test_stack_axes_that_are_not_those_of_the_scan(batch_axes):
+def test_batch_axes_that_are_not_those_of_the_scan(batch_axes):
     model, x = zoo.Scan(1), jnp.ones((2, zoo.WIDTH))
     params = random_variables(model, x)["params"]
     rule = lora_jax.Rule(".*down/kernel", rank=3, batch_axes=batch_axes)
