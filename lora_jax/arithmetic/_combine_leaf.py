@@ -19,8 +19,8 @@ from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import Approximation
 from lora_jax.arithmetic._sums import Sum
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._boxes import rebox
 from lora_jax.core._fully_trained import FullyTrained
-from lora_jax.trees._paths import rebox
 
 
 def combine_kernel(

@@ -16,10 +16,11 @@ from lora_jax.arithmetic._combine_leaf import combine_fully_trained, combine_ker
 from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.arithmetic._sums import matrix_of
+from lora_jax.core._boxes import unbox
 from lora_jax.core._node import Node
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
-from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
+from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 
 # What must be alike to be added; the rest of an adapter says how it is trained.
 _SAME = ("axes", "materialize", "untied")

@@ -4,6 +4,7 @@ Nothing here knows a Flax module. From the ground up:
 
 - ``_variants.py``: LoRA and DoRA as the papers write them, the reference for all the rest.
 - ``_meshes.py``: arrays whose sharding is a part of their type.
+- ``_boxes.py``: leaves out of their boxes, ``nn.Partitioned`` and the like.
 - ``_axes.py``: a kernel of any number of axes as a stack of matrices.
 - ``_model_axes.py``: the axes of all kernels of a model.
 - ``rules/``: what the user says, and which parameters it is for.

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core._boxes import unbox
 from lora_jax.core._node import Node
 
 
@@ -42,8 +43,7 @@ class FullyTrained(Node):
     @property
     def array(self) -> Any:
         """The value out of its box."""
-        arrays = jax.tree.leaves(self.value)
-        return arrays[0] if len(arrays) == 1 else self.value
+        return unbox(self.value)
 
     def merged_dtype(self, leaf: Any = None) -> Any:
         """The dtype that the model has the leaf in."""

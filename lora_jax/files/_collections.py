@@ -8,10 +8,11 @@ from typing import Any
 import chex
 from flax.traverse_util import empty_node
 
+from lora_jax.core._boxes import rebox, unbox
 from lora_jax.files._array_names import named
 from lora_jax.files._tensors import check_name
 from lora_jax.trees._leaves import dtype_of
-from lora_jax.trees._paths import flatten, path_of, rebox, unbox, unflatten
+from lora_jax.trees._paths import flatten, path_of, unflatten
 
 
 def arrays_of(collections: Mapping[str, chex.ArrayTree]) -> dict[str, dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.core._boxes import unbox
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._to_host import host
-from lora_jax.trees._paths import unbox
 
 
 def fingerprint(leaf: Any, path: str) -> str:

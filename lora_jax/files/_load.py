@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
+from lora_jax.core._boxes import rebox, unbox
 from lora_jax.core._fully_trained import FullyTrained, as_node
 from lora_jax.files import _collections as variables
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._fingerprint import verify as verify_base
 from lora_jax.files._read_folder import read
 from lora_jax.trees._pair import base_of, check_pair
-from lora_jax.trees._paths import path_of, rebox, unbox, unflatten
+from lora_jax.trees._paths import path_of, unflatten
 
 
 @overload

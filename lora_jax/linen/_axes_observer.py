@@ -17,11 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax._compat import Maps, Probe
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._boxes import unbox
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.linen._axis_labels import LABEL, Label
 from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._refuse_mapped import MAPPED
-from lora_jax.trees._paths import Key, unbox
+from lora_jax.trees._paths import Key
 
 # The name of the input of a product is this and the path of its kernel.
 MARK = "lora_jax: what is multiplied by "

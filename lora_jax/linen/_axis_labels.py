@@ -14,7 +14,8 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 
-from lora_jax.trees._paths import Key, path_of, unbox
+from lora_jax.core._boxes import unbox
+from lora_jax.trees._paths import Key, path_of
 
 # The name of a label is that of its parameter and this.
 LABEL = "@label"

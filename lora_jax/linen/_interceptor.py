@@ -20,12 +20,13 @@ import flax.linen as nn
 import jax
 
 from lora_jax import _compat as compat
+from lora_jax.core._boxes import unbox
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
 from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._place_adapters import SUFFIX, Placed
 from lora_jax.linen._refuse_mapped import refuse_mapped
-from lora_jax.trees._paths import Key, path_of, unbox
+from lora_jax.trees._paths import Key, path_of
 
 
 class _Active(threading.local):

@@ -15,6 +15,7 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import empty_node
 
+from lora_jax.core._boxes import unbox
 from lora_jax.core._meshes import explicit_sharding
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.linen._axes_observer import MARK, AxesObserver
@@ -25,7 +26,7 @@ from lora_jax.linen._output_heads import output_heads
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.tracing._liveness import live_inputs, marked_inputs
 from lora_jax.trees._pair import base_of
-from lora_jax.trees._paths import Key, path_of, unbox, unflatten
+from lora_jax.trees._paths import Key, path_of, unflatten
 
 
 def kernel_axes(

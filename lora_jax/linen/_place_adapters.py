@@ -27,12 +27,13 @@ import numpy as np
 
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core.products._norm import normalized
 from lora_jax.core.products._row_ids import BASE, Ids, taken
 from lora_jax.linen._handlers import Handlers
 from lora_jax.trees._merge import join, merged_leaf
-from lora_jax.trees._paths import Key, flatten, path_of, unbox, unflatten
+from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 
 # The name of an adapter is that of its parameter and this.
 SUFFIX = "@lora"

@@ -6,10 +6,11 @@ import chex
 import jax.numpy as jnp
 
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._boxes import unbox
 from lora_jax.core._variants import magnitude_ratio
 from lora_jax.core.products._norm import dense_norm
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
-from lora_jax.trees._paths import flatten, unbox, unflatten
+from lora_jax.trees._paths import flatten, unflatten
 
 
 def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:

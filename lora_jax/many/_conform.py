@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import as_node, raise_precision
 from lora_jax.core._variants import float32_or_more
 from lora_jax.core.products._norm import dense_norm
 from lora_jax.many._cache_norm import with_cached_norm
 from lora_jax.trees._leaves import check_floating
-from lora_jax.trees._paths import unbox
 
 # Fields in which stacked adapters must agree: no padding makes up for them.
 _ALIKE = ("materialize", "untied")

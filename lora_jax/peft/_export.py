@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._boxes import unbox
 from lora_jax.files._array_names import named_pair
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._tensors import Info, write_tensors
@@ -18,7 +19,6 @@ from lora_jax.peft.names._families import as_names
 from lora_jax.peft.names._key_mapping import KeyMapping
 from lora_jax.peft.torch._arrays import from_leaf, torch_shape
 from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
-from lora_jax.trees._paths import unbox
 from lora_jax.trees._rounding import Rounding, RoundingReport, key_for, measure, round_to
 
 

@@ -50,7 +50,9 @@ class LoraBias(Node):
     def check_fits(
         self, path: str, shape: tuple[int, ...], count: int | None = None, name: str = "the base"
     ) -> None:
-        """Checks that ``v`` is of the leaf's shape."""
+        """Checks that ``v`` is of the leaf's shape, and not in a stack of adapters."""
+        if count is not None:
+            self.check_stacks(path, "The stack")
         found = tuple(self.value.shape)
         if found != shape:
             raise ValueError(

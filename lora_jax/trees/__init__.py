@@ -13,7 +13,7 @@ What they are made of:
 - ``_pair.py``: the base and the adapters leaf by leaf, and all checks that they fit.
 - ``_refuse_plain_arrays.py``: refuses adapters whose arrays are in plain dicts.
 - ``_leaves.py``: one leaf: its dtype, and whether it is floating-point and finite.
-- ``_paths.py``: nested dicts by the paths of their leaves, and leaves out of their boxes.
+- ``_paths.py``: nested dicts by the paths of their leaves.
 - ``_resolve_axes.py``: which axes of a matched kernel are inputs, outputs and batch.
 - ``_stack_size.py``: how many adapters are stacked in a tree.
 - ``_table.py``: rows as plain text.

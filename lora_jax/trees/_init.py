@@ -13,6 +13,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax.core._adapter import init_adapter
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import raise_precision
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config
@@ -20,7 +21,7 @@ from lora_jax.core.rules._hints import key_comes_first, look_first
 from lora_jax.core.rules._match_paths import assign
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
-from lora_jax.trees._paths import Key, path_of, unbox, unflatten
+from lora_jax.trees._paths import Key, path_of, unflatten
 from lora_jax.trees._resolve_axes import check_read, resolve_axes
 from lora_jax.trees._rounding import key_for
 

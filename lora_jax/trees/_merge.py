@@ -8,9 +8,10 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
+from lora_jax.core._boxes import rebox, unbox
 from lora_jax.core._node import Node
 from lora_jax.trees._pair import pair
-from lora_jax.trees._paths import Key, path_of, rebox, unbox, unflatten
+from lora_jax.trees._paths import Key, path_of, unflatten
 from lora_jax.trees._rounding import key_for, round_to
 
 

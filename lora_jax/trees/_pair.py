@@ -13,11 +13,12 @@ from typing import Any
 import chex
 from flax.traverse_util import empty_node
 
+from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
 from lora_jax.core.rules._match_paths import nearest_paths
 from lora_jax.trees._leaves import check_floating, dtype_of
-from lora_jax.trees._paths import Key, flatten, path_of, unbox
+from lora_jax.trees._paths import Key, flatten, path_of
 from lora_jax.trees._refuse_plain_arrays import check_has_nodes
 
 # Names that Flax gives to collections other than "params".

@@ -1,4 +1,4 @@
-"""Nested dicts by the paths of their leaves, and leaves out of their boxes."""
+"""Nested dicts by the paths of their leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import chex
 import flax.core
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Key = tuple[str, ...]
@@ -30,14 +29,3 @@ def unflatten(flat: Mapping[Key, Any], like: chex.ArrayTree) -> chex.ArrayTree:
 def path_of(key: Key) -> str:
     """The path that patterns are matched on."""
     return "/".join(map(str, key))
-
-
-def unbox(leaf: Any) -> Any:
-    """The array of a leaf, out of the box (``nn.Partitioned`` and the like) where it has one."""
-    arrays = jax.tree.leaves(leaf)
-    return arrays[0] if len(arrays) == 1 else leaf
-
-
-def rebox(leaf: Any, array: chex.Array) -> Any:
-    """The array, in the same box as the leaf."""
-    return jax.tree.map(lambda _: array, leaf)

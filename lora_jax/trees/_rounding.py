@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core._boxes import unbox
 from lora_jax.core._variants import float32_or_more
 from lora_jax.trees._pair import pair
-from lora_jax.trees._paths import path_of, unbox
+from lora_jax.trees._paths import path_of
 from lora_jax.trees._table import Report, text_table
 
 MOST = 0.5  # an update is reported as lost where more than this share of it vanishes

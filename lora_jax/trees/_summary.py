@@ -15,13 +15,14 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._node import Node
 from lora_jax.core._variants import column_norm
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._match_paths import assign, matched_by
 from lora_jax.trees._pair import pair
-from lora_jax.trees._paths import path_of, unbox
+from lora_jax.trees._paths import path_of
 from lora_jax.trees._summary_report import Row, RuleReport, Summary
 
 

@@ -174,3 +174,15 @@ def test_a_layer_without_a_bias_says_so(biased, model):
     names = [name for name in NAMES if "bias" not in name[0]]
     with pytest.raises(ValueError, match=r"no bias that it could be added to.*use_bias=True"):
         lora_jax.peft.load(biased, model[0], names=names, axes=model[1])
+
+
+@pytest.mark.parametrize("ids", [1, [0, 1], [-1, 1]])
+def test_what_is_as_long_as_a_stack_is_not_one(ids):
+    """Two numbers for a bias of two, which would be one for each of two adapters."""
+    model, x = nn.Dense(2), jnp.ones((2, 3))
+    params = model.init(jax.random.key(0), x)["params"]
+    adapters = {"bias": lora_jax.LoraBias(jnp.array([10.0, 20.0]))}
+    with pytest.raises(ValueError, match=r"adds something to 'bias'.*cannot be stacked: serve it"):
+        lora_jax.lora_apply(model, {"params": params}, adapters, x, adapter_ids=jnp.array(ids))
+    y = lora_jax.lora_apply(model, {"params": params}, adapters, x)
+    assert jnp.allclose(y, model.apply({"params": params}, x) + jnp.array([10.0, 20.0]))

@@ -15,10 +15,10 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import GPT2_CONV1D
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.peft.names._key_mapping import KeyMapping, find
 from lora_jax.peft.torch._layout import CONV1D, CONV1D_LAYERS, output_axis
-from lora_jax.trees._paths import unbox
 
 # Classes of layers, by which PyTorch's are known.
 _CONV1D_CLASS = GPT2_CONV1D.rpartition(".")[0]
