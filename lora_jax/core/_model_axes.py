@@ -11,6 +11,23 @@ from lora_jax._deprecated import renamed_fields
 from lora_jax.core._axes import KernelAxes
 
 
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """How a convolution computes, so far as another library may not compute alike.
+
+    Attributes:
+      transposed: whether it is transposed.
+      dilated: whether the kernel is dilated.
+      padding: how the input is padded, such as ``"SAME"``; ``None`` where it is given in numbers.
+      groups: number of groups that the inputs and outputs are in.
+    """
+
+    transposed: bool = False
+    dilated: bool = False
+    padding: str | None = None
+    groups: int = 1
+
+
 @renamed_fields(stacks="batch")
 @dataclasses.dataclass(frozen=True)
 class ModelAxes(Mapping[str, KernelAxes]):
@@ -27,7 +44,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
       tied: kernels that the model also reads outside of their layer.
       shared: kernels that several methods of their layer compute with, such as ``nn.Embed`` and its
         ``attend``.
-      unlike: for convolutions with whose adapters PEFT would compute something else, why.
+      convolutions: how each kernel of a convolution is used.
       linear: kernels of linear layers: those that are contracted with the input in each of their
         uses, so not embeddings and convolutions.
       call: a name of the call of the model that the axes were found by.
@@ -48,7 +65,7 @@ class ModelAxes(Mapping[str, KernelAxes]):
     read: frozenset[str]
     tied: frozenset[str]
     shared: frozenset[str] = frozenset()
-    unlike: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    convolutions: Mapping[str, Convolution] = dataclasses.field(default_factory=dict)
     linear: frozenset[str] = frozenset()
     call: str | None = None
     find_heads: Callable[[], tuple[frozenset[str], frozenset[str]]] | None = dataclasses.field(

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax._compat import Maps, Probe
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import unbox
+from lora_jax.core._model_axes import Convolution
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.linen._axis_labels import LABEL, Label
 from lora_jax.linen._handlers import Handlers, entry_of
@@ -42,7 +43,7 @@ class AxesObserver:
       refused: why it cannot be adapted in its layer.
       handled: what to say where its layer has a handler which did not compute with it.
       methods: the methods that compute with it.
-      unlike_peft: why PEFT would compute otherwise with its adapter.
+      convolutions: how it is used in a convolution.
       not_contracted: the parameters with a use that is not a product ``x W``.
       widths: sizes that the output of its layer may have in the last axis.
       modules: the paths of the modules that were called.
@@ -58,7 +59,7 @@ class AxesObserver:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     handled: dict[str, str] = dataclasses.field(default_factory=dict)
     methods: dict[str, set[str]] = dataclasses.field(default_factory=dict)
-    unlike_peft: dict[str, str] = dataclasses.field(default_factory=dict)
+    convolutions: dict[str, Convolution] = dataclasses.field(default_factory=dict)
     not_contracted: set[str] = dataclasses.field(default_factory=set)
     widths: dict[str, set[int]] = dataclasses.field(default_factory=dict)
     modules: set[Key] = dataclasses.field(default_factory=set)
@@ -97,8 +98,8 @@ class AxesObserver:
         for name, label in known.items():
             self.layers[label.path] = _name(module)
             self.methods.setdefault(label.path, set()).add(context.method_name)
-            if reason := _unlike_peft(module):
-                self.unlike_peft[label.path] = reason
+            if convolution := _convolution(module):
+                self.convolutions[label.path] = convolution
             self.handled[label.path] = f"the handler of {entry.layer} did not compute with it"
             value = unbox(module.get_variable("params", name))
             as_given = value is self.given[label.path]
@@ -154,20 +155,17 @@ class _OneKernel:
         self.observer.refused[self.label.path] = reason
 
 
-def _unlike_peft(module: nn.Module) -> str | None:
-    """Why PEFT would compute otherwise with an adapter of a convolution."""
-    if isinstance(module, nn.ConvTranspose):
-        return "PEFT has no transposed convolutions"
+def _convolution(module: nn.Module) -> Convolution | None:
+    """How a module convolves; ``None`` where it does not."""
     if not hasattr(module, "kernel_dilation"):
         return None
     dilation, padding = module.kernel_dilation, getattr(module, "padding", None)
-    if dilation not in (None, 1) and any(n != 1 for n in np.ravel(dilation)):
-        return "PEFT does not dilate its factors"
-    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
-        return f"PEFT does not pad its factors with {padding}"
-    if getattr(module, "feature_group_count", 1) != 1:
-        return "PEFT's factors have no groups"
-    return None
+    return Convolution(
+        transposed=isinstance(module, nn.ConvTranspose),
+        dilated=dilation not in (None, 1) and any(n != 1 for n in np.ravel(dilation)),
+        padding=padding if isinstance(padding, str) else None,
+        groups=getattr(module, "feature_group_count", 1),
+    )
 
 
 def _name(module: nn.Module) -> str:

@@ -102,7 +102,7 @@ def kernel_axes(
         read=frozenset(read | observer.kernels.keys()),
         tied=tied,
         shared=frozenset(p for p, methods in observer.methods.items() if len(methods) > 1),
-        unlike=observer.unlike_peft,
+        convolutions=observer.convolutions,
         linear=frozenset(observer.kernels.keys() - observer.not_contracted),
         # With other handlers lora_apply cannot know that a kernel is read in its layer only.
         call=name_of_call(kwargs) if handlers == Handlers.registered() else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_jax.core._model_axes import Convolution
 from lora_jax.peft.torch._torch_model import TorchModel, TorchParameter
 
 
@@ -35,8 +36,9 @@ def check_same_in_peft(
         )
     if axes is None:
         return
-    reason = axes.unlike.get(path)
-    if reason and (untied is not None or "transposed" in reason):
+    convolution = axes.convolutions.get(path, Convolution())
+    reason = _unlike(convolution)
+    if reason and (untied is not None or convolution.transposed):
         raise ValueError(f"{where}: {path!r} has no equal in PEFT: {reason}.")
     several = path in axes.tied or path in axes.shared
     if torch.kind == "embedding" and several and not untied:
@@ -50,3 +52,16 @@ def check_same_in_peft(
             f"{where}: {path!r} is of a BatchNorm, whose running statistics PEFT saves too, and "
             f"which are not parameters here."
         )
+
+
+def _unlike(convolution: Convolution) -> str | None:
+    """Why PEFT would compute something else with an adapter of a convolution."""
+    if convolution.transposed:
+        return "PEFT has no transposed convolutions"
+    if convolution.dilated:
+        return "PEFT does not dilate its factors"
+    if convolution.padding not in (None, "SAME", "VALID"):
+        return f"PEFT does not pad its factors with {convolution.padding}"
+    if convolution.groups != 1:
+        return "PEFT's factors have no groups"
+    return None
