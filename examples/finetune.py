@@ -319,12 +319,19 @@ def figure(
         window = max(len(losses) // 12, 1)
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         steps = np.arange(len(smooth)) + (window + 1) / 2
-        left.plot(steps, smooth, color=way.color, label=way.title)
+        line: dict[str, Any] = {"color": way.color, "label": way.title}
+        if name == "lora":  # broad, with DoRA in dashes upon it: they may be the same
+            line |= {"linewidth": 4, "alpha": 0.5}
+        elif name == "dora":
+            line |= {"linestyle": (0, (3, 2))}
+        left.plot(steps, smooth, **line)
         steps = [step for step, _ in several[0].log.curve]
         accuracy = np.mean([[value for _, value in run.log.curve] for run in several], 0)
-        right.plot(steps, accuracy, "o-", color=way.color, label=way.title, markersize=3)
+        right.plot(steps, accuracy, marker="o", markersize=3, **line)
     few = min(CURVE_TEXTS, len(task.test_texts))
-    left.set(xlabel="step", ylabel="training loss", title=f"{task.name}: loss")
+    left.set(
+        xlabel="step", ylabel=f"training loss, mean of {window} steps", title=f"{task.name}: loss"
+    )
     right.set(xlabel="step", ylabel="%", title=f"accuracy on {few} test texts")
     right.legend(frameon=False)
     for axes in (left, right):
