@@ -16,7 +16,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import lora_jax
-from examples import data, finetune, minilm
+from examples import classify, data, finetune, minilm
 from examples.checkpoint import CannotResume, Checkpoints, Log
 from lora_jax.files._read_folder import read
 
@@ -212,9 +212,15 @@ def demo(monkeypatch):
             fields[f"{name}_labels"] = labels
         return data.Task(**fields)
 
+    def tokens(name):
+        if name in classify.SENTENCES:
+            return sets["test"][0][classify.SENTENCES.index(name)]
+        which, i = name.split()
+        return sets[which][0][int(i)]
+
     def tokenize(names, length):
-        rows = [sets[name.split()[0]][0][int(name.split()[1])] for name in names]
-        return np.stack(rows), np.ones_like(rows)
+        rows = np.stack([tokens(name) for name in names])
+        return rows, np.ones_like(rows)
 
     monkeypatch.setattr(data, "movie_reviews", task)
     monkeypatch.setattr(minilm, "load_pretrained", lambda: (CONFIG, encoder()))
@@ -262,6 +268,7 @@ def test_demo(demo, tmp_path, capsys):
     printed = capsys.readouterr().out
     sizes = {way: finetune.nbytes(tmp_path / "b" / way) for way in WAYS}
     assert all(f"{size:,}" in printed for size in sizes.values())
+    assert all(sentence[:12] in printed for sentence in classify.SENTENCES)
 
     with pytest.raises(CannotResume, match="rank was 2 and is 1"):
         run_demo(tmp_path / "b", resume=True, rank=1)
