@@ -117,14 +117,18 @@ def test_what_serves_computes_what_the_model_does(variant):
     case = dataclasses.replace(SMALL, dtype="float32", batch=8, length=6, layers=1)
     model, params = linen.make(case), arrays.params(case)
     ids = jnp.asarray(data.batch(case)[0])
-    expected, adapters, kwargs = model.apply({"params": params}, ids), (), {}
+    adapters, call = (), jax.jit(model.apply)
     apply = serving.plain(model)
     if variant == "library":
         rules = ours.config(case, variant="dora")
         adapters = ours.adapters(case, rules, params, 8)
-        kwargs = {"adapter_ids": jnp.arange(8)}
-        expected = lora_jax.lora_apply(model, {"params": params}, adapters, ids, **kwargs)
+        call = jax.jit(
+            lambda variables, ids: lora_jax.lora_apply(
+                model, variables, adapters, ids, adapter_ids=jnp.arange(8)
+            )
+        )
         apply = serving.adapted(model)
+    expected = call({"params": params}, ids)
     rows = jnp.arange(8)
     inputs = ids[:, :-1], serving.caches(case), 0
     logits, caches = apply(params, adapters, rows, inputs)

@@ -1,5 +1,7 @@
 """Many adapters of one base: heads of their own, caches, tokens, training, and one trace."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -67,11 +69,16 @@ def several(*trainable, **rule):
 def alone(adapters, i, x, model=MODEL):
     """One adapter with its own frozen base, or the base."""
     if i < 0:
-        return model.apply({"params": PARAMS}, x)
+        return jax.jit(model.apply)({"params": PARAMS}, x)
     trained = {k for k, n in flat(adapters[i]).items() if not isinstance(n, lora_jax.Adapter)}
     frozen = {key: leaf for key, leaf in flat(PARAMS).items() if key not in trained}
     frozen = lora_jax.trees._paths.unflatten(frozen, PARAMS)
-    return lora_jax.lora_apply(model, {"params": frozen}, adapters[i], x)
+    return adapted(model, frozen, adapters[i], x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def adapted(model, frozen, adapters, x):
+    return lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
 
 
 def flat(tree):
@@ -162,8 +169,10 @@ def test_decoding_with_a_cache_is_that_of_each_row():
     ]
     stacked = lora_jax.stack([random_like(tree) for tree in trees], params)
     ids = np.array([0, 1, -1, 1, 0])
-    whole = lora_jax.lora_apply(Causal(), {"params": params}, stacked, X, adapter_ids=ids)
-    cache = Decoder().init(jax.random.key(0), X)["cache"]
+    whole = jax.jit(
+        lambda x: lora_jax.lora_apply(Causal(), {"params": params}, stacked, x, adapter_ids=ids)
+    )(X)
+    cache = jax.jit(Decoder().init)(jax.random.key(0), X)["cache"]
 
     @jax.jit
     @chex.assert_max_traces(n=1)
@@ -212,10 +221,11 @@ def test_each_token_may_have_its_own():
 
 def test_an_id_of_no_adapter_is_an_error_or_nan():
     stacked = lora_jax.stack(several(), PARAMS)
+    compiled = jax.jit(lambda ids: mixed(stacked, ids=ids))
     for wrong in (3, -2):
         with pytest.raises(ValueError, match=f"adapter_ids has {wrong}, but there are 3 adapters"):
             mixed(stacked, ids=np.array([0, wrong, 0, 0, 0]))
-        y = jax.jit(lambda ids: mixed(stacked, ids=ids))(np.array([0, wrong, 0, 0, 0]))
+        y = compiled(np.array([0, wrong, 0, 0, 0]))
         assert jnp.isnan(y[1]).all()
         assert jnp.isfinite(y[np.array([0, 2, 3, 4])]).all()
     with pytest.raises(TypeError, match="must be integers, got float"):
