@@ -112,10 +112,31 @@ SLOW = (
 )
 
 
+# Where `make test` has LoRA too, which is a part of DoRA: one of each kind of layer and transform.
+WITH_LORA = (
+    "compact",
+    "jit of Dense",
+    "vmap, axis 1",
+    "scan, axis 1",
+    "bfloat16 compute",
+    "DenseGeneral, two outputs",
+    "Einsum, stack last, with bias",
+    "Conv, 2-D",
+    "ConvTranspose",
+    "ConvLocal, 2-D",
+    "Embed",
+    "Embed, tied",
+)
+
+
+def is_slow(case, variant):
+    return case in SLOW or (variant == "lora" and case not in WITH_LORA)
+
+
 every_case = pytest.mark.parametrize(
     ("case", "variant"),
     [
-        pytest.param(case, variant, marks=[pytest.mark.slow] if case in SLOW else ())
+        pytest.param(case, variant, marks=[pytest.mark.slow] if is_slow(case, variant) else ())
         for case in zoo.CASES
         for variant in (("dora",) if case in SLOW else ("lora", "dora"))
     ]
