@@ -162,6 +162,7 @@ def specs(tree):
     return [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(tree)]
 
 
+TYPES = ("compact", "Conv, groups")
 VALUES = [
     "compact",
     "attention",
@@ -196,12 +197,13 @@ def assert_equal(got, expected):
 
 
 @NO_EXPLICIT
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "name",
+    ("name", "layout"),
     [
-        pytest.param(name, marks=[] if name in ("compact", "Conv, groups") else [pytest.mark.slow])
+        pytest.param(name, layout, marks=[] if name in TYPES else [pytest.mark.slow])
         for name in zoo.CASES
+        # The batch alone and the outputs alone are parts of both.
+        for layout in (LAYOUTS if name in (*TYPES, *VALUES) else ("inputs", "both"))
     ],
 )
 def test_types_of_the_zoo_with_explicit_axes(name, layout):
