@@ -54,7 +54,7 @@ serve: $(VENV)/.examples $(VENV)/.smollm2
 	$(BIN)/python -m examples.serve $(ARGS)
 
 test: $(VENV)/.dev
-	@echo "the tests and doctests: about nine minutes on two cores; 'make test-quick' takes one"
+	@echo "the tests and doctests: about five minutes on two cores; 'make test-quick' takes one"
 	$(BIN)/python -m pytest --numprocesses 2
 
 # The mathematics, the trees, and how a model is called.
@@ -65,7 +65,7 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 # Without what leans on other packages, or on what these test already.
-NOT_OLDEST = cli peft core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
+NOT_OLDEST = cli peft arithmetic core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
 	test_benchmarks.py test_benchmarks_gpu.py test_resume.py test_examples.py test_entry_points.py \
 	test_docs.py test_names.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
