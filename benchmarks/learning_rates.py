@@ -26,7 +26,7 @@ import tyro
 
 import lora_jax
 from examples import data, finetune, minilm
-from lora_jax.core._variants import VARIANTS
+from lora_jax.core.variants._registry import trained_variants
 
 STARTS: dict[str, dict[str, Any]] = {
     "U = 0, std 1/sqrt(r)": {"zero": "U", "std": 8**-0.5},
@@ -85,7 +85,7 @@ def accuracy(
     config, encoder = minilm.load_pretrained()
     model = minilm.Classifier(config, 2)
     params = finetune.init_params(model, encoder, seed)
-    if variant in VARIANTS:
+    if variant in trained_variants():
         rule = lora_jax.Rule(finetune.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
         lora_config = lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])
     else:
@@ -118,7 +118,7 @@ def main(options: Options) -> None:
     for variant in options.variants:
         print(f"\n| {variant} | {' | '.join(f'{rate:g}' for rate in options.rates)} |")
         print("|---" * (1 + len(options.rates)) + "|")
-        for start in options.starts if variant in VARIANTS else ("-",):
+        for start in options.starts if variant in trained_variants() else ("-",):
             cells = []
             for rate in options.rates:
                 name = f"{variant}, {start}, {rate:g}"

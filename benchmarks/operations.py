@@ -29,7 +29,7 @@ from benchmarks.running.race import alternate
 from lora_jax.core._adapter import Adapter
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._layer_factors import layer_factors
-from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._product import adapted_einsum
 
 Shapes = Sequence[tuple[int, ...]]
@@ -130,17 +130,18 @@ def adapted(x: Any, U: Any, V: Any, *m_and_W: Any) -> Any:
     """The product of a layer, with DoRA's ratio given."""
     *m, W = m_and_W
     equation = Equation.parse("bnd,dk->bnk", x.shape, W.shape)
-    return adapted_einsum(equation, x, W, layer_factors(adapter(U, V, *m)))
+    variant = "scaled" if m else "lora"
+    return adapted_einsum(equation, x, W, layer_factors(W, adapter(variant, U, V, *m)))
 
 
 def ratio(U: Any, V: Any, m: Any, W: Any) -> Any:
     """``m / ||W + s U V||_c``."""
-    return normalized(W, adapter(U, V, m)).m
+    return normalized(W, adapter("dora", U, V, m)).m
 
 
-def adapter(U: Any, V: Any, m: Any = None) -> Adapter:
+def adapter(variant: str, U: Any, V: Any, m: Any = None) -> Adapter:
     """An adapter of such factors."""
-    variant, rank = "lora" if m is None else "dora", U.shape[-1]
+    rank = U.shape[-1]
     return Adapter(U, V, m, variant=variant, rank=rank, alpha=2.0 * rank)
 
 

@@ -25,12 +25,18 @@ from lora_jax.arithmetic._combine import combine
 from lora_jax.arithmetic._compress import compress
 from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._adapter_stack import AdapterStack
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core._numerics import column_norm
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.rules._config import LoraConfig
 from lora_jax.core.rules._rule import Rule
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
+from lora_jax.core.variants._registry import register_variant
+from lora_jax.core.variants._variant import NormalForm, Variant
 from lora_jax.files._load import load
 from lora_jax.files._save import save
 from lora_jax.linen._apply import lora_apply
@@ -40,7 +46,7 @@ from lora_jax.linen._kernel_axes import kernel_axes
 from lora_jax.many._cache_norm import cache_norm
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
-from lora_jax.many._stack import stack
+from lora_jax.many._stack import stack, unstack
 from lora_jax.peft._export import export
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init
@@ -53,19 +59,25 @@ __all__ = [
     "AdaptedKernel",
     "Adapter",
     "AdapterPool",
+    "AdapterStack",
     "Approximation",
     "ApproximationReport",
+    "DoRA",
     "FullyTrained",
     "Handlers",
     "KernelAxes",
+    "LoRA",
     "LoraBias",
     "LoraConfig",
     "ModelAxes",
+    "NormalForm",
     "Rounding",
     "RoundingReport",
     "Rule",
     "Summary",
+    "Variant",
     "cache_norm",
+    "column_norm",
     "combine",
     "compress",
     "export",
@@ -78,10 +90,12 @@ __all__ = [
     "peft",
     "per_adapter",
     "register",
+    "register_variant",
     "rounding",
     "save",
     "stack",
     "summary",
+    "unstack",
 ]
 
 if not TYPE_CHECKING:  # a type checker shall say that there is no such name

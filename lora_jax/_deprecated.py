@@ -27,6 +27,21 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
     )
 
 
+def warn_removed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warns that something has no effect any more.
+
+    Args:
+      old: what was written.
+      new: what to write instead.
+      stacklevel: as for :func:`warn`.
+    """
+    warnings.warn(
+        f"{old} has no effect any more: write {new}. It will be an error in the next version.",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
 def renamed_arguments(
     values: Mapping[str, Mapping[Any, Any]] | None = None,
     fields: frozenset[str] | None = None,
@@ -102,6 +117,37 @@ def renamed_fields(
         setattr(cls, "__init__", renamed_arguments(values, fields, **names)(cls.__init__))  # noqa: B010
         for old, new in names.items():
             setattr(cls, old, _renamed_attribute(cls.__name__, old, new))
+        return cls
+
+    return decorate
+
+
+def removed_fields(**names: str) -> Callable[[type[T]], type[T]]:
+    """A class decorator, for fields that have no effect any more: as arguments.
+
+    Args:
+      **names: ``old="what to write instead"``.
+
+    Example:
+      >>> @removed_fields(old="f(old=...)")
+      ... class Point:
+      ...     pass
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore")
+      ...     point = Point(old=1)
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def without(*args: Any, **kwargs: Any) -> None:
+            for name in names.keys() & kwargs.keys():
+                warn_removed(f"{cls.__name__}({name}=...)", names[name])
+                del kwargs[name]
+            init(*args, **kwargs)
+
+        setattr(cls, "__init__", without)  # noqa: B010
         return cls
 
     return decorate

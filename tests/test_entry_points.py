@@ -242,7 +242,6 @@ WRONG_ADAPTERS = {
         nodes(dense_kernel=LORA.replace(m=array(4))),
         ["'dense/kernel' is of variant", "an m"],
     ),
-    "no variant": (nodes(dense_kernel=LORA.replace(variant="loha")), ["'dense/kernel'", "'loha'"]),
     "no array": (nodes(head_kernel="W"), ["'head/kernel'"]),
 }
 OF_ANOTHER = {
@@ -367,7 +366,7 @@ def output(case):
     node, head = adapters["dense"]["kernel"], adapters["head"]
     W = W + node.scale * node.U @ node.V
     if node.m is not None:
-        W = W * node.m / (np.linalg.norm(W, axis=0) if node.variant == "dora" else 1)
+        W = W * node.m / (np.linalg.norm(W, axis=0) if node.kind == "dora" else 1)
     return (X @ W + frozen["dense"]["bias"]) @ head["kernel"] + head["bias"]
 
 

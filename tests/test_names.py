@@ -72,11 +72,6 @@ def trained():
             "tied='materialize'",
         ),
         (
-            lambda: Rule("a", 1, product="merged"),
-            lambda: Rule("a", 1, product="dense"),
-            "product='dense'",
-        ),
-        (
             lambda: KernelAxes((1,), (2,), stacks=(0,)),
             lambda: KernelAxes((1,), (2,), (0,)),
             "batch",
@@ -109,14 +104,13 @@ def test_old_argument(old, new, names):
     [
         (Rule("a", 1), {"substitute": True}, {"materialize": True}),
         (Rule("a", 1, batch_axes=(0,)), {"stack_axes": ()}, {"batch_axes": ()}),
-        (Rule("a", 1), {"product": "merged"}, {"product": "dense"}),
         (
             KernelAxes((1,), (2,), (0,)),
             {"inputs": (0,), "stacks": (1,)},
             {"inputs": (0,), "batch": (1,)},
         ),
         (Adapter(1.0, 2.0), {"substitute": True}, {"materialize": True}),
-        (Adapter(1.0, 2.0), {"product": "merged"}, {"product": "dense"}),
+        (Adapter(1.0, 2.0, 3.0, "dora"), {"detach_norm": True}, {"variant": lora_jax.DoRA(True)}),
     ],
 )
 def test_old_field_in_replace(value, old, new):

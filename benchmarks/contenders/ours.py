@@ -18,14 +18,15 @@ def config(case: Case, **options: Any) -> lora_jax.LoraConfig:
     return lora_jax.LoraConfig([lora_jax.Rule(pattern, rank=case.rank, alpha=alpha, **options)])
 
 
-def library(case: Case, *, variant: str, **options: Any) -> Problem:
+def library(case: Case, *, variant: str, product: str = "auto", **options: Any) -> Problem:
     """This library."""
     model, params = linen.make(case), arrays.params(case)
     made = adapters(case, config(case, variant=variant, **options), params)
 
     def loss(adapters: Any, frozen: Any, batch: Any) -> jax.Array:
         ids, labels = batch
-        return cross_entropy(lora_jax.lora_apply(model, {"params": frozen}, adapters, ids), labels)
+        logits = lora_jax.lora_apply(model, {"params": frozen}, adapters, ids, product=product)
+        return cross_entropy(logits, labels)
 
     return Problem(loss, made, params, lora_jax.lora_merge)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,9 @@ from lora_jax.arithmetic._sums import Sum
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._boxes import rebox
 from lora_jax.core._fully_trained import FullyTrained
+from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
 
 
 def combine_kernel(
@@ -44,8 +46,8 @@ def combine_kernel(
             total = sums.folded(total)
         else:
             total, error = _cut(total, W, plan)
-    variants = ("lora",) if total.c is None else ("dora", "scaled")
-    alike = [node for variant in variants for node in nodes if node.variant == variant]
+    variants = (LoRA,) if total.c is None else (DoRA, CachedNorm)
+    alike = [node for variant in variants for node in nodes if type(node.variant) is variant]
     combined = sums.as_adapter(total, W, (alike or nodes)[0])
     return combined, Approximation(combined.rank, error)
 
@@ -108,13 +110,13 @@ def _merged(
             "numbers as the kernel has."
         )
     assert plan.density is not None
-    stack = np.shape(next(iter(found.values())).U)[:-2]
+    first = next(iter(found.values()))
+    stack = np.shape(next(iter(first.arrays.values())))[: first.stack_ndim]
     near = []
     for i, index in enumerate(np.ndindex(stack)):
         deltas = []
         for node in found.values():
-            m = None if node.m is None else node.m[index]
-            one = dataclasses.replace(node, U=node.U[index], V=node.V[index], m=m)
+            one = node.replace(arrays={name: a[index] for name, a in node.arrays.items()})
             change = sums.delta(sums.weighted([one], [1.0], _at(W, index)), _at(W, index))
             deltas.append(np.asarray(change, np.float32))
         keys = plan.keys(path, list(found), i)

@@ -18,6 +18,7 @@ from lora_jax.arithmetic._report import Approximation, ApproximationReport
 from lora_jax.arithmetic._sums import matrix_of
 from lora_jax.core._boxes import unbox
 from lora_jax.core._node import Node
+from lora_jax.core.variants._apply_variant import needs_kernel
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
@@ -130,17 +131,18 @@ def _check_nodes(path: str, found: Mapping[int, Any], plan: Plan) -> None:
                     f"adapters[{j}]: only what is adapted alike can be added."
                 )
         shapes = [_shape(one) for one in (first, node)]
-        if shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1] and None not in shapes:
             raise ValueError(
                 f"{path!r} is {shapes[0]} in adapters[{i}], and {shapes[1]} in adapters[{j}]: they "
                 f"are not of one model."
             )
 
 
-def _shape(node: Any) -> tuple[Any, ...]:
-    """``(*stack, d, k)`` of a kernel; shape and dtypes of a fully trained leaf."""
+def _shape(node: Any) -> tuple[Any, ...] | None:
+    """``(*stack, d, k)`` of a kernel, if known; shape and dtypes of a fully trained leaf."""
     if node.in_base:
-        return (*np.shape(node.U)[:-1], np.shape(node.V)[-1])
+        sizes: tuple[int, ...] | None = node.matrix_sizes()
+        return sizes
     array = node.array
     return (*array.shape, jnp.dtype(array.dtype).name, node.merged_dtype().name)
 
@@ -164,12 +166,16 @@ def _base_leaf(key: Key, found: Mapping[int, Node], base: Mapping[Key, Any] | No
 
 def _matrix(path: str, found: Mapping[int, Any], kernel: Any) -> chex.Array | None:
     """``W``, where an adapter needs it."""
-    dora = [i for i, node in found.items() if node.m is not None]
+    dora = [i for i, node in found.items() if needs_kernel(node.variant)]
     if not dora:
         return None
     if kernel is None:
         raise ValueError(
-            f"adapters[{dora[0]}] is a DoRA at {path!r}, whose change depends on the kernel: pass "
-            f"params=, the parameters that the adapters were trained on."
+            f"adapters[{dora[0]}] is {_word(found[dora[0]])} at {path!r}, whose change depends on "
+            f"the kernel: pass params=, the parameters that the adapters were trained on."
         )
     return matrix_of(kernel, found[dora[0]])
+
+
+def _word(node: Any) -> str:
+    return "a DoRA" if node.m is not None else f"of variant {node.kind!r}"

@@ -1,8 +1,8 @@
 """The weighted sum of adapters of one kernel, exact and by their factors.
 
-Of LoRAs, ``sum_i w_i s_i U_i V_i`` has the factors side by side. So has a sum with DoRAs in it:
-with ``a_i = m_i / ||W + s_i U_i V_i||_c``, and 1 for LoRA, an adapter changes ``W`` by
-``(a_i - 1) W + a_i s_i U_i V_i``, hence
+Of LoRAs, ``sum_i w_i s_i U_i V_i`` has the factors side by side. So has a sum with DoRAs in it, or
+with any variant in its normal form: with ``a_i = m_i / ||W + s_i U_i V_i||_c``, and 1 for LoRA, an
+adapter changes ``W`` by ``(a_i - 1) W + a_i s_i U_i V_i``, hence
 
     W + sum_i w_i (W'_i - W) = c W + U Z,   c = 1 + sum_i w_i (a_i - 1)
     U = [U_1 ... U_n],  Z = [w_1 a_1 s_1 V_1; ...; w_n a_n s_n V_n]
@@ -14,7 +14,6 @@ for each column. No singular value is needed, and the rank is the sum of the ran
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._variants import column_norm, float32_or_more, product
+from lora_jax.core._numerics import column_norm, float32_or_more, product
+from lora_jax.core.variants._apply_variant import known, low_rank_form, needs_kernel
+from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
+from lora_jax.core.variants._variant import NormalForm, sizes_of_any_kernel
 
 
 class Sum(NamedTuple):
@@ -49,17 +53,17 @@ def weighted(nodes: Sequence[Adapter], weights: Sequence[Any], W: chex.Array | N
       weights: ``w_i``.
       W: ``(*stack, d, k)`` in float32; LoRA does not need it.
     """
-    Z, change, size = [], [], []
+    left, Z, change, size = [], [], [], []
     for node, w in zip(nodes, weights, strict=True):
-        if node.m is None:
-            Z.append((w * node.scale) * jnp.asarray(node.V))
+        a, L, R = _form(node, W)
+        left.append(jnp.asarray(L))
+        if a is None:
+            Z.append((w * node.scale) * jnp.asarray(R))
         else:
-            assert W is not None
-            a = node.m if node.variant == "scaled" else _ratio(node, W)
-            Z.append((w * node.scale) * a[..., None, :] * node.V)
+            Z.append((w * node.scale) * a[..., None, :] * R)
             change.append(w * (a - 1))
             size.append(jnp.abs(w) * (jnp.abs(a) + 1))
-    U = jnp.concatenate([jnp.asarray(node.U) for node in nodes], axis=-1)
+    U = jnp.concatenate(left, axis=-1)
     both = jnp.concatenate(Z, axis=-2)
     if not change:
         return Sum(U, both, None)
@@ -83,10 +87,22 @@ def folded(total: Sum) -> Sum:
     return Sum(both, jnp.broadcast_to(jnp.eye(k, dtype=U.dtype), (*stack, k, k)), c)
 
 
-def _ratio(node: Adapter, W: chex.Array) -> chex.Array:
-    """``a = m / ||W + s U V||_c``; 1 for a column of norm 0, which is 0 whatever its magnitude."""
-    norm = column_norm(W + node.scale * product(node.U, node.V))
-    return jnp.where(norm > 0, node.m / jnp.where(norm > 0, norm, 1), 1)
+def _form(node: Adapter, W: chex.Array | None) -> NormalForm:
+    """``a, L, R`` of an adapter; ``a`` is 1 for a column of norm 0, which is 0 whatever it is."""
+    if not needs_kernel(node.variant):
+        found = known(node.variant, *sizes_of_any_kernel(node.variant), exact=True)
+        assert found is not None
+        assert found.left is not None
+        assert found.right is not None
+        return NormalForm(None, node.arrays[found.left], node.arrays[found.right])
+    if isinstance(node.variant, CachedNorm):
+        return NormalForm(node.m, node.U, node.V)
+    assert W is not None
+    form = low_rank_form(node.variant, W, node.scale, node.arrays, exact=True)
+    if form.a is None:
+        return form
+    norm = column_norm(W + node.scale * product(form.L, form.R))
+    return form._replace(a=jnp.where(norm > 0, form.a, 1))
 
 
 @jax.jit
@@ -107,14 +123,16 @@ def as_adapter(total: Sum, W: chex.Array | None, like: Adapter) -> Adapter:
     """
     U, Z = jnp.asarray(total.U, jnp.float32), jnp.asarray(total.Z, jnp.float32)
     rank = U.shape[-1]
-    like = dataclasses.replace(like, rank=rank, alpha=float(rank), rslora=False)
+    like = like.replace(rank=rank, alpha=float(rank), rslora=False)
     if total.c is None:
-        return dataclasses.replace(like, U=U, V=Z, m=None, variant="lora", detach_norm=False)
+        return like.replace(arrays={"U": U, "V": Z}, variant=LoRA())
     assert W is not None
     c = jnp.asarray(total.c, W.dtype)
     V = (Z / jnp.where(c == 0, 1, c)[..., None, :]).astype(jnp.float32)
     norm = column_norm(W + product(U.astype(W.dtype), V.astype(W.dtype)))
-    return dataclasses.replace(like, U=U, V=V, m=c if like.variant == "scaled" else c * norm)
+    variant = like.variant if isinstance(like.variant, CachedNorm | DoRA) else DoRA()
+    m = c if isinstance(variant, CachedNorm) else c * norm
+    return like.replace(arrays={"U": U, "V": V, "m": m}, variant=variant)
 
 
 def matrix_of(kernel: Any, node: Adapter) -> chex.Array:

@@ -2,14 +2,17 @@
 
 Nothing here knows a Flax module. From the ground up:
 
-- ``_variants.py``: LoRA and DoRA as the papers write them, the reference for all the rest.
+- ``_numerics.py``: column norms, exact products, dtypes, broadcasting.
+- ``variants/``: LoRA and DoRA as the papers write them, the reference for all the rest; and what a
+  variant is.
 - ``_meshes.py``: arrays whose sharding is a part of their type.
 - ``_boxes.py``: leaves out of their boxes, ``nn.Partitioned`` and the like.
 - ``_axes.py``: a kernel of any number of axes as a stack of matrices.
 - ``_model_axes.py``: the axes of all kernels of a model.
 - ``rules/``: what the user says, and which parameters it is for.
 - ``_node.py``: what every node of an adapter tree can do.
-- ``_adapter.py``: the node of an adapted kernel: ``U``, ``V`` and ``m``, and how they start.
+- ``_adapter.py``: the node of an adapted kernel: the arrays of its variant, and how they start.
+- ``_adapter_stack.py``: the node of several adapters of one kernel, and what each is.
 - ``_fully_trained.py``: the node of a leaf that is trained itself.
 - ``products/``: the adapted product of a layer and its gradient.
 """

@@ -1,67 +1,159 @@
-"""The node of an adapted kernel: its factors ``U`` and ``V``, and the magnitude ``m`` of DoRA."""
+"""The node of an adapted kernel: the arrays that are trained for it, and its static facts."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import chex
-import flax.struct
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._deprecated import renamed_fields
+from lora_jax._deprecated import warn, warn_removed
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._node import Node
-from lora_jax.core._variants import VARIANTS, float32_or_more
+from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.rules._rule import Rule, scale
+from lora_jax.core.variants._apply_variant import of_matrices
+from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
+from lora_jax.core.variants._registry import variant_of
+from lora_jax.core.variants._variant import Variant
+
+_UNSET: Any = object()
 
 
-@renamed_fields(
-    {"product": {"merged": "dense"}}, substitute="materialize", effective_kernel="merge"
-)
-@flax.struct.dataclass
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, init=False)
 class Adapter(Node):
     """The trained arrays of one kernel, and what is static about them.
 
-    A pytree: its leaves are ``U``, ``V`` and, for DoRA, ``m``, all float32, but that ``m`` has the
-    precision of the kernel where that is more; the other fields are part of its structure, so that
-    ``jax.jit`` traces again when one of them changes.
+    A pytree: its leaves are the arrays of its variant, ``U`` and ``V`` for LoRA, with ``m`` for
+    DoRA, as attributes and as ``arrays``. All are float32, but that those which depend on the
+    kernel have its precision where that is more. The other fields are part of its structure, so
+    that ``jax.jit`` traces again when one of them changes.
 
     Attributes:
-      U: ``(d, r)``, input side. With stacked kernels ``(*stack, d, r)``, wherever the kernel has
-        its stack axes; alike below. Several adapters, as of :func:`lora_jax.stack`, have one axis
-        more in front.
-      V: ``(r, k)``, output side.
-      m: ``(k,)``, the magnitude of DoRA; ``None`` for LoRA.
-      variant: ``"lora"`` or ``"dora"``; ``"scaled"`` after :func:`lora_jax.cache_norm`.
+      arrays: the arrays by their names. ``U`` is ``(d, r)``, input side; ``V`` is ``(r, k)``,
+        output side; ``m`` is ``(k,)``, the magnitude of DoRA, and ``None`` for LoRA. With stacked
+        kernels they are ``(*stack, d, r)``, wherever the kernel has its stack axes, and so on.
+        Several adapters, as of ``jax.vmap(lora_init, ...)``, have one axis more in front.
+      variant: the variant, as ``LoRA()`` or ``DoRA()``, with its settings.
       rank: ``r``.
       alpha: numerator of the scale.
       rslora: whether the scale is ``alpha / sqrt(r)``.
-      dropout: probability of dropping an input of the factors in training; ``None`` where several
-        adapters have several, so that it cannot be active.
-      detach_norm: whether DoRA's norm is a constant in the gradient.
+      dropout: probability of dropping an input of the factors in training.
       axes: how the kernel is a matrix.
       materialize: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
-      product: how the layer computes its product, as the rule says.
+
+    Example:
+      >>> adapter = Adapter(jnp.zeros((3, 1)), jnp.ones((1, 2)))
+      >>> adapter.V, adapter.m, adapter.scale, str(adapter.variant)
+      (Array([[1., 1.]], dtype=float32), None, 1.0, 'lora')
+      >>> adapter.replace(V=jnp.zeros((1, 2)), alpha=2.0).scale
+      2.0
     """
 
-    U: Any
-    V: Any
-    m: Any = None
-    variant: str = flax.struct.field(pytree_node=False, default="lora")
-    rank: int = flax.struct.field(pytree_node=False, default=1)
-    alpha: float = flax.struct.field(pytree_node=False, default=1.0)
-    rslora: bool = flax.struct.field(pytree_node=False, default=False)
-    dropout: float | None = flax.struct.field(pytree_node=False, default=0.0)
-    detach_norm: bool = flax.struct.field(pytree_node=False, default=False)
-    axes: KernelAxes = flax.struct.field(pytree_node=False, default=KernelAxes())
-    materialize: bool = flax.struct.field(pytree_node=False, default=False)
-    untied: bool = flax.struct.field(pytree_node=False, default=False)
-    product: str = flax.struct.field(pytree_node=False, default="auto")
+    arrays: Mapping[str, Any]
+    variant: Variant
+    rank: int
+    alpha: float
+    rslora: bool
+    dropout: float | None
+    axes: KernelAxes
+    materialize: bool
+    untied: bool
+
+    def __init__(
+        self,
+        U: Any = _UNSET,
+        V: Any = _UNSET,
+        m: Any = _UNSET,
+        variant: str | Variant = LoRA(),  # noqa: B008  (it is frozen)
+        rank: int = 1,
+        alpha: float = 1.0,
+        rslora: bool = False,
+        dropout: float | None = 0.0,
+        axes: KernelAxes = KernelAxes(),  # noqa: B008
+        materialize: bool = False,
+        untied: bool = False,
+        arrays: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        as_variant = variant_of(variant)
+        fields: dict[str, Any] = {
+            "variant": as_variant,
+            "rank": rank,
+            "alpha": alpha,
+            "rslora": rslora,
+            "dropout": dropout,
+            "axes": axes,
+            "materialize": materialize,
+            "untied": untied,
+        }
+        more = _without_old_names(more, as_variant)
+        fields |= {name: more.pop(name) for name in _STATIC if name in more}
+        if unknown := sorted(set(more) - set(fields["variant"].names())):
+            raise TypeError(
+                f"Adapter() got {unknown[0]!r}, which is neither one of its arguments nor an array "
+                f"of the variant {fields['variant']}."
+            )
+        given = {"U": U, "V": V, "m": m} | more
+        given = {name: array for name, array in given.items() if array is not _UNSET}
+        _set(self, {**(arrays or {}), **given}, fields)
+
+    def replace(self, **changes: Any) -> Adapter:
+        """A copy with other arrays or other fields; an array that is ``None`` is left out.
+
+        Without a check, as arrays may be anything inside of JAX; :meth:`check` is called where a
+        tree of adapters is used.
+        """
+        changes = _without_old_names(changes, self.variant)
+        fields = {name: changes.pop(name, getattr(self, name)) for name in _STATIC}
+        fields["variant"] = variant_of(fields["variant"])
+        new: Adapter = object.__new__(type(self))
+        _set(new, {**changes.pop("arrays", self.arrays), **changes}, fields)
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        arrays = self.__dict__.get("arrays", {})
+        if name in arrays:
+            return arrays[name]
+        if name == "m" and arrays:  # of LoRA
+            return None
+        if name in _OLD_NAMES:
+            warn(f"Adapter.{name}", _OLD_NAMES[name])
+            return functools.reduce(getattr, _OLD_NAMES[name].split("."), self)
+        raise AttributeError(
+            f"an adapter of {self.__dict__.get('variant')} has no {name!r}; its arrays are "
+            f"{', '.join(arrays)}."
+        )
+
+    # --- a pytree ---
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Its arrays, and all else as its structure."""
+        children, names = children_of(self.arrays)
+        return children, (names, *(getattr(self, name) for name in _STATIC))
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, children: Any) -> Adapter:
+        """The inverse of :meth:`tree_flatten_with_keys`."""
+        names, *values = structure
+        new: Adapter = object.__new__(cls)
+        object.__setattr__(new, "arrays", arrays_of(names, children))
+        for name, value in zip(_STATIC, values, strict=True):
+            object.__setattr__(new, name, value)
+        return new
+
+    # --- what it means ---
 
     @property
     def scale(self) -> float:
@@ -69,61 +161,85 @@ class Adapter(Node):
         return scale(self.rank, self.alpha, self.rslora)
 
     @property
+    def kind(self) -> str:
+        """The name of the variant."""
+        return self.variant.name
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether its variant has changed the base at the start."""
+        return self.variant.changes_base
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether its layer computes with it, and not with ``W'`` in the place of the kernel."""
+        return not self.materialize
+
+    @property
     def count(self) -> int | None:
         """How many adapters are here, on the axis in front; ``None`` for one alone."""
-        return int(self.U.shape[0]) if self.U.ndim == self.ndim + 1 else None
+        for name, axes in self.matrix_ndims().items():
+            array = self.arrays[name]
+            return int(array.shape[0]) if array.ndim == self.stack_ndim + axes + 1 else None
+        return None
 
     @property
-    def ndim(self) -> int:
-        """How many axes ``U`` and ``V`` of one adapter have."""
-        return len(self.axes.batch) + (self.axes.fused > 1) + 2
+    def stack_ndim(self) -> int:
+        """How many axes stack the kernels: those of a scan, and one for parts of a fused kernel."""
+        return len(self.axes.batch) + (self.axes.fused > 1)
+
+    def matrix_ndims(self) -> dict[str, int]:
+        """How many axes each array has for one matrix."""
+        return self.variant.matrix_ndims()
 
     def shapes(self, kernel_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The shapes that ``U``, ``V`` and ``m`` have for a kernel of this shape."""
+        """The shapes that the arrays have for a kernel of this shape."""
         d, k = self.axes.matrix_shape(kernel_shape)
         stack = self.axes.batch_shape(kernel_shape)
-        shapes = {"U": (d, self.rank), "V": (self.rank, k), "m": (k,)}
-        if self.m is None:
-            del shapes["m"]
+        shapes = self.variant.shapes(d, k, self.rank)
         return {name: (*stack, *shape) for name, shape in shapes.items()}
-
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """``U``, ``V`` and, for DoRA, ``m``."""
-        arrays = {"U": self.U, "V": self.V, "m": self.m}
-        return {name: array for name, array in arrays.items() if array is not None}
 
     def merge(self, kernel: chex.Array) -> chex.Array:
         """``W'`` in float32, of the shape of the kernel, by the formula of the variant."""
 
-        def merged(kernel: chex.Array, U: chex.Array, V: chex.Array, m: Any) -> chex.Array:
+        def merged(kernel: chex.Array, arrays: dict[str, Any]) -> chex.Array:
             kernel = kernel.astype(float32_or_more(kernel.dtype))
-            W = self.axes.as_matrix(kernel)
-            U, V, m = jax.tree.map(lambda array: array.astype(W.dtype), (U, V, m))
-            adapted = VARIANTS[self.variant].kernel(W, U, V, m, self.scale, self.detach_norm)
+            W, variant = self.axes.as_matrix(kernel), self.variant
+            adapted = of_matrices(variant, variant.kernel, W, self.scale, arrays)
             return self.axes.from_matrix(adapted, kernel)
 
-        W_: chex.Array = left_to_compiler(merged, kernel, self.U, self.V, self.m, like=kernel)
+        arrays = dict(self.arrays)
+        W_: chex.Array = left_to_compiler(merged, kernel, arrays, like=kernel)
         return W_
 
+    def matrix_sizes(self) -> tuple[int, ...] | None:
+        """``(*stack, d, k)``, where ``U`` and ``V`` say it; ``None`` for variants without."""
+        ndims = self.matrix_ndims()
+        if ndims.get("U") != 2 or ndims.get("V") != 2:
+            return None
+        U, V = np.shape(self.arrays["U"]), np.shape(self.arrays["V"])
+        return (*U[:-1], V[-1])
+
+    # --- checks ---
+
     def check(self, path: str) -> None:
-        """Raises ValueError if there is no such variant, or its arrays are not there."""
-        if self.variant not in VARIANTS:
+        """Raises ValueError if its arrays are not those of its variant."""
+        names = self.variant.names()
+        if lacking := [name for name in names if name not in self.arrays]:
             raise ValueError(
-                f"The adapter for {path!r} is of variant {self.variant!r}; there are "
-                f"{', '.join(VARIANTS)}."
+                f"The adapter for {path!r} is of variant {self.kind!r}, but has no {lacking[0]}. "
+                f"Was it saved with another variant?"
             )
-        if (self.m is None) != (VARIANTS[self.variant].magnitude is None):
-            has = "no m" if self.m is None else "an m"
+        if more := [name for name in self.arrays if name not in names]:
             raise ValueError(
-                f"The adapter for {path!r} is of variant {self.variant!r}, but has {has}. Was it "
-                f"saved with another variant?"
+                f"The adapter for {path!r} is of variant {self.kind!r}, but has an {more[0]}. Was "
+                f"it saved with another variant?"
             )
 
     def check_fits(
         self, path: str, shape: tuple[int, ...], count: int | None = None, name: str = "the base"
     ) -> None:
-        """Checks the shapes of ``U``, ``V`` and ``m`` against that of the kernel."""
+        """Checks the shapes of the arrays against that of the kernel."""
         if len(shape) != self.axes.ndim:
             raise ValueError(
                 f"The adapter for {path!r} is for a kernel of {self.axes.ndim} axes, but the base "
@@ -135,7 +251,7 @@ class Adapter(Node):
         except ValueError as error:
             raise ValueError(f"The adapter for {path!r} does not fit: {error}") from None
         for field, expected in shapes.items():
-            found = tuple(getattr(self, field).shape)
+            found = tuple(self.arrays[field].shape)
             if count is not None:
                 expected = (count, *expected)
             if found[1:] == expected and count is None:
@@ -158,6 +274,19 @@ class Adapter(Node):
                 f"parameter, so no merged parameter gives the same model."
             )
 
+    def check_alone(self, path: str) -> None:
+        """Raises ValueError if this is a stack, or an adapter of :func:`lora_jax.cache_norm`."""
+        if self.count is not None:
+            raise ValueError(
+                f"The adapter of {path!r} is a stack of {self.count}: save each one alone, "
+                f"jax.tree.map(lambda x: x[i], stacked)."
+            )
+        if isinstance(self.variant, CachedNorm):
+            raise ValueError(
+                f"The adapter of {path!r} is of cache_norm: save the adapter as it was before, "
+                f"from which cache_norm makes it again."
+            )
+
     def check_combines(self, path: str, name: str) -> None:
         """Raises ValueError if this is not one adapter of one rank."""
         if self.count is not None:
@@ -177,24 +306,136 @@ class Adapter(Node):
         self.check_factors(path, name)
 
     def check_factors(self, path: str, name: str) -> None:
-        """Raises ValueError if ``U`` and ``V`` are not factors of one product of rank ``rank``."""
-        U, V = np.shape(self.U), np.shape(self.V)
-        if U[:-2] != V[:-2] or not U[-1] == V[-2] == self.rank:
+        """Raises ValueError if the arrays are not those of one stack of kernels and of its rank."""
+        if not self._are_of_one_kernel():
+            shapes = " and ".join(f"{field} {np.shape(a)}" for field, a in self.arrays.items())
             raise ValueError(
-                f"{name} has U {U} and V {V} at {path!r}, which are not of one stack and of rank "
+                f"{name} has {shapes} at {path!r}, which are not of one stack and of rank "
                 f"{self.rank}."
             )
 
+    def check_arrays(self, where: str) -> None:
+        """Checks the arrays where the kernel is not known, as for a file.
 
-def default_std(d: int) -> float:
-    """Standard deviation of the Gaussian factor for a kernel with ``d`` inputs: ``1 / sqrt(d)``.
+        Args:
+          where: the adapter is, for messages.
 
-    With ``V`` Gaussian and ``U`` at zero, all ``d`` entries of a column of ``U`` move by the
-    learning rate at once, so the larger ``V`` is, the lower is the learning rate at which
-    training breaks (Hayou et al. 2024). With this one, both orientations train alike over the
-    learning rates that papers use; ``benchmarks/learning_rates.py`` measures it.
+        Raises:
+          ValueError: if their shapes do not fit each other, or one is empty or of integers.
+        """
+        shapes = {name: np.shape(array) for name, array in self.arrays.items()}
+        if not self._are_of_one_kernel():
+            raise ValueError(
+                f"{where}: the shapes {shapes} are not those of an adapter of rank {self.rank} for "
+                f"{self.axes}."
+            )
+        for name, shape in shapes.items():
+            if 0 in shape:
+                raise ValueError(f"{where}: {name} is {shape}, in which there are no numbers.")
+            if not jnp.issubdtype(self.arrays[name].dtype, jnp.floating):
+                raise ValueError(f"{where}: {name} is of dtype {self.arrays[name].dtype}.")
+
+    def _are_of_one_kernel(self) -> bool:
+        """Whether there can be a kernel that the arrays are for.
+
+        Of a variant with other arrays than ``U`` and ``V`` only the axes that stack are known.
+        """
+        ndims, stack_ndim = self.matrix_ndims(), self.stack_ndim
+        found = {name: tuple(np.shape(array)) for name, array in self.arrays.items()}
+        stacks = {shape[:stack_ndim] for shape in found.values()}
+        if len(stacks) != 1 or any(len(found[n]) != stack_ndim + ndims[n] for n in ndims):
+            return False
+        if self.axes.fused > 1 and stacks.pop()[-1] != len(self.axes.parts):
+            return False
+        if not {"U", "V"} <= ndims.keys() or ndims["U"] != 2 or ndims["V"] != 2:
+            return True
+        d, k = found["U"][-2], found["V"][-1]
+        expected = self.variant.shapes(d, k, self.rank)
+        return all(found[name][stack_ndim:] == shape for name, shape in expected.items())
+
+
+def children_of(arrays: Mapping[str, Any]) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    """The children of a node in its pytree, with their keys; and their names.
+
+    Next to ``U`` and ``V`` alone there is an ``m`` that is ``None``, as in checkpoints of orbax
+    that an older version has written.
     """
-    return 1.0 / math.sqrt(d)
+    named = {**arrays, "m": None} if tuple(arrays) == ("U", "V") else arrays
+    return [(jax.tree_util.GetAttrKey(name), a) for name, a in named.items()], tuple(named)
+
+
+def arrays_of(names: Sequence[str], children: Iterable[Any]) -> dict[str, Any]:
+    """The arrays by their names, from the children of the pytree."""
+    arrays = dict(zip(names, children, strict=True))
+    if tuple(names) == ("U", "V", "m") and arrays["m"] is None:
+        del arrays["m"]
+    return arrays
+
+
+# Attributes that had other names.
+_OLD_NAMES = {
+    "substitute": "materialize",
+    "effective_kernel": "merge",
+    "detach_norm": "variant.detach_norm",
+}
+_STATIC = tuple(field.name for field in dataclasses.fields(Adapter) if field.name != "arrays")
+
+
+def _set(adapter: Adapter, arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Sets the fields of a new adapter, its arrays in the order of the variant."""
+    order = fields["variant"].names()
+    known = [name for name in order if arrays.get(name) is not None]
+    others = [name for name in arrays if name not in order and arrays[name] is not None]
+    object.__setattr__(adapter, "arrays", {name: arrays[name] for name in (*known, *others)})
+    for name, value in fields.items():
+        object.__setattr__(adapter, name, value)
+
+
+def _without_old_names(given: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    """Arguments by the names that they have now."""
+    new = dict(given)
+    if "product" in new:
+        warn_removed("Adapter(product=...)", "lora_apply(..., product=...)", stacklevel=4)
+        del new["product"]
+    if "substitute" in new:
+        warn("Adapter(substitute=...)", "materialize=", stacklevel=4)
+        new["materialize"] = new.pop("substitute")
+    if "detach_norm" in new:
+        warn("Adapter(detach_norm=...)", "variant=lora_jax.DoRA(detach_norm=...)", stacklevel=4)
+        detach = new.pop("detach_norm")
+        variant = variant_of(new.get("variant", variant))
+        if isinstance(variant, DoRA):
+            new["variant"] = DoRA(detach)
+    return new
+
+
+# As a dict of its arrays, with which flax.serialization.from_bytes restores it.
+
+
+def _to_state_dict(adapter: Adapter) -> dict[str, Any]:
+    return {name: flax.serialization.to_state_dict(a) for name, a in adapter.arrays.items()}
+
+
+def restored_arrays(node: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a node of adapters, out of a state that Flax has made of it."""
+    # A state of an older version has m = None for LoRA.
+    found = {name: value for name, value in state.items() if value is not None}
+    if set(found) != set(node.arrays):
+        raise ValueError(
+            f"The state of an adapter of variant {node.kind!r} has {sorted(found)}, but should "
+            f"have {sorted(node.arrays)}."
+        )
+    return {
+        name: flax.serialization.from_state_dict(array, found[name], name=name)
+        for name, array in node.arrays.items()
+    }
+
+
+flax.serialization.register_serialization_state(
+    Adapter,
+    _to_state_dict,
+    lambda adapter, state: adapter.replace(arrays=restored_arrays(adapter, state)),
+)
 
 
 def init_adapter(
@@ -203,40 +444,51 @@ def init_adapter(
     """An adapter that changes nothing yet.
 
     Args:
-      key: for the Gaussian factor.
+      key: for its random numbers.
       kernel: the kernel, stack axes included.
       rule: rank, variant and initial values.
       axes: how the kernel is a matrix.
       untied: whether other readers of the kernel keep the base.
+
+    Raises:
+      ValueError: if the variant gives other arrays than it says.
     """
-    d, k = axes.matrix_shape(kernel.shape)
-    stack = axes.batch_shape(kernel.shape)
-    std = default_std(d) if rule.std is None else rule.std
-
-    def gaussian(shape: tuple[int, ...]) -> chex.Array:
-        return std * jax.random.normal(key, shape, jnp.float32)
-
-    shape_U, shape_V = (*stack, d, rule.rank), (*stack, rule.rank, k)
-    if rule.zero == "U":
-        U, V = jnp.zeros(shape_U, jnp.float32), gaussian(shape_V)
+    variant = rule.as_variant()
+    W = axes.as_matrix(kernel).astype(float32_or_more(kernel.dtype))
+    init = functools.partial(variant.init, rule=rule)
+    if variant.takes_stacks or W.ndim == 2:
+        arrays = init(key, W)
     else:
-        U, V = gaussian(shape_U), jnp.zeros(shape_V, jnp.float32)
-    magnitude = VARIANTS[rule.variant].magnitude
-    m = None
-    if magnitude is not None:
-        m = magnitude(axes.as_matrix(kernel).astype(float32_or_more(kernel.dtype)))
-    return Adapter(
-        U=U,
-        V=V,
-        m=m,
-        variant=rule.variant,
+        stack = W.shape[:-2]
+        keys = jax.random.split(key, stack)
+        for _ in stack:
+            init = jax.vmap(init)
+        arrays = init(keys, W)
+    adapter = Adapter(
+        arrays=arrays,
+        variant=variant,
         rank=rule.rank,
         alpha=float(rule.rank if rule.alpha is None else rule.alpha),
         rslora=rule.rslora,
         dropout=rule.dropout,
-        detach_norm=rule.detach_norm,
         axes=axes,
         materialize=rule.materialize,
         untied=untied,
-        product=rule.product,
     )
+    expected = adapter.shapes(kernel.shape)
+    found = {name: tuple(jnp.shape(array)) for name, array in arrays.items()}
+    if found != expected:
+        raise ValueError(
+            f"{type(variant).__name__}.init() gives arrays of the shapes {found}, and shapes() "
+            f"says {expected}."
+        )
+    return adapter
+
+
+def base_at_start(adapter: Adapter, kernel: chex.Array) -> chex.Array:
+    """What stays in the base when training starts, in the dtype of the kernel."""
+    W = adapter.axes.as_matrix(kernel).astype(float32_or_more(kernel.dtype))
+    variant = adapter.variant
+    base = of_matrices(variant, variant.base, W, adapter.scale, adapter.arrays)
+    wide = kernel.astype(base.dtype)
+    return adapter.axes.from_matrix(base, wide).astype(kernel.dtype)

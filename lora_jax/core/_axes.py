@@ -118,13 +118,18 @@ class KernelAxes:
             matrix = self._fused_matrix(kernel)
             return matrix if self.fused == 1 else self._split(matrix)[..., self.parts, :, :]
 
-        # In a mesh, axes that are merged are sharded as the first of them, fused ones not at all.
+        like = self.matrix_spec(kernel)
+        adapted: chex.Array = left_to_compiler(matrices, kernel, like=like)
+        return adapted
+
+    def matrix_spec(self, kernel: chex.Array) -> PartitionSpec:
+        """By which axes of a mesh the adapted matrices ``(*stack, d, k)`` are sharded."""
+        # Axes that are merged are sharded as the first of them, fused ones not at all.
         spec = spec_of(kernel)
         like = [spec[axis] for axis in (*self.batch, self.inputs[0], self.outputs[0])]
         if self.fused > 1:
             like[-2:] = None, like[-2], None
-        adapted: chex.Array = left_to_compiler(matrices, kernel, like=PartitionSpec(*like))
-        return adapted
+        return PartitionSpec(*like)
 
     def from_matrix(self, matrix: chex.Array, kernel: chex.Array) -> chex.Array:
         """The kernel, with other adapted matrices: ``as_matrix`` of it is ``matrix``."""
@@ -149,9 +154,11 @@ class KernelAxes:
         Args:
           array: ``(*stack, ...)``.
           matrix_ndim: number of its axes without ``stack``: 2 for ``U`` and ``V``, 1 for ``m``.
+            More are merged into one, so that there are no more than the kernel has.
         """
         if not self.batch:
             return array
+        matrix_ndim = matrix_ndim if matrix_ndim < 3 else 1
         flat = self._flat(array.shape, matrix_ndim)
         ones = self.ndim - len(flat)
         spec, batch, merged = list(spec_of(array)), len(self.batch), array.ndim - len(flat)
@@ -173,6 +180,7 @@ class KernelAxes:
             return array
         if array.ndim < self.ndim:
             return None
+        matrix_ndim = matrix_ndim if matrix_ndim < 3 else 1
         array = jnp.moveaxis(array, self.batch, range(len(self.batch)))
         flat = self._flat(shape, matrix_ndim)
         placed = flat + (1,) * (array.ndim - len(flat))

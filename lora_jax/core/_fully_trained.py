@@ -36,7 +36,7 @@ class FullyTrained(Node):
         return {"value": self.array}
 
     @property
-    def variant(self) -> str:
+    def kind(self) -> str:
         """``"full"``."""
         return "full"
 

@@ -7,7 +7,8 @@ which stays in the base, or takes its place.
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import chex
 import jax.numpy as jnp
@@ -18,14 +19,15 @@ class Node(abc.ABC):
 
     Attributes:
       in_base: whether the leaf itself stays in the base, and the node only changes it.
+      arrays: the trained arrays by the names of their fields.
     """
 
     in_base: ClassVar[bool] = True
+    if TYPE_CHECKING:
 
-    @property
-    @abc.abstractmethod
-    def arrays(self) -> dict[str, Any]:
-        """The trained arrays by the names of their fields."""
+        @property
+        def arrays(self) -> Mapping[str, Any]:
+            """The trained arrays by the names of their fields."""
 
     @abc.abstractmethod
     def merge(self, leaf: Any) -> chex.Array:
@@ -34,6 +36,16 @@ class Node(abc.ABC):
         Args:
           leaf: the array of the base; ``None`` where the base lacks it.
         """
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether a layer computes with it, next to its kernel; else it changes the leaf itself."""
+        return False
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether it is only for a base that was changed at the start."""
+        return False
 
     def merged_dtype(self, leaf: Any) -> Any:
         """The dtype that the merged leaf has in the model."""
@@ -71,6 +83,9 @@ class Node(abc.ABC):
     def check_merges(self, path: str) -> None:  # noqa: B027
         """Raises ValueError if no merged leaf gives the same model."""
 
+    def check_alone(self, path: str) -> None:  # noqa: B027
+        """Raises ValueError if it is not one node as it was trained, which a file can hold."""
+
     def check_combines(self, path: str, name: str) -> None:  # noqa: B027
         """Raises ValueError if such a node cannot be added to others; ``name`` is of its tree."""
 
@@ -79,5 +94,5 @@ class Node(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def variant(self) -> str:
+    def kind(self) -> str:
         """The kind of node in a word, as a summary has it."""

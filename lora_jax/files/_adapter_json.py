@@ -18,7 +18,8 @@ from lora_jax.files._node_kinds import KINDS, check_types
 
 INDEX = "adapter.json"
 FORMAT = "lora_jax adapter"
-VERSION = 1
+VERSION = 2
+_READS = (1, 2)
 
 _FIELDS = {
     "format": str,
@@ -50,10 +51,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file} is not of the format {FORMAT!r}.")
-    if index.get("version") != VERSION:
+    if index.get("version") not in _READS:
         raise ValueError(
             f"{file} is of version {index.get('version')!r} of the format, and this lora_jax reads "
-            f"version {VERSION}: install a newer one."
+            f"up to version {VERSION}: install a newer one."
         )
     required = _FIELDS | {kind.section: dict for kind in KINDS if kind.always}
     optional = {"collections"} | {kind.section for kind in KINDS if not kind.always}

@@ -15,6 +15,7 @@ from lora_jax.core._boxes import rebox, unbox
 from lora_jax.core._fully_trained import FullyTrained, as_node
 from lora_jax.files import _collections as variables
 from lora_jax.files._bytes import StrPath
+from lora_jax.files._fingerprint import fingerprint
 from lora_jax.files._fingerprint import verify as verify_base
 from lora_jax.files._read_folder import read
 from lora_jax.trees._pair import base_of, check_pair
@@ -100,6 +101,12 @@ def load(
             check_pair(key, node, flat, name="params", needed=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if node.changes_base and stored.base.get(leaf_path) != fingerprint(flat[key], leaf_path):
+            raise ValueError(
+                f"{path}: the variant {node.kind!r} changed the base at the start, and params is "
+                f"not that base at {leaf_path!r}. Pass the frozen tree that lora_init returned; it "
+                f"has to be saved too, as by orbax."
+            )
         if not node.in_base:
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
         adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node).as_leaf()

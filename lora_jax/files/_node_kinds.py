@@ -7,15 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
-from lora_jax.core._variants import VARIANTS
 from lora_jax.core.rules._rule import Rule
+from lora_jax.core.variants._check_variant import check_variant
+from lora_jax.core.variants._registry import trained_variants, variant_of
+from lora_jax.core.variants._variant import Variant
 from lora_jax.files._tensors import is_ints
 
 
@@ -58,7 +59,9 @@ def kind_of(path: str, node: Node) -> NodeKind:
 
     Raises:
       TypeError: if there is none for its class.
+      ValueError: if it is not one node, as it was trained.
     """
+    node.check_alone(path)
     for kind in KINDS:
         if type(node) is kind.node:
             return kind
@@ -80,41 +83,72 @@ def check_types(value: object, types: Mapping[str, type], where: str) -> None:
 # The static fields of an Adapter, and those of its axes, with their types in JSON. What
 # has another name here than in files, where names stay:
 _NAMES_IN_FILES = {"materialize": "substitute", "batch": "stacks"}
-_PRODUCTS_IN_FILES = {"dense": "merged"}
 _FIELDS = {
     "variant": str,
+    "settings": dict,
     "rank": int,
     "alpha": float,
     "rslora": bool,
     "dropout": float,
-    "detach_norm": bool,
     "substitute": bool,
     "untied": bool,
-    "product": str,
     "axes": dict,
 }
+# Version 1 of the format had DoRA's setting among them, and how the product is computed.
+_FIELDS_1 = {n: t for n, t in _FIELDS.items() if n != "settings"} | {
+    "detach_norm": bool,
+    "product": str,
+}
+_PRODUCTS_1 = ("auto", "factored", "outer", "merged")
 _AXES = tuple(
     _NAMES_IN_FILES.get(field.name, field.name)
     for field in dataclasses.fields(KernelAxes)
     if field.compare
 )
+_OF_A_NODE = ("rank", "alpha", "rslora", "dropout", "substitute", "untied")
 
 
 def _adapter_entry(path: str, adapter: Adapter) -> dict[str, Any]:
     """The fields of an adapter, as JSON has them."""
-    check_alone(path, adapter)
-    _check_arrays(adapter, f"adapters: {path!r}")
-    entry = {name: getattr(adapter, _name_here(name)) for name in _FIELDS if name != "axes"}
+    _check_registered(path, adapter.variant)
+    adapter.check(path)
+    adapter.check_arrays(f"adapters: {path!r}")
+    entry = {name: getattr(adapter, _name_here(name)) for name in _OF_A_NODE}
     entry["alpha"], entry["dropout"] = float(adapter.alpha), float(adapter.dropout or 0.0)
-    entry["product"] = _PRODUCTS_IN_FILES.get(adapter.product, adapter.product)
+    entry |= {"variant": adapter.variant.name, "settings": adapter.variant.settings()}
     return entry | {"axes": {name: getattr(adapter.axes, _name_here(name)) for name in _AXES}}
 
 
+def _check_registered(path: str, variant: Variant) -> None:
+    """Raises ValueError if the name and the settings of a variant would not give it again."""
+    check_variant(variant)
+    try:
+        found: Variant | None = variant_of(variant.name, variant.settings())
+    except ValueError:
+        found = None
+    if found != variant:
+        name = type(variant).__name__
+        raise ValueError(
+            f"{path!r} has an adapter of variant {variant.name!r}, and no one could load it, as "
+            f"its class is not registered: lora_jax.register_variant({name})."
+        )
+
+
 def _adapter_tensors(path: str, entry: Any, where: str) -> dict[str, str]:
-    check_types(entry, _FIELDS, where)
-    if entry["variant"] not in VARIANTS:
-        raise ValueError(f"{where}: there is no variant {entry['variant']!r}.")
-    return {name: f"{path}.{name}" for name in _names(entry["variant"])}
+    is_old = isinstance(entry, dict) and "settings" not in entry
+    check_types(entry, _FIELDS_1 if is_old else _FIELDS, where)
+    return {name: f"{path}.{name}" for name in _variant_of(entry, where).names()}
+
+
+def _variant_of(entry: Any, where: str) -> Variant:
+    """The variant that an entry names, with its settings."""
+    settings = entry.get("settings", {})
+    if entry.get("detach_norm"):
+        settings = {"detach_norm": True}
+    try:
+        return variant_of(entry["variant"], settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _read_adapter(entry: Any, arrays: Mapping[str, np.ndarray], path: str, where: str) -> Adapter:
@@ -127,76 +161,30 @@ def _read_adapter(entry: Any, arrays: Mapping[str, np.ndarray], path: str, where
             raise ValueError(f"{where}: axes: {name!r} must be integers, got {axes[name]!r}.")
     if not axes["parts"]:  # by default all are, but who says that there are not 10**12?
         raise ValueError(f"{where}: axes: of fused={axes['fused']} kernels no parts are named.")
-    products = {there: here for here, there in _PRODUCTS_IN_FILES.items()}
-    fields = {_name_here(name): entry[name] for name in _FIELDS if name != "axes"}
-    fields["product"] = products.get(entry["product"], entry["product"])
-    options = {name: fields[name] for name in fields if name not in ("rank", "untied")}
+    if entry.get("product", "auto") not in _PRODUCTS_1:
+        raise ValueError(
+            f"{where}: product must be one of {_PRODUCTS_1}, got {entry['product']!r}."
+        )
+    fields = {_name_here(name): entry[name] for name in _OF_A_NODE}
+    variant = _variant_of(entry, where)
+    options = {name: fields[name] for name in ("alpha", "rslora", "dropout", "materialize")}
     try:
-        Rule(re.escape(path), entry["rank"], **options)
+        if entry["variant"] not in trained_variants():
+            raise ValueError(f"there is no variant {entry['variant']!r} to train.")
+        Rule(re.escape(path), entry["rank"], variant=variant, **options)
         kernel_axes = KernelAxes(**{_name_here(name): value for name, value in axes.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     if entry["untied"] and entry["substitute"]:
         raise ValueError(f"{where} is both untied and materialized.")
-    adapter = Adapter(**(fields | dict(arrays)), axes=kernel_axes)
-    _check_arrays(adapter, where)
+    adapter = Adapter(arrays=arrays, variant=variant, axes=kernel_axes, **fields)
+    adapter.check_arrays(where)
     return adapter
-
-
-def check_alone(path: str, adapter: Adapter) -> None:
-    """Checks that an adapter is one alone, with all that a file says of it.
-
-    Raises:
-      ValueError: if it is a stack, or was one, or is of :func:`lora_jax.cache_norm`.
-    """
-    if adapter.count is not None:
-        raise ValueError(
-            f"The adapter of {path!r} is a stack of {adapter.count}: save each one alone, "
-            f"jax.tree.map(lambda x: x[i], stacked)."
-        )
-    if adapter.dropout is None:
-        raise ValueError(
-            f"The adapter of {path!r} is out of a stack of adapters with several rates of dropout, "
-            f"and does not say its own: save it as it was before it was stacked."
-        )
-    if not VARIANTS[adapter.variant].trained:
-        raise ValueError(
-            f"The adapter of {path!r} is of cache_norm: save the adapter as it was before, from "
-            f"which cache_norm makes it again."
-        )
-
-
-def _names(variant: str) -> tuple[str, ...]:
-    return ("U", "V") if VARIANTS[variant].magnitude is None else ("U", "V", "m")
 
 
 def _name_here(name: str) -> str:
     """The field that has a name in files."""
     return next((here for here, there in _NAMES_IN_FILES.items() if there == name), name)
-
-
-def _check_arrays(adapter: Adapter, where: str) -> None:
-    """Raises ValueError if U, V and m are not those of one rank and one stack of matrices."""
-    axes, U, V = adapter.axes, adapter.U, adapter.V
-    batch = len(axes.batch) + (axes.fused > 1)
-    shapes = {name: getattr(adapter, name).shape for name in _names(adapter.variant)}
-    fits = (
-        U.ndim == V.ndim == batch + 2
-        and U.shape[:batch] == V.shape[:batch]
-        and U.shape[-1] == V.shape[-2] == adapter.rank
-        and (axes.fused == 1 or U.shape[batch - 1] == len(axes.parts))
-        and (adapter.m is None or adapter.m.shape == (*V.shape[:batch], V.shape[-1]))
-    )
-    if not fits:
-        raise ValueError(
-            f"{where}: the shapes {shapes} are not those of an adapter of rank {adapter.rank} for "
-            f"{axes}."
-        )
-    for name, shape in shapes.items():
-        if 0 in shape:
-            raise ValueError(f"{where}: {name} is {shape}, in which there are no numbers.")
-        if not jnp.issubdtype(getattr(adapter, name).dtype, jnp.floating):
-            raise ValueError(f"{where}: {name} is of dtype {getattr(adapter, name).dtype}.")
 
 
 # --- leaves that are fully trained ---

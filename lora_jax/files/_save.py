@@ -72,6 +72,11 @@ def save(
     sections: dict[str, dict[str, Any]] = {kind.section: {} for kind in KINDS if kind.always}
     arrays: dict[str, np.ndarray] = {}
     for leaf_path, node in nodes.items():
+        if node.changes_base and frozen is None:
+            raise ValueError(
+                f"The variant {node.kind!r} of {leaf_path!r} has changed the base, without which "
+                f"the adapter is of no use: pass frozen=, and save that tree too."
+            )
         kind = kind_of(leaf_path, node)
         entry = kind.entry(leaf_path, node)
         sections.setdefault(kind.section, {})[leaf_path] = entry

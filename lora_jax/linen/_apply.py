@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 
+from lora_jax.core.products._product import PRODUCTS
 from lora_jax.core.products._row_ids import checked_ids
 from lora_jax.linen._check_use import check_ties, check_used
 from lora_jax.linen._dropout_is_active import dropout_is_active, has_dropout_rng
@@ -37,6 +38,7 @@ def lora_apply(
     adapter_dropout: bool | None = None,
     allow_unused: bool = False,
     handlers: Handlers | None = None,
+    product: str = "auto",
     **kwargs: Any,
 ) -> Any:
     """``model.apply(variables, *args, **kwargs)`` of the adapted model.
@@ -93,6 +95,12 @@ def lora_apply(
       handlers: which layers can be adapted, and by which handlers, in place of those that are
         registered (:func:`lora_jax.register`). An argument of the model with this name, as with
         the others here, can be passed by position only.
+      product: how a layer that is a product of two matrices computes ``x W'``: ``"factored"``,
+        ``x W + s (x U) V``; ``"outer"``, the same as ``x W + s sum_r (x U)_r V_r``, meant for TPUs
+        and small ranks; ``"dense"``, ``x (W + s U V)``, which rounds small updates away in 16 bits
+        and is refused there; or ``"auto"``: dense where that is exact and faster, else factored.
+        Outputs and gradients are the same to rounding. (Second derivatives in a magnitude of zero
+        need ``"factored"`` or ``"outer"``.)
       **kwargs: for ``model.apply``: ``rngs``, ``mutable``, ``method``,
         ``capture_intermediates``, and the model's own.
 
@@ -104,8 +112,8 @@ def lora_apply(
         :class:`lora_jax.Handlers`, or if a tree is not a nested dict, or one as a file has it, of
         arrays only.
       ValueError: if the adapters do not fit the base or the model, if the base has integers, as
-        the codes of a quantized one are, or if an adapter was not used. The message names the
-        culprit.
+        the codes of a quantized one are, if an adapter was not used, or if ``product`` is not
+        possible. The message names the culprit.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
@@ -120,13 +128,20 @@ def lora_apply(
       (5, 2)
     """
     check_model(model, variables, "lora_apply")
+    if product not in PRODUCTS:
+        raise ValueError(f"lora_apply(product=...) must be one of {PRODUCTS}, got {product!r}.")
     handlers = handlers_of_call(handlers)
     if adapter_dropout is None:
         adapter_dropout = dropout_is_active(model, args, kwargs)
     elif adapter_dropout and not has_dropout_rng(kwargs):
         raise ValueError("adapter_dropout=True needs a key: pass rngs={'dropout': key}.")
     one = functools.partial(
-        _apply, model, dropout=adapter_dropout, allow_unused=allow_unused, handlers=handlers
+        _apply,
+        model,
+        dropout=adapter_dropout,
+        allow_unused=allow_unused,
+        handlers=handlers,
+        product=product,
     )
     if adapter_ids is None:
         if any(axes is not Ellipsis for axes in (in_axes, out_axes)) or variable_axes:
@@ -175,10 +190,13 @@ def _apply(
     dropout: bool,
     allow_unused: bool,
     handlers: Handlers,
+    product: str,
 ) -> Any:
     """:func:`lora_apply` with one adapter, or of one row of the batch."""
     frozen = variables["params"]
-    params, placed = place(frozen, adapters, ids, dropout=dropout, handlers=handlers)
+    params, placed = place(
+        frozen, adapters, ids, dropout=dropout, handlers=handlers, product=product
+    )
 
     def call(params: chex.ArrayTree, interceptor: Interceptor) -> Any:
         with interceptor.active():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lora_jax._compat import only_converts
 from lora_jax.core._boxes import unbox
-from lora_jax.core._variants import along
+from lora_jax.core._numerics import along
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.linen._handler_entry import Entry, MethodKey, body

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 
 from lora_jax import _compat as compat
+from lora_jax.core._adapter import Adapter
 from lora_jax.core._boxes import unbox
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
@@ -100,17 +101,19 @@ class Interceptor:
         path, adapter = placed.path, placed.adapter
         if placed.cut:
             return AdaptedKernel(path, value, observer=Unseen())
-        if id(adapter.U) not in self._as_placed and self._maps.may_be_of_params(module):
+        if id(_first(adapter)) not in self._as_placed and self._maps.may_be_of_params(module):
             refuse_mapped(module)
 
         rng = self._dropout_rng(module, path) if adapter.dropout else None
         use = functools.partial(self.used.add, path)
-        return AdaptedKernel(path, value, adapter, rng, use=use, ids=placed.ids)
+        return AdaptedKernel(
+            path, value, adapter, rng, use=use, ids=placed.ids, product=placed.product
+        )
 
     @functools.cached_property
     def _as_placed(self) -> set[int]:
         """The factors that no transform has replaced."""
-        return {id(node.adapter.U) for node in self.placed.values()}
+        return {id(_first(node.adapter)) for node in self.placed.values()}
 
     def _dropout_rng(self, module: nn.Module, path: str) -> chex.PRNGKey:
         """A key from the module's own stream, which then goes on as if it had not been asked."""
@@ -123,3 +126,7 @@ class Interceptor:
         rng = compat.key_aside(module, "dropout")
         self._draws[path] = self._draws.get(path, 0) + 1
         return jax.random.fold_in(rng, zlib.crc32(f"{path}{SUFFIX}{self._draws[path]}".encode()))
+
+
+def _first(adapter: Adapter) -> Any:
+    return next(iter(adapter.arrays.values()))

@@ -7,8 +7,8 @@ the call; each has one function here:
 
     fully trained           the leaf itself, of the adapter that the id is of
     not in the layer        W' in the place of the parameter
-    in the layer            U, V and m / ||W + s U V||_c next to the kernel, as they are,
-      one id for all        those of one adapter of a stack,
+    in the layer            its normal form next to the kernel: U, V and m / ||W + s U V||_c,
+      one id for all        that of one adapter of a stack,
       an id for each row    those of all adapters, and the row's id
 """
 
@@ -27,10 +27,12 @@ import numpy as np
 
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._adapter_stack import AdapterStack, stack_of
 from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import FullyTrained
-from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._row_ids import BASE, Ids, taken
+from lora_jax.core.products._stack_normal_forms import normalized_member, normalized_stack
 from lora_jax.linen._handlers import Handlers
 from lora_jax.trees._merge import join, merged_leaf
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
@@ -48,9 +50,10 @@ class Placed:
     for one what it has traced for another; likewise the handlers.
 
     Attributes:
-      adapter: with ``m / ||W + s U V||_c`` in the place of ``m``, and as many axes as the kernel.
+      adapter: in its normal form, and with as many axes as the kernel.
       path: of the parameter.
       handlers: of the call.
+      product: what the call says of the product of its layer.
       ids: of one row of a mixed batch.
       cut: whether the layer shall compute with zeros in the place of the kernel.
     """
@@ -58,6 +61,7 @@ class Placed:
     adapter: Adapter
     path: str = flax.struct.field(pytree_node=False)
     handlers: Handlers = flax.struct.field(pytree_node=False)
+    product: str = flax.struct.field(pytree_node=False, default="auto")
     ids: Ids | None = None
     cut: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -91,6 +95,7 @@ def place(
     *,
     dropout: bool,
     handlers: Handlers,
+    product: str,
 ) -> tuple[chex.ArrayTree, dict[Key, Placed]]:
     """The parameters for a call of the adapted model.
 
@@ -100,6 +105,7 @@ def place(
       ids: which of them the call has.
       dropout: whether adapters have their dropout.
       handlers: of the call.
+      product: how layers compute products of two matrices.
 
     Returns:
       The base with the adapters in it, and those that are next to a kernel, by the kernel's key.
@@ -111,9 +117,10 @@ def place(
     placed: dict[Key, Placed] = {}
 
     def place_node(key: Key, leaf: Any, node: Any) -> dict[Key, Any]:
-        if not isinstance(node, Adapter) or node.materialize:
+        if not node.in_layer:
             return {key: _materialized(path_of(key), leaf, node, ids)}
-        placed[key] = _in_layer(path_of(key), unbox(leaf), node, ids, dropout, handlers)
+        adapter, of_row = _in_layer(path_of(key), unbox(leaf), node, ids, dropout)
+        placed[key] = Placed(adapter, path_of(key), handlers, product, of_row)
         return {key: leaf, key_of_adapter(key): placed[key]}
 
     if ids is None:
@@ -193,26 +200,28 @@ def _materialized(path: str, leaf: Any, node: Any, ids: CallIds | None) -> Any:
             f"The adapters of {path!r} have materialize=True, and W' cannot be another one for "
             f"every token: give one id for each row."
         )
-    merged = merged_leaf(leaf, _one_of(node, ids.ids))
+    one = normalized_member(jnp.asarray(unbox(leaf)), _as_stack(node), ids.ids)
+    merged = merged_leaf(leaf, one)
     return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, leaf)
 
 
 def _in_layer(
-    path: str,
-    W: Any,
-    adapter: Adapter,
-    ids: CallIds | None,
-    dropout: bool,
-    handlers: Handlers,
-) -> Placed:
-    """An adapter as it is placed next to its kernel."""
-    adapter = _with_dropout(path, adapter, dropout)
+    path: str, W: Any, node: Any, ids: CallIds | None, dropout: bool
+) -> tuple[Adapter, Ids | None]:
+    """An adapter as it is placed next to its kernel, and the ids of its row."""
     if ids is None:
-        return Placed(_on_axes_of_kernel(normalized(W, adapter)), path, handlers)
-    if not ids.of_row:
-        return Placed(_on_axes_of_kernel(_for_all_rows(W, adapter, ids.ids)), path, handlers)
-    adapter, of_row = _for_one_row(W, normalized(W, adapter), ids)
-    return Placed(adapter, path, handlers, of_row)
+        adapter, of_row = _on_axes_of_kernel(normalized(W, node)), None
+    elif not ids.of_row:
+        one = normalized_member(W, _as_stack(node), ids.ids)
+        adapter, of_row = _on_axes_of_kernel(one), None
+    else:
+        adapter, of_row = _for_one_row(W, normalized_stack(W, _as_stack(node)), ids)
+    return _with_dropout(path, adapter, dropout), of_row
+
+
+def _as_stack(node: Any) -> AdapterStack:
+    """Several adapters as a stack, also those that only have an axis in front."""
+    return stack_of(node) if isinstance(node, Adapter) else node
 
 
 def _with_dropout(path: str, adapter: Adapter, active: bool) -> Adapter:
@@ -222,24 +231,11 @@ def _with_dropout(path: str, adapter: Adapter, active: bool) -> Adapter:
     """
     if active and adapter.dropout is None:
         raise ValueError(
-            f"The adapters of {path!r} have several rates of dropout, so that it cannot be "
-            f"active: train them apart, or call without the 'dropout' rng."
+            f"The adapters of {path!r} have several rates of dropout, and the one id for the whole "
+            f"batch is traced, so that it does not say which rate it is: give one id for each row, "
+            f"or call without the 'dropout' rng."
         )
-    return adapter.replace(dropout=adapter.dropout if active else 0.0)  # type: ignore[attr-defined, no-any-return]
-
-
-def _one_of(adapter: Adapter, id_: chex.Array) -> Adapter:
-    """One adapter of a stack; zeros where the id is that of the base."""
-    one: Adapter = jax.tree.map(lambda array: taken(array, id_, 0.0), adapter)
-    return one
-
-
-def _for_all_rows(W: Any, adapter: Adapter, id_: chex.Array) -> Adapter:
-    """One adapter of a stack for the whole batch, or the base alone: ``m / ||W||_c`` is 1 there."""
-    adapter = normalized(W, _one_of(adapter, id_))
-    if adapter.m is None:
-        return adapter
-    return adapter.replace(m=jnp.where(id_ == BASE, 1.0, adapter.m))  # type: ignore[attr-defined, no-any-return]
+    return adapter.replace(dropout=adapter.dropout if active else 0.0)
 
 
 def _for_one_row(W: Any, adapter: Adapter, ids: CallIds) -> tuple[Adapter, Ids]:
@@ -250,13 +246,13 @@ def _for_one_row(W: Any, adapter: Adapter, ids: CallIds) -> tuple[Adapter, Ids]:
     """
     behind = len(adapter.axes.batch_shape(W.shape))
     arrays = {name: jnp.moveaxis(x, 0, behind) for name, x in adapter.arrays.items()}
-    adapter = adapter.replace(**arrays)  # type: ignore[attr-defined]
+    adapter = adapter.replace(arrays=arrays)
     of_row = Ids.placed(ids.ids, ids.count, adapter.axes, W.shape)
     return _on_axes_of_kernel(adapter), of_row
 
 
 def _on_axes_of_kernel(adapter: Adapter) -> Adapter:
     """The arrays with as many axes as the kernel, those that stack it in their places."""
-    place = adapter.axes.place
-    arrays = {name: place(x, 1 if name == "m" else 2) for name, x in adapter.arrays.items()}
-    return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
+    place, ndims = adapter.axes.place, adapter.matrix_ndims()
+    arrays = {name: place(array, ndims[name]) for name, array in adapter.arrays.items()}
+    return adapter.replace(arrays=arrays)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _compat as compat
-from lora_jax.core._variants import along
+from lora_jax.core._numerics import along
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.linen._handler_entry import Entry, MethodKey
 

@@ -1,7 +1,8 @@
 """Many adapters of one base.
 
-- ``_stack.py``: several adapters as one tree (``stack``).
-- ``_conform.py``: brings adapters of one kernel to one structure and one shape.
+- ``_stack.py``: several adapters as one tree, and apart again (``stack``, ``unstack``).
+- ``_stack_adapters.py``: adapters of one kernel as one node.
+- ``_stack_fully_trained.py``: leaves that are fully trained, side by side.
 - ``_cache_norm.py``: DoRA's norm computed once (``cache_norm``).
 - ``_optimizer.py``: an optimizer for each stacked adapter (``per_adapter``).
 - ``_pool.py``: adapters by name, the last used ones in memory (``AdapterPool``).

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._adapter_stack import AdapterStack
 from lora_jax.core._boxes import unbox
-from lora_jax.core._variants import magnitude_ratio
-from lora_jax.core.products._norm import dense_norm
+from lora_jax.core.products._normal_form import low_rank
+from lora_jax.many._stack_adapters import stack_adapters
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
-from lora_jax.trees._paths import flatten, unflatten
+from lora_jax.trees._paths import flatten, path_of, unflatten
 
 
 def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTree:
@@ -20,7 +24,8 @@ def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
     each adapter that there is. (They may come nearer to the formula: the norm is computed with
     ``U V`` formed, which loses no digits where an adapter removes most of a column.) What is left
     is ``W' = a (W + s U V)``, which trains otherwise than DoRA, and which PEFT does not have: keep
-    the adapters themselves.
+    the adapters themselves. Of other variants what is left is their normal form, or ``W' - W``
+    where they have none.
 
     Args:
       frozen: the base, or all parameters of the model.
@@ -42,17 +47,28 @@ def cache_norm(frozen: chex.ArrayTree, adapters: chex.ArrayTree) -> chex.ArrayTr
     base = base_of(frozen)
     out = flatten(adapters, "adapters")
     nodes = nodes_of(adapters, base=base)
-    counts = [node.count for node in nodes.values() if isinstance(node, Adapter)]
+    counts = [getattr(node, "count", None) for node in nodes.values()]
     count = next((count for count in counts if count is not None), None)
     for key, node in nodes.items():
         check_pair(key, node, base, count)
-        if isinstance(node, Adapter) and node.variant == "dora":
-            out[key] = with_cached_norm(jnp.asarray(unbox(base[key])), node)
+        if isinstance(node, Adapter | AdapterStack):
+            out[key] = _cached(path_of(key), jnp.asarray(unbox(base[key])), node)
     return unflatten(out, adapters)
 
 
-def with_cached_norm(kernel: chex.Array, adapter: Adapter) -> Adapter:
-    """The adapter with ``a = m / ||W + s U V||_c`` for ``m``."""
-    norm = dense_norm(kernel, adapter)
-    a = magnitude_ratio(jnp.asarray(adapter.m).astype(norm.dtype), norm)
-    return adapter.replace(m=a, variant="scaled", detach_norm=False)  # type: ignore[attr-defined, no-any-return]
+def _cached(path: str, kernel: chex.Array, node: Adapter | AdapterStack) -> Any:
+    """The normal form in the place of an adapter, or of each of a stack."""
+    if isinstance(node, AdapterStack):
+        members = [node.member(i) for i in range(len(node.members))]
+        if all(one is None or low_rank(kernel, one) is one for one in members):
+            return node
+        return stack_adapters(path, [one and low_rank(kernel, one) for one in members])
+    if node.count is None:
+        return low_rank(kernel, node)
+    # One at a time, so that no more than one U V is in memory.
+    arrays = jax.lax.map(
+        lambda arrays: dict(low_rank(kernel, node.replace(arrays=arrays)).arrays), dict(node.arrays)
+    )
+    one = jax.eval_shape(lambda node: low_rank(kernel, jax.tree.map(lambda x: x[0], node)), node)
+    cached: Adapter = one.replace(arrays=arrays)
+    return cached

@@ -1,4 +1,4 @@
-"""Several adapters of one base as one tree, on an axis in front."""
+"""Several adapters of one base as one tree, on an axis in front, and apart again."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from lora_jax.core._meshes import left_to_compiler, spec_of
+from lora_jax.core._adapter_stack import AdapterStack
 from lora_jax.core._node import Node
-from lora_jax.many._conform import common, conform
+from lora_jax.many._stack_adapters import stack_adapters, stack_arrays
+from lora_jax.many._stack_fully_trained import check_kinds, fully_trained
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
 from lora_jax.trees._paths import Key, path_of, unflatten
+from lora_jax.trees._stack_size import stack_size
 
 
 def stack(
@@ -22,34 +22,29 @@ def stack(
 ) -> chex.ArrayTree:
     """Stacks adapters of one base on a new axis in front.
 
-    So one program serves them all, by ``lora_apply(..., adapter_ids=ids)``, or trains them all, by
-    ``jax.vmap``. Each computes what it computed alone. Ranks are padded with zeros, which stay zero
-    in training. An adapter that lacks a kernel that another one adapts gets a zero adapter there,
-    and one that lacks a leaf that another one fully trained gets the base's. Next to DoRA, LoRA
-    gets the magnitude ``m = ||W + s U V||_c``, with which DoRA's ``W'`` is ``W + s U V``.
+    So one program serves them all, or trains them all, by ``lora_apply(..., adapter_ids=ids)``.
+    Each computes and trains as it would alone, with its own variant, rank, scale and dropout. Ranks
+    are padded with zeros, which stay zero in training, and arrays that one variant has and another
+    one has not are zeros that are not read. An adapter that lacks a kernel that another one adapts
+    changes nothing there, and one that lacks a leaf that another one fully trained gets the base's.
 
-    That is for what they compute. They all train alike: next to DoRA, LoRA trains its
-    ``m`` too; where some have ``detach_norm``, all have the exact gradient; where scales differ,
-    ``s`` is multiplied into ``U``, and an optimizer's steps are others. (So to train several ranks
-    side by side give them one scale, ``alpha = c * rank``.) Where rates of dropout differ, that it
-    is active is an error.
-
-    Adapters of equal structure, as from ``jax.vmap(lora_init, ...)`` over keys or a tree map of
-    ``jnp.stack``, need no more than that.
+    ``jax.vmap`` over a stack is for adapters that differ in no more than their ranks, as then a row
+    of it need not say which adapter it is. Adapters of equal structure may also be stacked by
+    ``jax.vmap(lora_init, ...)`` over keys, or by a tree map of ``jnp.stack``.
 
     Args:
       adapters: the adapters, each as from :func:`lora_init` or :func:`load`.
-      params: the model's parameters, all of them; needed only where one adapter lacks what another
-        one has, or where LoRA is next to DoRA.
+      params: the model's parameters, all of them; needed only where one adapter lacks a leaf that
+        another one has fully trained.
 
     Returns:
-      One tree: every array has the number of adapters as its first size. ``jax.tree.map(lambda x:
-      x[i], stacked)`` is adapter ``i`` alone.
+      One tree: every array has the number of adapters as its first size. :func:`unstack` takes it
+      apart again.
 
     Raises:
       TypeError: if the trees are of another kind.
       ValueError: if there are no adapters, if they are of different models or differ in what no
-        padding can hide, or if ``params`` is needed and missing. The message names the path.
+        zeros make up for, or if ``params`` is needed and missing. The message names the path.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
@@ -73,23 +68,57 @@ def stack(
     base = base or {}
     out: dict[Key, Any] = {}
     for key in dict.fromkeys(key for tree in trees for key in tree):
-        nodes, leaf = [tree.get(key) for tree in trees], base.get(key)
-        like = common(path_of(key), [node for node in nodes if node is not None])
-        same = [conform(path_of(key), node, like, leaf) for node in nodes]
-        out[key] = jax.tree.map(_stacked, *same).as_leaf()
+        path = path_of(key)
+        nodes: list[Any] = [tree.get(key) for tree in trees]
+        check_kinds(path, nodes)
+        if next(node for node in nodes if node is not None).in_base:
+            out[key] = stack_adapters(path, nodes)
+        else:
+            same = [fully_trained(path, node, nodes, base.get(key)) for node in nodes]
+            out[key] = jax.tree.map(stack_arrays, *same).as_leaf()
     return unflatten(out, adapters[0])
 
 
-def _stacked(first: chex.Array, *others: chex.Array) -> chex.Array:
-    """The arrays on a new axis in front, in a mesh sharded as the first."""
+def unstack(stacked: chex.ArrayTree) -> list[chex.ArrayTree]:
+    """The adapters of a stack, each as it is alone: with its own rank, scale, variant and dropout.
 
-    def stacked(*arrays: chex.Array) -> chex.Array:
-        widest = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
-        return jnp.stack([array.astype(widest) for array in arrays])
+    The inverse of :func:`stack`, but that leaves which an adapter got from the base stay in it.
 
-    like = PartitionSpec(None, *spec_of(first))
-    out: chex.Array = left_to_compiler(stacked, first, *others, like=like)
-    return out
+    Args:
+      stacked: as from :func:`stack`, trained since or not.
+
+    Raises:
+      TypeError: if it is not a tree of adapters.
+      ValueError: if it is not stacked.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((5, 4))}
+      >>> a, b = (
+      ...     lora_jax.lora_init(jax.random.key(r), params, lora_jax.LoraConfig([rule]))[1]
+      ...     for r, rule in enumerate([
+      ...         lora_jax.Rule("kernel", rank=1), lora_jax.Rule("kernel", rank=2, alpha=1.0)
+      ...     ])
+      ... )
+      >>> [one["kernel"].U.shape for one in lora_jax.unstack(lora_jax.stack([a, b]))]
+      [(5, 1), (5, 2)]
+    """
+    nodes = nodes_of(stacked, "stacked")
+    count = stack_size(list(nodes.values()), "unstack is")
+
+    def one(i: int) -> chex.ArrayTree:
+        out: dict[Key, Any] = {}
+        for key, node in nodes.items():
+            found = (
+                node.member(i)
+                if isinstance(node, AdapterStack)
+                else jax.tree.map(lambda x: x[i], node)
+            )
+            if found is not None:
+                out[key] = found.as_leaf()
+        return unflatten(out, stacked)
+
+    return [one(i) for i in range(count)]
 
 
 def nodes_of_each(

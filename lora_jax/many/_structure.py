@@ -1,24 +1,35 @@
 """The structure and the shapes of a pool's adapters, and how an adapter is brought to them.
 
 All that is static in the tree, and every shape, is decided once by examples. So a program that is
-compiled for one adapter is compiled for all. What varies between adapters goes into the numbers:
-the scale into ``U``, a smaller rank into zeros, DoRA's norm into ``a = m / ||W + s U V||_c``.
+compiled for one adapter is compiled for all. What varies between adapters goes into the numbers
+of their normal form ``W' = a (W + L R)``: the scale into ``L``, a smaller rank into zeros, DoRA's
+norm into ``a = m / ||W + s U V||_c``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.many._conform import common, conform
+from lora_jax.core._boxes import unbox
+from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.products._normal_form import low_rank
+from lora_jax.core.variants._apply_variant import known
+from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
+from lora_jax.core.variants._variant import Variant
 from lora_jax.many._stack import nodes_of_each
+from lora_jax.many._stack_adapters import check_alike
+from lora_jax.many._stack_fully_trained import check_kinds, fully_trained
 from lora_jax.trees._pair import base_of, check_pair, near, nodes_of
 from lora_jax.trees._paths import Key, path_of, unflatten
 
@@ -67,15 +78,15 @@ class AdapterStructure:
         trees = nodes_of_each(like, self._base, "like")
         self._nodes: dict[Key, Any] = {}
         for key in dict.fromkeys(key for tree in trees for key in tree):
-            path, nodes = path_of(key), [tree[key] for tree in trees if key in tree]
+            path = path_of(key)
+            nodes: list[Any] = [tree[key] for tree in trees if key in tree]
+            check_kinds(path, nodes)
             leaf = self._leaf(key)
-            like_all = common(path, list(map(_for_inference, nodes)))
-            if like_all.in_base:
-                product = "auto" if like_all.product == "dense" else like_all.product
-                like_all = like_all.replace(
-                    alpha=float(like_all.rank), rslora=False, product=product
-                )
-            nothing = conform(path, None, like_all, leaf)
+            if nodes[0].in_base:
+                check_alike(path, nodes)
+                nothing = _nothing(nodes, unbox(leaf))
+            else:
+                nothing = fully_trained(path, None, nodes, leaf)
             self._nodes[key] = jax.tree.map(np.asarray, nothing)
         if not self._nodes:
             raise ValueError("like has no adapters in it: there is nothing to hold in a pool.")
@@ -121,10 +132,12 @@ class AdapterStructure:
         if node is None:
             return like
         leaf = self._leaf(key)
-        if node.in_base and like.in_base:
-            node = _of_rank(path, _for_inference(node, "dora"), like)
-        common(path, [like, node])  # raises where they differ in what nothing can hide
-        found = conform(path, node, like, leaf)
+        check_kinds(path, [like, node])
+        if node.in_base:
+            check_alike(path, [like, node])
+            found = _normal_form(path, node, like, unbox(leaf))
+        else:
+            found = fully_trained(path, node, [like], leaf)
         return jax.tree.map(lambda x, like: _as(path, np.asarray(x), like.dtype), found, like)
 
     def _leaf(self, key: Key) -> Any:
@@ -138,44 +151,88 @@ class AdapterStructure:
         return leaf
 
 
-def _for_inference(node: Any, dora: str = "scaled") -> Any:
-    """Without what matters in training only."""
-    if not node.in_base:
-        return node
-    variant = dora if node.variant == "dora" else node.variant
-    return node.replace(variant=variant, detach_norm=False, dropout=0.0)
+def _nothing(nodes: Sequence[Adapter], kernel: Any) -> Adapter:
+    """An adapter that adds nothing, in a normal form that all of these can be brought to."""
+    first = nodes[0]
+    d, k = first.axes.matrix_shape(kernel.shape)
+    parts = tuple(sorted({part for node in nodes for part in node.axes.parts}))
+    axes = dataclasses.replace(first.axes, parts=parts)
+    forms = [known(node.variant, d, k, node.rank, exact=True) for node in nodes]
+    rank = max(min(d, k) if form is None else form.width or 1 for form in forms)
+    stack = axes.batch_shape(kernel.shape)
+    arrays = {
+        "U": np.zeros((*stack, d, rank), np.float32),
+        "V": np.zeros((*stack, rank, k), np.float32),
+    }
+    variant: Variant = LoRA()
+    if any(form is not None and form.has_a for form in forms):
+        variant, dtype = CachedNorm(), float32_or_more(kernel.dtype)
+        arrays["m"] = np.ones((*stack, k), dtype)
+    return Adapter(
+        arrays=arrays,
+        variant=variant,
+        rank=rank,
+        alpha=float(rank),
+        axes=axes,
+        materialize=first.materialize,
+        untied=first.untied,
+    )
 
 
-def _of_rank(path: str, node: Adapter, like: Adapter) -> Adapter:
-    """With the rank of ``like`` and the scale 1, so that nothing is compiled for another one.
+def _normal_form(path: str, node: Adapter, like: Adapter, kernel: Any) -> Adapter:
+    """The normal form of an adapter, with the rank of ``like`` and the scale 1.
 
-    In NumPy, as JAX compiles its operations for every shape.
+    As far as it goes in NumPy, as JAX compiles its operations for every shape.
     """
-    if node.rank > like.rank:
-        raise ValueError(
-            f"at {path!r} it has rank {node.rank}, and the pool has room for {like.rank}: {_MAKE}."
-        )
-    if node.m is not None and like.variant == "lora":
-        raise ValueError(
-            f"at {path!r} it is DoRA, and there is only LoRA there in the pool: {_MAKE}."
-        )
     parts = set(node.axes.parts) - set(like.axes.parts)
-    if parts and dataclasses.replace(node.axes, parts=like.axes.parts) == like.axes:
+    if parts:
         raise ValueError(
             f"at {path!r} it adapts the parts {node.axes.parts} of {like.axes.fused}, and there "
             f"are only {like.axes.parts} in the pool: {_MAKE}."
         )
-    U, V = np.asarray(node.U) * node.scale, np.asarray(node.V)
-    pad = (0, like.rank - node.rank)
-    none = (0, 0)
-    padded: Adapter = node.replace(  # type: ignore[attr-defined]
-        U=np.pad(U, [none] * (U.ndim - 1) + [pad]),
-        V=np.pad(V, [none] * (V.ndim - 2) + [pad, none]),
-        rank=like.rank,
-        alpha=like.alpha,
-        rslora=like.rslora,
-    )
-    return padded
+    d, k = node.axes.matrix_shape(kernel.shape)
+    form = known(node.variant, d, k, node.rank, exact=True)
+    width = min(d, k) if form is None else form.width
+    if width > like.rank:
+        raise ValueError(
+            f"at {path!r} it has rank {width}, and the pool has room for {like.rank}: {_MAKE}."
+        )
+    if form is not None and form.has_a and like.m is None:
+        raise ValueError(
+            f"at {path!r} it is {'DoRA' if isinstance(node.variant, DoRA) else node.kind}, and "
+            f"there is only LoRA there in the pool: {_MAKE}."
+        )
+    s, rank = node.scale, like.rank
+    if type(node.variant) is DoRA:
+        # With the pool's rank at once, so that it is compiled once.
+        arrays = {**node.arrays, "U": _padded(node.U, -1, rank), "V": _padded(node.V, -2, rank)}
+        alpha = s * rank
+        node = node.replace(arrays=arrays, rank=rank, alpha=alpha, rslora=False)
+    node = low_rank(jnp.asarray(kernel), node) if node.variant != LoRA() else node
+    out = {
+        "U": _at_parts(_padded(node.U, -1, rank) * s, node, like, like.U),
+        "V": _at_parts(_padded(node.V, -2, rank), node, like, like.V),
+    }
+    if like.m is not None:
+        out["m"] = like.m if node.m is None else _at_parts(np.asarray(node.m), node, like, like.m)
+    return like.replace(arrays=out)
+
+
+def _at_parts(array: np.ndarray, node: Adapter, like: Adapter, nothing: Any) -> np.ndarray:
+    """The parts that an adapter has, among all that the pool has."""
+    if node.axes.parts == like.axes.parts:
+        return array
+    parts, axis = [like.axes.parts.index(part) for part in node.axes.parts], like.stack_ndim - 1
+    whole = np.moveaxis(np.array(nothing, array.dtype), axis, 0)
+    whole[parts] = np.moveaxis(array, axis, 0)
+    return np.moveaxis(whole, 0, axis)
+
+
+def _padded(array: Any, axis: int, size: int) -> np.ndarray:
+    array = np.asarray(array)
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return np.pad(array, widths)
 
 
 def _as(path: str, array: np.ndarray, dtype: Any) -> np.ndarray:

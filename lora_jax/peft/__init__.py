@@ -13,6 +13,7 @@ Its files, from the public functions down:
 - ``_export.py``: ``lora_jax.export``, the merged model as a safetensors file.
 - ``_to_nodes.py``: tensors of PEFT as the nodes of an adapter tree.
 - ``_from_nodes.py``: the nodes of an adapter tree as tensors of PEFT.
+- ``_plain_variants.py``: other variants as the LoRA or the DoRA that computes the same.
 - ``_sort_tensors.py``: tensors by the leaf of the model that they are for; what is missing.
 - ``_folder.py``: a folder without a model: its tensors agree with its config.
 - ``_refusals.py``: where PEFT would compute something else than the model.

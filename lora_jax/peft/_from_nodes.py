@@ -11,9 +11,10 @@ import numpy as np
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
-from lora_jax.files._node_kinds import check_alone
+from lora_jax.core.variants._lora import LoRA
 from lora_jax.files._to_host import host
 from lora_jax.peft._lora_bias import LoraBias
+from lora_jax.peft._plain_variants import as_lora_or_dora
 from lora_jax.peft._refusals import check_same_in_peft
 from lora_jax.peft.names._key_mapping import EXPERTS
 from lora_jax.peft.names._keys import BASE_LAYER, PREFIX, adapter_key
@@ -40,18 +41,22 @@ class SortedNodes:
     fully_trained: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def sort_nodes(nodes: Mapping[str, Node]) -> SortedNodes:
+def sort_nodes(nodes: Mapping[str, Node], base: Mapping[str, Any]) -> SortedNodes:
     """All nodes by what PEFT has for them.
+
+    Args:
+      nodes: of the adapters, by their paths.
+      base: its leaves.
 
     Raises:
       ValueError: if PEFT has nothing for one, or there is no adapter.
     """
     found = SortedNodes()
     for path, node in nodes.items():
+        node.check_alone(path)
         match node:
             case Adapter():
-                check_alone(path, node)
-                found.adapters[path] = node
+                found.adapters[path] = as_lora_or_dora(path, base[path], node)
             case LoraBias():
                 found.biases[path] = node
             case FullyTrained():
@@ -139,7 +144,7 @@ def lora_bias_tensors(
                 f"Something is added to {torch.path!r}, which PEFT has for biases of adapted "
                 f"layers only (lora_bias)."
             )
-        if adapter.variant != "lora":
+        if not isinstance(adapter.variant, LoRA):
             raise ValueError(f"PEFT has no DoRA with lora_bias, as at {torch.path!r}.")
         if adapter.scale != biases[torch.path].scale:
             raise ValueError(

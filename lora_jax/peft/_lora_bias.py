@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax._deprecated import renamed_fields
 from lora_jax.core._node import Node
-from lora_jax.core._variants import float32_or_more
+from lora_jax.core._numerics import float32_or_more
 from lora_jax.files._node_kinds import NodeKind, add_kind
 from lora_jax.files._tensors import is_floating
 
@@ -39,7 +39,7 @@ class LoraBias(Node):
         return {"value": self.value}
 
     @property
-    def variant(self) -> str:
+    def kind(self) -> str:
         """``"lora_bias"``."""
         return "lora_bias"
 

@@ -48,8 +48,9 @@ def save(
 
     What has no equal in PEFT is refused: LoRA and DoRA in one adapter, or rsLoRA and plain LoRA;
     different dropouts; parts of a module that are fully trained; a :class:`lora_jax.LoraBias` of
-    anything but the biases of all adapted layers. How this library computes an adapter
-    (``product``, ``detach_norm``) changes no result and is not saved. What training changed besides
+    anything but the biases of all adapted layers. A variant of your own is saved as the LoRA or the
+    DoRA that computes the same, by its normal form. ``detach_norm`` changes no result and is not
+    saved. What training changed besides
     the parameters, such as ``batch_stats``, has no place in PEFT's files: PEFT's model keeps its
     own, and where these differ, so do the outputs.
 
@@ -86,7 +87,7 @@ def save(
             f"BatchNorm(use_running_average=True)."
         )
     base, found = named_pair(frozen, adapters, either=True)
-    nodes = sort_nodes(found)
+    nodes = sort_nodes(found, base)
     adapter_axes = {p: adapter.axes for p, adapter in nodes.adapters.items()}
     model = TorchModel(base | nodes.fully_trained, as_names(names), axes, adapter_axes)
 

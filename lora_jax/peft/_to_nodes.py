@@ -11,7 +11,9 @@ import numpy as np
 
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._fully_trained import FullyTrained
-from lora_jax.core._variants import float32_or_more
+from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
 from lora_jax.files._tensors import is_floating
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft._lora_bias import LoraBias
@@ -80,13 +82,12 @@ def _adapter(path: str, parts: Sequence[Part], files: PeftFiles, model: TorchMod
         jnp.asarray(stacked("U"), jnp.float32),
         jnp.asarray(stacked("V"), jnp.float32),
         m,
-        variant="dora" if config.dora else "lora",
+        variant=DoRA(detach_norm=True) if config.dora else LoRA(),
         rank=r,
         alpha=alpha,
         rslora=config.rslora,
         # PEFT has none for embeddings, whatever the config says.
         dropout=0.0 if kind == "embedding" else config.dropout,
-        detach_norm=config.dora,
         axes=axes,
         untied=model.untied(path, kind),
     )

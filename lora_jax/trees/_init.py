@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
-from lora_jax.core._adapter import init_adapter
+from lora_jax.core._adapter import base_at_start, init_adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import rebox, unbox
 from lora_jax.core._fully_trained import raise_precision
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config
@@ -109,8 +109,11 @@ def lora_init(
             kernel = jnp.asarray(leaves[path])
             untied = path in tied and not rules[path].materialize
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
-            _check_finite(path, kernel, adapter.m)
+            made_of_it = [a for name, a in adapter.arrays.items() if name not in ("U", "V")]
+            _check_finite(path, kernel, *made_of_it)
             adapters[key_] = adapter
+            if adapter.variant.changes_base:
+                frozen[key_] = rebox(frozen[key_], base_at_start(adapter, kernel))
         elif path in trainable:
             adapters[key_] = raise_precision(path, frozen.pop(key_))
     return unflatten(frozen, params), unflatten(adapters, params)
@@ -133,8 +136,8 @@ def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
 
 
 def _check_finite(path: str, *arrays: Any) -> None:
-    """Raises ValueError if a kernel, or its norm, has NaN or infinity."""
-    if not all(is_finite(array) for array in arrays if array is not None):
+    """Raises ValueError if a kernel, or an array that is made of it, has NaN or infinity."""
+    if not all(map(is_finite, arrays)):
         raise ValueError(
             f"The kernel {path!r} has NaN or infinite values, or its column norms overflow: "
             f"check how the checkpoint was loaded."

@@ -13,6 +13,7 @@ from typing import Any
 import chex
 from flax.traverse_util import empty_node
 
+from lora_jax.core._adapter_stack import AdapterStack
 from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
@@ -101,6 +102,8 @@ def nodes_of(
     nodes: dict[Key, Node] = {}
     for key, leaf in leaves.items():
         path, node = path_of(key), as_node(leaf)
+        if isinstance(node, AdapterStack) and node.count is None:
+            node = node.one(path)
         if node.in_base:
             for field, array in node.arrays.items():
                 check_floating(f"{path}.{field}", array, f"{name} has")

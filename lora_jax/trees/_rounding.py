@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._boxes import unbox
-from lora_jax.core._variants import float32_or_more
+from lora_jax.core._numerics import float32_or_more
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of
 from lora_jax.trees._table import Report, text_table

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lora_jax.core._adapter import Adapter
+from lora_jax.core._adapter_stack import AdapterStack
 
 
 def stack_size(adapters: Any, what: str) -> int:
@@ -20,8 +21,9 @@ def stack_size(adapters: Any, what: str) -> int:
     Raises:
       ValueError: if its arrays do not have one first size, or an adapter is alone.
     """
-    nodes = jax.tree.leaves(adapters, is_leaf=lambda x: isinstance(x, Adapter))
-    alone = any(isinstance(node, Adapter) and np.ndim(node.U) == node.ndim for node in nodes)
+    kinds = Adapter | AdapterStack
+    nodes = jax.tree.leaves(adapters, is_leaf=lambda x: isinstance(x, kinds))
+    alone = any(isinstance(node, kinds) and node.count is None for node in nodes)
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(adapters)}
     if alone or len(sizes) != 1 or sizes == {()}:
         raise ValueError(

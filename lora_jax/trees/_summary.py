@@ -18,9 +18,10 @@ from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._node import Node
-from lora_jax.core._variants import column_norm
+from lora_jax.core._numerics import column_norm
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._match_paths import assign, matched_by
+from lora_jax.core.variants._dora import DoRA
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of
 from lora_jax.trees._summary_report import Row, RuleReport, Summary
@@ -127,7 +128,7 @@ def _row(path: str, node: Node, leaf: Any) -> Row:
     return Row(
         path,
         tuple(leaf.shape),
-        node.variant,
+        node.kind,
         getattr(node, "rank", None),
         getattr(node, "scale", None),
         trained=_size(node.arrays),
@@ -135,14 +136,13 @@ def _row(path: str, node: Node, leaf: Any) -> Row:
         nbytes=_nbytes(node.arrays),
         materialized=getattr(node, "materialize", False),
         zero_columns=_zero_columns(node, leaf),
-        product=getattr(node, "product", None),
     )
 
 
 def _zero_columns(node: Node, kernel: Any) -> int | None:
     """How many columns of the kernel DoRA has no direction for; ``None`` where unknown."""
     abstract = isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel)
-    if not isinstance(node, Adapter) or node.m is None or abstract:
+    if not (isinstance(node, Adapter) and isinstance(node.variant, DoRA)) or abstract:
         return None
     matrix = node.axes.as_matrix(jnp.asarray(kernel))
     return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))

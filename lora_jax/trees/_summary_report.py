@@ -26,8 +26,6 @@ class Row:
       materialized: whether ``W'`` stands in place of the parameter itself.
       zero_columns: DoRA only: number of all-zero columns of the kernel, which have no direction;
         ``None`` for others, and for abstract arrays.
-      product: how the layer computes its product: what the rule says; ``"auto"`` is decided for
-        each call; ``None`` for a fully trained leaf.
     """
 
     path: str
@@ -40,7 +38,6 @@ class Row:
     nbytes: int
     materialized: bool = False
     zero_columns: int | None = None
-    product: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +99,6 @@ class Summary:
             lines.append(f"left frozen, of two or more axes: {_paths(self.frozen_kernels)}")
         if self.tied:
             lines.append(f"tied, so read outside of their layer too: {_paths(self.tied)}")
-        forced = [row for row in self.rows if row.product not in (None, "auto")]
-        for product, rows in _grouped(forced, key=lambda row: row.product).items():
-            lines.append(f"{product} product: {_paths(row.path for row in rows)}")
         for row in self.rows:
             if row.zero_columns:
                 lines.append(

@@ -103,7 +103,7 @@ def test_weighted_sums_are_exact(kinds, data):
         )
         assert report[path].error == 0
         assert (node.scale, node.rslora) == (1.0, False)
-        assert node.variant == ("dora" if "dora" in kinds else "lora")
+        assert node.kind == ("dora" if "dora" in kinds else "lora")
         assert node.axes == trees[0][path].axes
         node.check_fits(path, params[path].shape)
 
@@ -240,7 +240,7 @@ def test_compression_has_the_error_that_it_states(kind, options, variant):
         assert report[path].error == pytest.approx(error, abs=5e-6)
         assert node.rank == report[path].rank
         dense = variant == "lora" and kind == "dora"
-        assert node.variant == ("lora" if dense else adapters[path].variant)
+        assert node.kind == ("lora" if dense else adapters[path].kind)
         full = min(node.axes.matrix_shape(params[path].shape))
         assert node.rank <= min(options.get("rank", full), full if dense else adapters[path].rank)
         if "explained_variance" in options:
@@ -355,7 +355,7 @@ def test_task_vectors_of_every_kernel(method):
         wanted, got = change(params, exact, path), change(params, low, path)
         error = np.linalg.norm(wanted - got) / np.linalg.norm(wanted)
         assert report[path].error == pytest.approx(error, abs=5e-6)
-        assert (node.variant, node.rank, node.m) == ("lora", 1, None)
+        assert (node.kind, node.rank, node.m) == ("lora", 1, None)
         assert jnp.array_equal(node.U, again[path].U)
         if "dare" in method:
             continue
@@ -437,8 +437,8 @@ def test_trees_of_different_targets():
     del a["fused"], b["dense"]
     a["conv"], b["nested"] = {}, {}
     combined, _ = lora_jax.combine([a, b], [0.5, 2.0], params=params)
-    assert (combined["fused"].variant, combined["fused"].rank) == ("lora", 1)
-    assert (combined["dense"].variant, combined["dense"].rank) == ("dora", 2)
+    assert (combined["fused"].kind, combined["fused"].rank) == ("lora", 1)
+    assert (combined["dense"].kind, combined["dense"].rank) == ("dora", 2)
     assert combined["nested"] == {}
     one = {"dense": params["dense"]}
     check_sum(one, [a], [0.5], combined)
@@ -452,7 +452,7 @@ def test_frozen_norms():
     frozen = [lora_jax.cache_norm(params, tree) for tree in (a, b)]
     for trees, variant in [(frozen, "scaled"), ([frozen[0], b], "dora")]:
         combined, _ = lora_jax.combine(trees, [0.5, -1.0], params=params)
-        assert {node.variant for node in combined.values()} == {variant}
+        assert {node.kind for node in combined.values()} == {variant}
         for path, W in params.items():
             expected = 0.5 * change(params, a, path) - change(params, b, path)
             got = combined[path].merge(W) - W
@@ -462,13 +462,14 @@ def test_frozen_norms():
 def test_how_it_trains_on_is_the_first_ones():
     params = kernels("dense")
     a = trained(params, "dora", 1, dropout=0.1)
-    b = trained(params, "lora", 2, dropout=0.2, product="factored")
+    b = trained(params, "lora", 2, dropout=0.2)
     first, _ = lora_jax.combine([b, a], [1, 1], params=params)
-    assert (first["dense"].dropout, first["dense"].detach_norm) == (0.1, True)  # of the DoRA
+    detached = lora_jax.DoRA(detach_norm=True)  # of the DoRA
+    assert (first["dense"].dropout, first["dense"].variant) == (0.1, detached)
     first, _ = lora_jax.combine([b, b], [1, 1])
-    assert (first["dense"].dropout, first["dense"].product) == (0.2, "factored")
+    assert first["dense"].dropout == 0.2
     as_lora, _ = lora_jax.compress(a, rank=1, params=params, variant="lora")
-    assert (as_lora["dense"].dropout, as_lora["dense"].detach_norm) == (0.1, False)
+    assert (as_lora["dense"].dropout, as_lora["dense"].variant) == (0.1, lora_jax.LoRA())
 
 
 def test_structures_and_boxes_stay():

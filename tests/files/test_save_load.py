@@ -23,7 +23,6 @@ import lora_jax
 from lora_jax.cli.adapters._open_adapter import open_adapter
 from lora_jax.cli.adapters._trees_without_model import trees_of_lora_jax
 from lora_jax.cli.merging._merge_lora_jax import updates_of_lora_jax
-from lora_jax.files import _node_kinds as kinds
 from lora_jax.files._adapter_json import checksum
 from lora_jax.files._bytes import write_bytes
 from lora_jax.files._checkpoint import Checkpoint
@@ -44,7 +43,7 @@ class Model(nn.Module):
 RULES = {
     "lora": lora_jax.Rule(".*(split|join)/kernel", rank=2, alpha=3.0, dropout=0.1),
     "dora": lora_jax.Rule(".*(split|join)/kernel", rank=2, variant="dora", detach_norm=True),
-    "rslora": lora_jax.Rule("join/kernel", rank=3, rslora=True, product="factored"),
+    "rslora": lora_jax.Rule("join/kernel", rank=3, rslora=True),
     "materialize": lora_jax.Rule(
         "split/bias|head/kernel", rank=1, materialize=True, input_axes=(0,)
     ),
@@ -223,7 +222,7 @@ def numbers(*shape, start=0, dtype=np.float32):
 
 @pytest.mark.parametrize("name", ["with_base", "without_base"])
 def test_folders_of_before_load(name):
-    """Written by version 0.1.0 before it knew of collections."""
+    """Written by version 0.1.0 in version 1 of the format, before it knew of collections."""
     adapter = lora_jax.Adapter
     adapters = {
         "dora": {
@@ -231,10 +230,9 @@ def test_folders_of_before_load(name):
                 numbers(3, 2),
                 numbers(2, 4, start=1),
                 jnp.array([1.0, 0.5, 2.0, 1.5]),
-                variant="dora",
+                variant=lora_jax.DoRA(detach_norm=True),
                 rank=2,
                 alpha=4.0,
-                detach_norm=True,
                 dropout=0.25,
             )
         },
@@ -252,7 +250,6 @@ def test_folders_of_before_load(name):
                 numbers(2, 2, 1, 2, start=1),
                 rslora=True,
                 alpha=3.0,
-                product="factored",
                 axes=lora_jax.KernelAxes((1,), (2,), (0,), fused=3, parts=(0, 2)),
             )
         },
@@ -471,6 +468,18 @@ def test_metadata_must_be_json(saved, tmp_path, metadata):
 
 
 JOIN = ("adapters", "join/kernel")
+
+
+def as_version_1(product):
+    def change(index):
+        index["version"] = 1
+        for entry in index["adapters"].values():
+            settings = entry.pop("settings")
+            entry |= {"detach_norm": settings.get("detach_norm", False), "product": product}
+
+    return change
+
+
 JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
 
 
@@ -478,7 +487,7 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
     ("change", "message"),
     [
         (set_in("format", "x"), "not of the format"),
-        (set_in("version", 2), "install a newer one"),
+        (set_in("version", 3), "install a newer one"),
         (set_in("more", 1), "must have"),
         (lambda i: i.pop("base"), "must have"),
         (set_in("metadata", []), "'metadata' must be dict"),
@@ -503,8 +512,10 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
         (set_in(*JOIN, "alpha", -1.0), "alpha must be positive"),
         (set_in(*JOIN, "alpha", 1), "'alpha' must be float"),
         (set_in(*JOIN, "variant", "x"), "no variant 'x'"),
-        (set_in(*JOIN, "variant", "lora"), "which .* does not describe"),
-        (set_in(*JOIN, "product", "x"), "product must be one of"),
+        (set_in(*JOIN, "variant", "lora"), "variant 'lora' has no setting 'detach_norm'"),
+        (set_in(*JOIN, "settings", {"detach_norm": 1}), "detach_norm must be bool, got 1"),
+        (set_in(*JOIN, "settings", []), "'settings' must be dict"),
+        (as_version_1("x"), "product must be one of"),
         (set_in(*JOIN, "axes", {}), "axes must have"),
         (set_in(*JOIN, "axes", "inputs", [0, 0]), "must name every axis"),
         (set_in(*JOIN, "axes", "inputs", [-1]), "must be integers"),
@@ -529,7 +540,7 @@ def test_an_index_that_makes_no_sense(saved, params, change, message):
 
 def test_a_stack_of_no_kernels(tmp_path, monkeypatch):
     with monkeypatch.context() as without:
-        without.setattr(kinds, "_check_arrays", lambda *_: None)
+        without.setattr(lora_jax.Adapter, "check_arrays", lambda *_: None)
         lora_jax.save(tmp_path / "x", {"k": no_kernels((0, 4, 1), (0, 1, 3))})
     with pytest.raises(
         ValueError, match=r"adapter.json: 'k': U is \(0, 4, 1\), in which there are"

@@ -97,24 +97,26 @@ def check(case, variables, adapters, x, mixed, rows_axis):
 
     (_, y), got = gradient(mixed)(stacked, x, weights)
     # By NumPy, which compiles nothing for each of the rows.
-    y, x, weights, stacked = jax.tree.map(np.asarray, (y, x, weights, stacked))
+    y, x, weights = jax.tree.map(np.asarray, (y, x, weights))
     one = gradient(lambda adapters, x: lora_jax.lora_apply(model, variables, adapters, x))
     base = gradient(lambda _, x: model.apply(variables, x))
-    expected = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), got)
-    total, total_x = expected if floating else (expected, None)
+    got, got_x = got if floating else (got, None)
+    got = lora_jax.unstack(got)
+    total = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), one) for one in got]
+    total_x = np.zeros(x.shape, np.float32)
     for b, i in enumerate(IDS):
         at = (Ellipsis, b) if rows_axis == -1 else b
         own = slice(b, b + 1) if rows_axis is not None else b
         weights_b = weights[..., own] if rows_axis == -1 else weights[own]
-        adapter = jax.tree.map(lambda a, i=i: a[max(i, 0)], stacked)
-        (_, y_b), grads = (base if i < 0 else one)(adapter, x[own], weights_b)
+        (_, y_b), grads = (base if i < 0 else one)(adapters[max(i, 0)], x[own], weights_b)
         assert relative_error(y[at], np.reshape(y_b, y[at].shape)) < tolerance(case), (b, i)
         of_adapter, of_x = grads if floating else (grads, None)
         if i >= 0:
-            for sums, grad in zip(*map(jax.tree.leaves, (total, of_adapter)), strict=True):
-                sums[i] += np.asarray(grad, np.float32)
+            for sums, grad in zip(*map(jax.tree.leaves, (total[i], of_adapter)), strict=True):
+                sums += np.asarray(grad, np.float32)
         if floating:
             total_x[b] = np.reshape(of_x, x[b].shape)
+    got, expected = (got, total) if not floating else ((got, got_x), (total, total_x))
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         a = np.asarray(a, np.float32)

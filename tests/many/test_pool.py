@@ -275,7 +275,7 @@ def test_requests_for_several_do_not_wait_for_each_other():
 @functools.cache
 def kind(k):
     rules = [
-        {"rank": 1 + k % 3, "product": "dense"},
+        {"rank": 1 + k % 3},
         {"rank": 1 + k % 4, "variant": "dora", "detach_norm": k % 8 == 1},
         {"rank": 1 + k % 2, "rslora": True, "dropout": 0.1 * (k % 3)},
         {"pattern": "layers_0/kernel", "trainable": ["layers_2/bias"], "variant": "dora"},
@@ -295,7 +295,7 @@ def varied(i):
 def test_one_program_for_a_hundred_adapters():
     chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(serve.__wrapped__, n=1))
-    like = [one(rank=4, product="dense"), one(variant="dora", trainable=["layers_2/bias"])]
+    like = [one(rank=4), one(variant="dora", trainable=["layers_2/bias"])]
     pool = pool_of(slots=3, like=like, load=lambda name: varied(int(name)))
     for i in range(100):
         names = [str(i), None, str(max(i - 1, 0)), str(i)]

@@ -61,7 +61,7 @@ def test_adapter_at_the_start():
     assert (adapter.U == 0).all()
     assert (adapter.V != 0).all()
     assert relative_error(adapter.m, jnp.linalg.norm(kernel, axis=0)) < 1e-6
-    assert (adapter.variant, adapter.rank, adapter.scale) == ("dora", 2, 1.5)
+    assert (adapter.kind, adapter.rank, adapter.scale) == ("dora", 2, 1.5)
 
 
 @pytest.mark.parametrize("zero", ["U", "V"])

@@ -142,12 +142,3 @@ def test_report_of_another_config():
         lora_jax.summary(*split, tx=1e-3)
     noisy = optax.add_noise(0.1, 0.1, jax.random.key(0))
     assert lora_jax.summary(*split, tx=noisy).optimizer_nbytes > 0
-
-
-def test_forced_products_are_shown():
-    params = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 4))}}
-    rules = [lora_jax.Rule("a/kernel", rank=1, product="factored"), lora_jax.Rule("b/.*", rank=1)]
-    split = lora_jax.lora_init(jax.random.key(0), params, lora_jax.LoraConfig(rules))
-    report = lora_jax.summary(*split)
-    assert [row.product for row in report.rows] == ["factored", "auto"]
-    assert "\nfactored product: a/kernel\n" in str(report)

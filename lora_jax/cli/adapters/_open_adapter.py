@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,8 @@ def _open_lora_jax(path: StrPath) -> OpenedAdapter:
 
 def _matrices(name: str, node: Adapter) -> dict[str, AdaptedMatrix]:
     """Each matrix of an adapter of lora_jax, stacked ones by their index."""
-    settings = {field: getattr(node, field) for field in ("variant", "materialize", "untied")}
+    settings: dict[str, Any] = {"variant": node.kind}
+    settings |= {field: getattr(node, field) for field in ("materialize", "untied")}
     settings |= dataclasses.asdict(node.axes)
     del settings["alone"]
     found = {}

@@ -15,7 +15,8 @@ from lora_jax.cli.base._layouts import Layouts
 from lora_jax.cli.base._vocabulary_arrays import is_head
 from lora_jax.cli.merging._experts import alone_in
 from lora_jax.cli.merging._merged_arrays import Parts, Updates
-from lora_jax.core._variants import VARIANTS
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
 from lora_jax.peft._folder import PeftFiles
 from lora_jax.peft.names._key_mapping import EXPERTS
 from lora_jax.peft.names._keys import without_base_layer
@@ -162,19 +163,13 @@ def _merged_weight(
         roles = [role for role in keys if role != "bias"]
         arrays = {role: files.tensors[keys[role]].astype(np.float32) for role in roles}
         factors = to_factors(kind, arrays, matrix, r, experts)
-        formula = VARIANTS["dora" if files.config.dora else "lora"].kernel
+        variant = DoRA() if files.config.dora else LoRA()
+        s = files.config.scale_of(target)
 
         def part(index: tuple[int, ...]) -> chex.Array:  # only its result is kept
             one = {name: jnp.asarray(array[index]) for name, array in factors.items()}
             kernel = to_kernel(kind, np.asarray(W[index], np.float32))
-            out = jax.jit(formula, static_argnums=(4, 5))(
-                kernel.reshape(matrix),
-                one["U"],
-                one["V"],
-                one.get("m"),
-                files.config.scale_of(target),
-                False,
-            )
+            out = jax.jit(variant.kernel, static_argnums=1)(kernel.reshape(matrix), s, **one)
             return jnp.asarray(from_kernel(kind, np.asarray(out).reshape(kernel.shape)))
 
         for index in [(e,) for e in range(experts)] if kind in EXPERTS else [()]:

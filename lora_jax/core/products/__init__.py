@@ -2,7 +2,8 @@
 
 The formulas:
 
-- ``_norm.py``: DoRA's norm without forming ``U V``, and with it.
+- ``_normal_form.py``: ``a``, ``L`` and ``R`` of an adapter, once for a call of the model.
+- ``_stack_normal_forms.py``: those of several adapters.
 - ``_factored.py``: ``a (x W + s (x U) V)``, and as a sum of outer products.
 - ``_dense.py``: ``x K`` with ``K = a (W + s U V)``, and its gradient.
 - ``_product.py``: the product of a layer, and which of these computes it.

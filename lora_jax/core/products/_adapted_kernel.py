@@ -20,7 +20,7 @@ from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
 from lora_jax.core.products._mixed_product import mixed_einsum, mixed_linear
 from lora_jax.core.products._observer import Observer
 from lora_jax.core.products._product import adapted_einsum, adapted_linear
-from lora_jax.core.products._row_ids import Ids, repeat_ids
+from lora_jax.core.products._row_ids import BASE, Ids, repeat_ids
 
 
 class AdaptedKernel:
@@ -44,7 +44,9 @@ class AdaptedKernel:
         observer: Observer | None = None,
         use: Callable[[], None] | None = None,
         ids: Ids | None = None,
+        product: str = "auto",
     ) -> None:
+        self._product = product
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.ids = use, ids
         self._draws = 0
@@ -113,7 +115,7 @@ class AdaptedKernel:
             "base": base,
             "transposed": transposed,
             "precision": precision,
-            "dropped_x": self._dropped(x),
+            "dropped_x": self._dropped(x, ids),
         }
         if ids is not None:
             return mixed_einsum(eq, x, W, factors, ids, **options)
@@ -179,14 +181,15 @@ class AdaptedKernel:
         factors, ids = self._factors(axes, W, contracted=False)
         if factors is None:
             return self._observed(x, base(x, W))
+        if ids is not None and batch_shape is not None:
+            ids = repeat_ids(ids, batch_shape)
         options: dict[str, Any] = {
             "base": base,
             "groups": groups,
             "precision": precision,
-            "dropped_x": self._dropped(x),
+            "dropped_x": self._dropped(x, ids),
         }
         if ids is not None:
-            ids = ids if batch_shape is None else repeat_ids(ids, batch_shape)
             return mixed_linear(product, x, W, factors, axes, ids, **options)
         return adapted_linear(product, x, W, factors, axes, **options)
 
@@ -263,38 +266,47 @@ class AdaptedKernel:
             )
         adapter = self._sliced(layer, W)
         ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
-        return layer_factors(adapter, self._path), ids
+        return layer_factors(self.value, adapter, self._product, self._path), ids
 
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
         """The adapter in the layer, where transforms have sliced it like the kernel."""
         assert self._adapter is not None
         adapter = self._adapter
         if axes != adapter.axes:
-            adapter = adapter.replace(axes=axes)  # type: ignore[attr-defined]
+            adapter = adapter.replace(axes=axes)
         arrays = {}
-        behind = len(axes.batch_shape(W.shape))
+        behind, ndims = len(axes.batch_shape(W.shape)), adapter.matrix_ndims()
         for name, shape in adapter.shapes(W.shape).items():
             if self.ids is not None:
                 shape = (*shape[:behind], self.ids.count, *shape[behind:])
-            array = axes.take(getattr(adapter, name), 1 if name == "m" else 2, shape)
+            array = axes.take(adapter.arrays[name], ndims[name], shape)
             if array is None:
                 raise ValueError(
                     f"In the layer of {self._path!r} the kernel is {W.shape}, so {name} should be "
-                    f"{shape}, but a transform has left {jnp.shape(getattr(adapter, name))} of it. "
+                    f"{shape}, but a transform has left {jnp.shape(adapter.arrays[name])} of it. "
                     f"The adapter has batch_axes={self._adapter.axes.batch}: they must be those "
                     f"on which nn.scan and nn.vmap stack the kernel "
                     f"(variable_axes={{'params': ...}}). Correct them in the rule."
                 )
             arrays[name] = array if self.ids is None else jnp.moveaxis(array, behind, 0)
-        if all(array is getattr(adapter, name) for name, array in arrays.items()):
+        if all(array is adapter.arrays[name] for name, array in arrays.items()):
             return adapter
-        return adapter.replace(**arrays)  # type: ignore[attr-defined, no-any-return]
+        return adapter.replace(arrays=arrays)
 
-    def _dropped(self, x: chex.Array) -> chex.Array | None:
-        """The input of the factors with dropout; each product of the handler has its own mask."""
+    def _dropped(self, x: chex.Array, ids: chex.Array | None) -> chex.Array | None:
+        """The input of the factors with dropout; each product of the handler has its own mask.
+
+        Args:
+          x: the input of the layer.
+          ids: which adapter a row has, where each has its own rate.
+        """
         if self._rng is None or self._adapter is None:
             return None
-        rate = self._adapter.dropout or 0.0
+        rate: Any = self._adapter.dropout or 0.0
+        if isinstance(rate, tuple):
+            assert ids is not None
+            rate = jnp.where(ids == BASE, 0.0, jnp.array(rate, jnp.float32)[ids])
+            rate = jnp.reshape(rate, (*ids.shape, *(1,) * (x.ndim - ids.ndim)))
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise ValueError(
                 f"The adapter of {self._path!r} has dropout, but its layer looks up {x.dtype} "

@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core._variants import product
+from lora_jax.core._numerics import product
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, skinny_matmul
 
@@ -27,7 +27,7 @@ def dense_product(
     x: chex.Array,
     W: chex.Array,
     U: chex.Array,
-    V: chex.Array,
+    V: chex.Array | None,
     a: chex.Array | None,
     *,
     equation: Equation,
@@ -41,19 +41,22 @@ def dense_product(
       x: the input.
       W: the kernel in the compute dtype.
       U: left factor.
-      V: right factor.
+      V: right factor, or ``None`` where ``U`` is the product already.
       a: one number for each output, or ``None`` for 1.
       equation: of ``x``, the kernel and the result.
       s: the scale.
       precision: of the products.
       on_cpu: whether it is a CPU that computes.
     """
-    U, V = U.astype(W.dtype), V.astype(W.dtype)
+    U, V = U.astype(W.dtype), None if V is None else V.astype(W.dtype)
     if a is not None:  # Its gradient divides by it. 1e-20 in place of 0 changes no output.
         tiny = jnp.where(jnp.abs(a) < 1e-20, 1e-20 - a, 0)
         a = (a + jax.lax.stop_gradient(tiny)).astype(W.dtype)
     # Not all backends multiply float32 numbers as such unless they are told to.
     precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    if V is None:  # its gradient is of the size of the kernel whatever is done
+        K = _times(a, equation.axes.as_matrix(W) + s * U)
+        return equation.product(x, equation.axes.as_kernel(K, W.shape), precision)
     return _dense(x, W, U, V, a, s, equation, precision, on_cpu)
 
 

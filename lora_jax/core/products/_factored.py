@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._variants import along, float32_or_more
+from lora_jax.core._numerics import along, float32_or_more
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._layer_factors import LayerFactors
 from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, on_cpu, skinny_matmul
@@ -40,7 +40,7 @@ def factored_product(
     y: chex.Array,
     x: chex.Array,
     U: chex.Array,
-    V: chex.Array,
+    V: chex.Array | None,
     a: chex.Array | None,
     *,
     outer: bool,
@@ -56,7 +56,7 @@ def factored_product(
       y: the layer's own product, ``x W``.
       x: the input of the factors.
       U: left factor.
-      V: right factor.
+      V: right factor, or ``None`` where ``U`` is the product already.
       a: one number for each output, or ``None`` for 1.
       outer: whether ``(x U) V`` is a sum of outer products.
       equation: of ``x``, the kernel and ``y``.
@@ -65,8 +65,12 @@ def factored_product(
       on_cpu: whether it is a CPU that computes.
       mask: of the columns of ``U``.
     """
-    U, V = U.astype(x.dtype), V.astype(x.dtype)
+    U = U.astype(x.dtype)
     x = merge_free_axes(equation.operand(x), len(equation.axes.batch), on_cpu)
+    if V is None:
+        y = y + equation.result(s * contract(x, U, -2, precision)).astype(y.dtype)
+        return y if a is None else scaled(equation.on_y(a), y)
+    V = V.astype(x.dtype)
     xU = skinny_matmul(x, U, precision, on_cpu)
     if mask is not None:
         xU = xU * along(mask, xU).astype(xU.dtype)
@@ -133,7 +137,12 @@ def factored_linear(
       ValueError: if the outputs are not the last axis of what ``linear`` gives.
     """
     (out,) = axes.outputs
-    U, V = factors.U.astype(W.dtype), factors.V.astype(W.dtype)
+    U = factors.U.astype(W.dtype)
+    if factors.V is None:
+        delta = factors.s * linear(x, axes.as_kernel(U, W.shape))
+        y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
+        return y if factors.a is None else scaled(factors.a, y)
+    V = factors.V.astype(W.dtype)
     rank = U.shape[-1]
     shape = [rank if axis == out else size for axis, size in enumerate(W.shape)]
     kernel = axes.as_kernel(U, shape)

@@ -18,7 +18,7 @@ from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._factored import Product, factored_linear, factored_product, scaled
 from lora_jax.core.products._layer_factors import LayerFactors
-from lora_jax.core.products._product import refuse_product, require_factored
+from lora_jax.core.products._product import refuse_product, transposed_factors
 from lora_jax.core.products._row_factors import gather_or_one_hot, ids_after, row_factors
 from lora_jax.core.products._row_ids import check_tokens, taken
 from lora_jax.core.products._skinny_matmul import on_cpu
@@ -50,7 +50,7 @@ def mixed_einsum(
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
 
     Raises:
-      ValueError: if the rule wants a dense product, or the ids are not those of the first axes.
+      ValueError: if the call wants a dense product, or the ids are not those of the first axes.
     """
     if factors.product == "dense":
         refuse_product(factors, "the rows of the batch have different adapters")
@@ -69,8 +69,9 @@ def mixed_einsum(
     of_row = equation.of_row(n)
     U, V, a = factors.U, factors.V, factors.a
     dropped_x = x if dropped_x is None else dropped_x
+    assert V is not None  # of several adapters there are always factors
     if transposed:
-        U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
+        U, V = transposed_factors(U, V)
         if a is not None:
 
             def scale(a: chex.Array, ids: chex.Array, x: chex.Array) -> Any:
@@ -132,16 +133,15 @@ def mixed_linear(
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
 
     Raises:
-      ValueError: if the rule wants a dense or an outer product, or the ids are not those of the
-        first axes.
+      ValueError: if the ids are not those of the first axes.
     """
-    require_factored(factors)
     n = ids.ndim
     rows = tuple(range(n))
     y = base(x, W)
     check_tokens(ids, x.shape, factors.path)
     check_tokens(ids, y.shape, factors.path)
     U, V = factors.U, factors.V
+    assert V is not None  # of several adapters there are always factors
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
     vectors = y.size // (k * ids.size) if isinstance(y.size, int) else y.size

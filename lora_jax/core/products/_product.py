@@ -73,7 +73,7 @@ def adapted_einsum(
         return left_to_compiler(dense, x, W, U, V, a, like=like)
     dropped_x = x if dropped_x is None else dropped_x
     if transposed:
-        U, V = V.swapaxes(-1, -2), U.swapaxes(-1, -2)
+        U, V = transposed_factors(U, V)
         if a is not None:
 
             def scale(a: chex.Array, x: chex.Array) -> chex.Array:
@@ -113,10 +113,9 @@ def adapted_linear(
       precision: of the product with ``V``; that of ``linear`` is its own.
       dropped_x: the input of the factors where they have dropout; ``x`` by default.
     """
-    require_factored(factors)
     y = base(x, W)
 
-    def add(y: chex.Array, x: chex.Array, U: chex.Array, V: chex.Array, a: Any) -> chex.Array:
+    def add(y: chex.Array, x: chex.Array, U: chex.Array, V: Any, a: Any) -> chex.Array:
         inside = factors._replace(U=U, V=V, a=a)
         return factored_linear(linear, y, x, W, inside, axes, groups=groups, precision=precision)
 
@@ -124,6 +123,15 @@ def adapted_linear(
     return left_to_compiler(add, y, x, factors.U, factors.V, factors.a, like=y)
 
 
+def transposed_factors(U: chex.Array, V: chex.Array | None) -> tuple[chex.Array, Any]:
+    """The factors of the transposed matrix."""
+    if V is None:
+        return U.swapaxes(-1, -2), None
+    return V.swapaxes(-1, -2), U.swapaxes(-1, -2)
+
+
+# What a call may say of them.
+PRODUCTS = ("auto", "factored", "outer", "dense")
 # What a precision may be called that keeps float32 as it is.
 _EXACT = (jax.lax.Precision.HIGHEST, "highest", "float32")
 
@@ -135,7 +143,7 @@ def choose_product(
     precision: jax.lax.PrecisionLike = None,
     reasons: Mapping[str, bool] = types.MappingProxyType({}),
 ) -> str:
-    """How a product is computed: as the rule says, or else by whichever is exact and faster.
+    """How a product is computed: as the call says, or else by whichever is exact and faster.
 
     Args:
       factors: of the adapter.
@@ -148,7 +156,7 @@ def choose_product(
       ``"factored"``, ``"outer"`` or ``"dense"``.
 
     Raises:
-      ValueError: if the rule says what is not possible.
+      ValueError: if the call says what is not possible.
 
     Example:
       >>> factors = LayerFactors(jnp.zeros((512, 8)), jnp.zeros((8, 512)), None, 1.0)
@@ -156,7 +164,7 @@ def choose_product(
       'factored'
     """
     if factors.product in ("factored", "outer"):
-        return factors.product
+        return "factored" if factors.V is None else factors.product
     not_dense = [reason for reason, is_so in reasons.items() if is_so]
     if jnp.dtype(dtype).itemsize < 4:
         not_dense.append(f"in {jnp.dtype(dtype).name} a small update of W would be rounded away")
@@ -166,19 +174,13 @@ def choose_product(
         return factors.product
     exact = on_cpu() or precision in _EXACT
     # A symbolic number of rows, as jax.export has, is not an int and cannot be compared.
-    many = isinstance(rows, int) and rows >= factors.U.shape[-2]
+    many = factors.V is None or (isinstance(rows, int) and rows >= factors.U.shape[-2])
     return "dense" if exact and not not_dense and many else "factored"
 
 
-def require_factored(factors: LayerFactors) -> None:
-    """Raises ValueError if the rule wants what is for products of two matrices only."""
-    if factors.product in ("dense", "outer"):
-        refuse_product(factors, "the layer is not a product of two matrices")
-
-
 def refuse_product(factors: LayerFactors, reason: str) -> NoReturn:
-    """Raises ValueError for a rule that wants a product which is not possible."""
+    """Raises ValueError where the call wants a product that is not possible."""
     raise ValueError(
-        f"The rule of {factors.path!r} says product={factors.product!r}, which is not possible, as "
-        f"{reason}. Give it a rule with product='factored' or 'auto'."
+        f"lora_apply(..., product={factors.product!r}) is not possible for {factors.path!r}, as "
+        f"{reason}. Leave it out, or say product='factored'."
     )

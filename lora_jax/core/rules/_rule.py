@@ -11,18 +11,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax._deprecated import renamed_fields
-from lora_jax.core._variants import VARIANTS
+from lora_jax._deprecated import removed_fields, renamed_fields
 from lora_jax.core.rules._hints import OF_A_RULE, as_glob, refuse_words
+from lora_jax.core.variants._check_variant import check_variant
+from lora_jax.core.variants._registry import trained_variants, variant_of
+from lora_jax.core.variants._variant import Variant
 
 # The pattern of a rule for the kernel of every linear layer but the output heads.
 ALL_LINEAR = "all-linear"
 
 
+@removed_fields(product="lora_apply(..., product=...)")
 @renamed_fields(
-    {"product": {"merged": "dense"}, "tied": {"substitute": "materialize"}},
-    stack_axes="batch_axes",
-    substitute="materialize",
+    {"tied": {"substitute": "materialize"}}, stack_axes="batch_axes", substitute="materialize"
 )
 @refuse_words(OF_A_RULE)
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Rule:
       exclude: likewise, those that match none of these.
       alpha: numerator of the scale ``s``; ``rank`` by default, so that ``s`` is 1.
       variant: ``"lora"`` (Hu et al. 2021): ``W' = W + s U V``; or ``"dora"`` (Liu et al. 2024):
-        ``W' = m (W + s U V) / ||W + s U V||_c``.
+        ``W' = m (W + s U V) / ||W + s U V||_c``. Or one of your own, a :class:`lora_jax.Variant`,
+        or the name that :func:`lora_jax.register_variant` knows it by.
       rslora: ``s = alpha / sqrt(rank)`` (Kalajdzievski 2023) instead of ``alpha / rank``.
       dropout: probability with which an input of the factors is dropped in training; see
         :func:`lora_jax.lora_apply` for when that is.
@@ -75,18 +77,13 @@ class Rule:
         ``"materialize"``: as ``materialize=True``, for these parameters only, so that all uses see
         ``W'``. ``"untie"``: the layer's own use is adapted and the others keep the base; such an
         adapter cannot be merged.
-      product: how the layer computes ``x W'``: ``"factored"``, ``x W + s (x U) V``; ``"outer"``,
-        the same as ``x W + s sum_r (x U)_r V_r``, meant for TPUs and small ranks; ``"dense"``,
-        ``x (W + s U V)``, which rounds small updates away in 16 bits and is refused there;
-        or ``"auto"``: dense where that is exact and faster, else factored. Outputs and gradients
-        are the same to rounding. (Second derivatives in a magnitude of zero need
-        ``"factored"`` or ``"outer"``.)
 
     Raises:
       TypeError: if a field has the wrong type.
       ValueError: if a pattern is not a regular expression; rank or fused is below 1; dropout is
-        outside of ``[0, 1)``; alpha or std is not positive and finite; variant, zero, tied or
-        product is none of those above; or fields contradict each other.
+        outside of ``[0, 1)``; alpha or std is not positive and finite; variant, zero or tied is
+        none of those above; a variant of your own is not what it says; or fields contradict each
+        other.
 
     Example:
       >>> import lora_jax
@@ -101,7 +98,7 @@ class Rule:
     only: Sequence[str] = ()
     exclude: Sequence[str] = ()
     alpha: float | None = None
-    variant: str = "lora"
+    variant: str | Variant = "lora"
     rslora: bool = False
     dropout: float = 0.0
     zero: str = "U"
@@ -113,7 +110,6 @@ class Rule:
     parts: tuple[int, ...] | None = None
     materialize: bool = False
     tied: str | None = None
-    product: str = "auto"
 
     def __post_init__(self) -> None:
         check_regex(self.pattern, "Rule")
@@ -127,6 +123,11 @@ class Rule:
     def scale(self) -> float:
         """``s`` of ``W + s U V``."""
         return scale(self.rank, self.alpha, self.rslora)
+
+    def as_variant(self) -> Variant:
+        """The variant, also where it is given by its name."""
+        settings = {"detach_norm": True} if self.detach_norm else {}
+        return variant_of(self.variant, settings)
 
 
 def scale(rank: int, alpha: float | None, rslora: bool) -> float:
@@ -225,8 +226,13 @@ def _one_of(value: Any, where: str, *, choices: tuple[Any, ...], words: str) -> 
 
 
 def _variant(value: Any, where: str) -> Any:
-    trained = sorted(name for name, variant in VARIANTS.items() if variant.trained)
+    if isinstance(value, Variant):
+        check_variant(value)
+        return value
+    trained = list(trained_variants())
     if value not in trained:
+        if isinstance(value, type) and issubclass(value, Variant):
+            raise TypeError(f"{where} must be an instance: variant={value.__name__}().")
         same = [name for name in trained if name == str(value).lower()]
         raise ValueError(
             f"{where.removesuffix(': variant')}: there is no variant {value!r}; there are "
@@ -235,7 +241,6 @@ def _variant(value: Any, where: str) -> Any:
     return value
 
 
-_PRODUCTS = ("auto", "factored", "outer", "dense")
 _CHECKED: dict[str, Callable[[Any, str], Any]] = {
     "only": as_patterns,
     "exclude": as_patterns,
@@ -255,7 +260,6 @@ _CHECKED: dict[str, Callable[[Any, str], Any]] = {
     "tied": functools.partial(
         _one_of, choices=(None, "materialize", "untie"), words="'materialize', 'untie' or None"
     ),
-    "product": functools.partial(_one_of, choices=_PRODUCTS, words=f"one of {_PRODUCTS}"),
 }
 
 
@@ -264,8 +268,11 @@ _CHECKED: dict[str, Callable[[Any, str], Any]] = {
 
 def _check_together(rule: Rule, where: str) -> None:
     """Raises ValueError if fields contradict each other."""
-    if rule.detach_norm and rule.variant != "dora":
-        raise ValueError(f"{where}: detach_norm is for variant='dora'; LoRA has no norm.")
+    if rule.detach_norm and not (isinstance(rule.variant, str) and rule.variant == "dora"):
+        raise ValueError(
+            f"{where}: detach_norm is for variant='dora'; LoRA has no norm, and a variant that is "
+            f"given as an object has its own settings."
+        )
     if rule.parts is not None and not (
         rule.parts
         and all(0 <= part < rule.fused for part in rule.parts)
@@ -274,11 +281,6 @@ def _check_together(rule: Rule, where: str) -> None:
         raise ValueError(
             f"{where}: parts must be some of 0 to {rule.fused - 1}, each once, as fused is "
             f"{rule.fused}; got {rule.parts}."
-        )
-    if rule.materialize and rule.product != "auto":
-        raise ValueError(
-            f"{where}: with materialize=True the layer computes with W' as it is, so that "
-            f"there is no product={rule.product!r} to choose; leave it out."
         )
     if rule.materialize and rule.tied == "untie":
         raise ValueError(
@@ -294,10 +296,6 @@ def _check_dropout(rule: Rule, where: str) -> None:
         raise ValueError(
             f"{where}: materialize=True has no dropout, as the factors have no input of their "
             f"own: W' stands in place of the parameter."
-        )
-    if rule.product == "dense":
-        raise ValueError(
-            f"{where}: product='dense' has no dropout, as the factors have no input of their own."
         )
     if rule.tied == "materialize":
         raise ValueError(

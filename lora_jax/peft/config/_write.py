@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_jax.core._adapter import Adapter
+from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._dora import DoRA
 from lora_jax.peft.config._module_config import PeftConfig
 from lora_jax.peft.config._patterns import by_pattern
 from lora_jax.peft.names._key_mapping import EXPERTS
@@ -77,12 +79,12 @@ def config_of(
     kinds = {torch.kind for torch in torches}
     parameters = sorted(torch.name for torch in torches if torch.kind in EXPERTS)
     same: dict[str, Any] = {}
-    for name, what in (("variant", "LoRA and DoRA"), ("rslora", "rsLoRA and plain LoRA")):
+    for name, what in (("kind", "LoRA and DoRA"), ("rslora", "rsLoRA and plain LoRA")):
         values = {getattr(adapter, name) for adapter in modules.values()}
         if len(values) > 1:
             raise ValueError(f"PEFT has no {what} in one adapter: save them as two.")
         same[name] = values.pop()
-    if same["variant"] == "scaled":
+    if same["kind"] == CachedNorm.name:
         raise ValueError("PEFT has no adapters after cache_norm: save those of before.")
     embeddings = {torch.module for torch in torches if torch.kind == "embedding"}
     rates = {a.dropout or 0.0 for module, a in modules.items() if module not in embeddings}
@@ -97,7 +99,7 @@ def config_of(
         "rank_pattern": ranks,
         "lora_alpha": alpha,
         "alpha_pattern": alphas,
-        "use_dora": same["variant"] == "dora",
+        "use_dora": same["kind"] == DoRA.name,
         "use_rslora": same["rslora"],
         "lora_dropout": max(rates, default=0.0),
         "fan_in_fan_out": "conv1d" in kinds,

@@ -10,11 +10,12 @@ from helpers import layer_arrays, relative_error
 
 import lora_jax
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._variants import dora_kernel, lora_kernel
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
-from lora_jax.core.products._norm import normalized
+from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._product import adapted_einsum, adapted_linear, choose_product
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
 
 
 @pytest.mark.parametrize("detach_norm", [False, True])
@@ -28,10 +29,9 @@ def test_adapted_product(variant, detach_norm, form):
     def ours(x, W, U, V, m):
         m = m if variant == "dora" else None
         product = form if form in ("factored", "outer", "dense") else "auto"
-        adapter = Adapter(
-            U, V, m, variant=variant, rank=3, alpha=2.0, detach_norm=detach_norm, product=product
-        )
-        factors = layer_factors(normalized(W, adapter))
+        kind = DoRA(detach_norm) if variant == "dora" else LoRA()
+        adapter = Adapter(U, V, m, variant=kind, rank=3, alpha=2.0)
+        factors = layer_factors(W, normalized(W, adapter), product)
         if form == "linear":
             return adapted_linear(jnp.matmul, x, W, factors, adapter.axes, base=jnp.matmul)
         if form != "transposed":
@@ -41,8 +41,7 @@ def test_adapted_product(variant, detach_norm, form):
         return adapted_einsum(equation, x, W, factors, base=lambda x, W: x @ W.T, transposed=True)
 
     def reference(x, W, U, V, m):
-        formula = dora_kernel if variant == "dora" else lora_kernel
-        W = formula(W, U, V, m, 2.0 / 3.0, detach_norm)
+        W = formula(variant, detach_norm)(W, 2.0 / 3.0, U, V, m)
         return x @ (W.T if form == "transposed" else W)
 
     args = tuple(a.values())
@@ -53,19 +52,24 @@ def test_adapted_product(variant, detach_norm, form):
         assert relative_error(got, want) < 1e-5
 
 
+def formula(variant, detach_norm=False):
+    if variant == "dora":
+        return DoRA(detach_norm).kernel
+    return lambda W, s, U, V, m: LoRA().kernel(W, s, U, V)
+
+
 def layer(product, variant="dora", s=2.0):
     """``x W'`` of arrays, computed as one product is, and by the formula."""
 
     def ours(x, W, U, V, m):
         m = m if variant == "dora" else None
         r = U.shape[-1]
-        adapter = Adapter(U, V, m, variant=variant, rank=r, alpha=s * r, product=product)
+        adapter = Adapter(U, V, m, variant=variant, rank=r, alpha=s * r)
         equation = Equation.parse("...d,dk->...k", x.shape, W.shape)
-        return adapted_einsum(equation, x, W, layer_factors(normalized(W, adapter)))
+        return adapted_einsum(equation, x, W, layer_factors(W, normalized(W, adapter), product))
 
     def reference(x, W, U, V, m):
-        formula = dora_kernel if variant == "dora" else lora_kernel
-        return x @ formula(W, U, V, m, s, False)
+        return x @ formula(variant)(W, s, U, V, m)
 
     return ours, reference
 
@@ -137,9 +141,9 @@ def test_which_product():
     assert choice("factored") == "factored"
     assert choice("outer", jnp.bfloat16, 64, None, dropout) == "outer"
     assert choice("dense", jnp.float32, 1) == "dense"
-    with pytest.raises(ValueError, match=r"'a/kernel' says .* as in bfloat16 a small update of W"):
+    with pytest.raises(ValueError, match=r"for 'a/kernel', as in bfloat16 a small update of W"):
         choice("dense", jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"product='dense', which is not possible, as of dropout"):
+    with pytest.raises(ValueError, match=r"product='dense'\) is not possible .* as of dropout"):
         choice("dense", jnp.float32, 64, None, dropout)
     with mock.patch("jax.default_backend", return_value="tpu"):  # float32 in bfloat16
         assert (
@@ -187,18 +191,15 @@ def test_outer_products_of_stacks_and_of_vectors(equation):
 
 
 @pytest.mark.parametrize("product", ["outer", "dense"])
-def test_a_convolution_is_factored_only(product):
+def test_a_convolution_has_one_product(product):
+    """What a call says is of products of two matrices."""
     model, x = nn.Conv(3, (2,)), jnp.ones((1, 4, 2))
-    rule = lora_jax.Rule("kernel", rank=1, alpha=1, product=product)
     params = model.init(jax.random.key(0), x)["params"]
     axes = lora_jax.kernel_axes(model, {"params": params}, x)
-    frozen, adapters = lora_jax.lora_init(
-        jax.random.key(0), params, lora_jax.LoraConfig([rule]), axes=axes
-    )
-    with pytest.raises(
-        ValueError, match=f"product='{product}', which is not possible, as the layer"
-    ):
-        lora_jax.lora_apply(model, {"params": frozen}, adapters, x)
+    config = lora_jax.LoraConfig([lora_jax.Rule("kernel", rank=1, alpha=1)])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config, axes=axes)
+    y = lora_jax.lora_apply(model, {"params": frozen}, adapters, x, product=product)
+    assert jnp.array_equal(y, lora_jax.lora_apply(model, {"params": frozen}, adapters, x))
 
 
 def test_kernel_of_16_bits_with_an_input_of_32_is_not_dense():

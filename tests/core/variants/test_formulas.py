@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from helpers import layer_arrays, relative_error
 
-from lora_jax.core._variants import column_norm, dora_kernel, safe_sqrt
+from lora_jax.core._numerics import column_norm, safe_sqrt
+from lora_jax.core.variants._dora import DoRA
 
 
 def test_norm_is_of_the_columns_one_for_each_output():
@@ -13,13 +14,13 @@ def test_norm_is_of_the_columns_one_for_each_output():
     assert jnp.array_equal(column_norm(W), jnp.array([5.0, 1.0, 2.0]))
     zeros = jnp.zeros((2, 1))
     m = jnp.array([10.0, 1.0, 2.0])
-    W_ = dora_kernel(W, zeros, jnp.zeros((1, 3)), m, 1.0, False)
+    W_ = DoRA().kernel(W, 1.0, zeros, jnp.zeros((1, 3)), m)
     assert jnp.allclose(W_, W * jnp.array([2.0, 1.0, 1.0]))
 
 
 def test_scale_acts_inside_the_norm():
     a = layer_arrays()
-    got = dora_kernel(a["W"], a["U"], a["V"], a["m"], 3.0, False)
+    got = DoRA().kernel(a["W"], 3.0, a["U"], a["V"], a["m"])
     adapted = a["W"] + 3.0 * a["U"] @ a["V"]
     assert relative_error(got, a["m"] * adapted / jnp.linalg.norm(adapted, axis=0)) < 1e-6
     assert relative_error(jnp.linalg.norm(got, axis=0), jnp.abs(a["m"])) < 1e-6

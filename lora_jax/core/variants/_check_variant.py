@@ -1,0 +1,136 @@
+"""What is refused of a variant that is not what it says."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.variants._variant import Variant, sizes_of_any_kernel
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+# What an adapter has besides its arrays, so that no array can have such a name.
+RESERVED = frozenset(
+    {
+        "alpha",
+        "arrays",
+        "axes",
+        "count",
+        "dropout",
+        "in_base",
+        "materialize",
+        "members",
+        "merge",
+        "merged_dtype",
+        "ndim",
+        "rank",
+        "replace",
+        "rslora",
+        "scale",
+        "shapes",
+        "untied",
+        "variant",
+        "W",
+        "s",
+        "self",
+        "key",
+        "rule",
+    }
+)
+
+
+def check_class(cls: Any) -> None:
+    """Raises an error if this is not a class of variants, with a name."""
+    if not (isinstance(cls, type) and issubclass(cls, Variant)):
+        raise TypeError(f"A variant is a class derived from lora_jax.Variant, got {cls!r}.")
+    if abstract := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise TypeError(f"{cls.__name__} has no {abstract[0]}(), which every variant gives.")
+    if not isinstance(getattr(cls, "name", None), str) or not _NAME.fullmatch(cls.name):
+        raise ValueError(
+            f"{cls.__name__}: name = {getattr(cls, 'name', None)!r} must be a word, as in files."
+        )
+    inherited = [base for base in cls.__mro__[1:] if getattr(base, "name", None) == cls.name]
+    if inherited:
+        raise ValueError(
+            f"{cls.__name__} has the name {cls.name!r} of {inherited[0].__name__}: give it its own."
+        )
+
+
+def check_variant(variant: Variant) -> None:
+    """Checks the names and the shapes of a variant, and its normal form against its formula.
+
+    Raises:
+      TypeError: if something is of another type.
+      ValueError: if something is wrong. The message names the variant.
+    """
+    check_class(type(variant))
+    where = type(variant).__name__
+    for setting, value in variant.settings().items():
+        if not isinstance(value, bool | int | float | str):
+            raise TypeError(
+                f"{where}: the setting {setting} must be a number, a string or a bool, to be in "
+                f"files; got {value!r}."
+            )
+    _check_functions(variant, where)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_functions(variant: Variant, where: str) -> None:
+    """The checks that compute something, once for each variant."""
+    d, k, r = sizes_of_any_kernel(variant)
+    shapes = variant.shapes(d, k, r)
+    if not isinstance(shapes, dict) or not shapes:
+        raise TypeError(f"{where}.shapes() must give a dict of shapes, got {shapes!r}.")
+    for name, shape in shapes.items():
+        if not (isinstance(name, str) and name.isidentifier()) or name in RESERVED:
+            raise ValueError(f"{where}: an array cannot have the name {name!r}.")
+        if not isinstance(shape, tuple) or not all(isinstance(size, int) for size in shape):
+            raise TypeError(f"{where}.shapes(): {name} must be a tuple of ints, got {shape!r}.")
+    # In a trace these are numbers, too.
+    with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
+        _check_normal_form(variant, where, (d, k, r))
+
+
+def _check_normal_form(variant: Variant, where: str, sizes: tuple[int, int, int]) -> None:
+    d, k, r = sizes
+    W, *values = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(d, k), *variant.shapes(d, k, r).values()])
+    )
+    arrays = dict(zip(variant.names(), values, strict=True))
+    forms = [give(W, 0.5, **arrays) for give in (variant.normal_form, variant.exact_normal_form)]
+    for form in forms:
+        if form is not None:
+            check_form(form, (d, k), where)
+    formula = variant.kernel(W, 0.5, **arrays)
+    if jnp.shape(formula) != (d, k):
+        raise ValueError(f"{where}.kernel(): for a kernel {(d, k)} it gives {jnp.shape(formula)}.")
+    for form in forms:
+        if form is None:
+            continue
+        adapted = W if form.L is None else W + 0.5 * form.L @ form.R
+        adapted = adapted if form.a is None else form.a[None, :] * adapted
+        if not jnp.allclose(adapted, formula, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{where}: normal_form() gives another W' than kernel(): for random numbers they "
+                f"differ by up to {float(jnp.abs(adapted - formula).max()):.2g}."
+            )
+
+
+def check_form(form: Any, shape: tuple[int, int], where: str) -> None:
+    """Raises ValueError if a normal form is not one for a kernel of that shape."""
+    d, k = shape
+    a, L, R = form
+    if (L is None) != (R is None):
+        raise ValueError(f"{where}.normal_form() gives one of L and R without the other.")
+    found = [None if array is None else tuple(jnp.shape(array)) for array in (a, L, R)]
+    q = () if L is None else tuple(jnp.shape(L))[-1:]
+    expected = [None if a is None else (k,), (d, *q) if q else None, (*q, k) if q else None]
+    if found != expected:
+        raise ValueError(
+            f"{where}.normal_form(): for a kernel {shape} a, L and R must be {(k,)}, (d, q) and "
+            f"(q, k), and are {found[0]}, {found[1]} and {found[2]}."
+        )
