@@ -297,9 +297,10 @@ def table(
     seeds = len(next(iter(runs.values())))
     title = f"{task.name}: {len(task.test_texts):,} test texts, {seeds} seed{'s'[: seeds > 1]}"
     lines = rich.table.Table(title=title, title_justify="left")
-    names = ("", "accuracy %", "trained", "% of model", "ms/step", "bytes saved", "memory, MB")
+    names = ("accuracy %", "trained", "% of model", "ms/step", "bytes saved", "memory, MB")
+    lines.add_column("")
     for name in names:
-        lines.add_column(name, justify="right" if name else "left")
+        lines.add_column(name, justify="right")
     for name, several in runs.items():
         counts = several[0].summary
         lines.add_row(
@@ -311,9 +312,7 @@ def table(
             f"{nbytes(out / name):,}",
             "not said" if (held := several[0].step_bytes) is None else f"{held / 1e6:,.0f}",
         )
-    lines.caption = (
-        "bytes of a step: of its arguments, results and what is between, by the compiler"
-    )
+    lines.caption = "memory: of a step's arguments, results and all between, by the compiler"
     lines.caption_justify = "left"
     return lines
 
