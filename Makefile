@@ -146,7 +146,7 @@ ci: test test-slow lint guard
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs site
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs site build
 
 # --- set-up ---
 
