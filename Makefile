@@ -102,13 +102,14 @@ docs: $(VENV)/.docs
 package:
 	$(PYTHON) .ci/package.py
 
-# Alone in an empty folder, with what a wheel has of lora_jax and nothing else of the repository.
+# Alone in an empty folder, with what a wheel has of lora_jax and nothing else of the repository. The
+# notebooks with their results stay there.
 ALONE = $(abspath $(CACHE))/notebook
 notebook: $(VENV)/.notebooks
 	@rm -rf $(ALONE) && mkdir -p $(ALONE)/run
 	@$(BIN)/python $(PIP_INSTALL) --no-deps --target $(ALONE)/installed .
 	cp notebooks/*.ipynb $(ALONE)/run
-	cd $(ALONE)/run && PYTHONPATH=$(ALONE)/installed $(abspath $(BIN))/jupyter execute *.ipynb
+	cd $(ALONE)/run && PYTHONPATH=$(ALONE)/installed $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
 guard: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.guard $(ARGS)
