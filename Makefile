@@ -97,7 +97,7 @@ format: $(VENV)/.dev
 # Strict: a link that leads nowhere, or a page that is not in the navigation, fails.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "open site/index.html, or look at it with $(BIN)/mkdocs serve"
+	@echo "open site/index.html, or look at it with $(BIN)/mkdocs serve, which can also search"
 
 package:
 	$(PYTHON) .ci/package.py
