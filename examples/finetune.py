@@ -296,8 +296,9 @@ def table(
     """The results, a line for each way; its adapters are saved in a folder of its name."""
     seeds = len(next(iter(runs.values())))
     title = f"{task.name}: {len(task.test_texts):,} test texts, {seeds} seed{'s'[: seeds > 1]}"
-    lines = rich.table.Table(title=title, title_justify="left")
-    names = ("accuracy %", "trained", "% of model", "ms/step", "bytes saved", "memory, MB")
+    # Narrow enough for 80 columns.
+    lines = rich.table.Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    names = ("accuracy %", "trained", "% of\nmodel", "ms/step", "bytes\nsaved", "memory,\nMB")
     lines.add_column("")
     for name in names:
         lines.add_column(name, justify="right")
@@ -370,19 +371,22 @@ def figure(
     right.legend(frameon=False)
 
     costs = {
-        "trained parameters,\nmillions": [several[0].summary.trained for several in runs.values()],
-        "saved,\nMB": [nbytes(path.parent / name) for name in runs],
-        "memory of a step,\nby the compiler, MB": [
-            several[0].step_bytes or math.nan for several in runs.values()
+        "trained parameters,\nmillions": [
+            several[0].summary.trained / 1e6 for several in runs.values()
         ],
-        "time per step,\nms": [1e9 * seconds_per_step(several) for several in runs.values()],
+        "saved,\nMB": [nbytes(path.parent / name) / 1e6 for name in runs],
+        "memory of a step,\nby the compiler, MB": [
+            (several[0].step_bytes or math.nan) / 1e6 for several in runs.values()
+        ],
+        "time per step,\nms": [1e3 * seconds_per_step(several) for several in runs.values()],
     }
     costs = {title: values for title, values in costs.items() if np.isfinite(values).all()}
     panels = lower.subplots(1, len(costs), sharey=True)
     for axes, (title, values) in zip(panels, costs.items(), strict=True):
         colors = [ways[name].color for name in runs]
         bars = axes.barh([ways[name].title for name in runs], values, color=colors)
-        axes.bar_label(bars, [f"{value / 1e6:.3g}" for value in values], padding=3)
+        labels = [f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in values]
+        axes.bar_label(bars, labels, padding=3)
         axes.set_title(title, fontsize="medium", loc="left")
         axes.set(xticks=[], xlim=(0, 1.35 * max(values)))
         axes.tick_params(left=False)
