@@ -14,7 +14,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs package notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -30,6 +30,7 @@ help:
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, mypy, and import-linter"
 	@echo "make docs      build the site, with the reference, into site/index.html"
+	@echo "make package   install a wheel, and from git, into an empty environment, and run README's recipe there"
 	@echo "make notebook  run the notebooks"
 	@echo "make guard     count what a step costs, and compare with what it did"
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
@@ -96,10 +97,19 @@ format: $(VENV)/.dev
 # Strict: a link that leads nowhere, or a page that is not in the navigation, fails.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "open site/index.html, or look at it with $(BIN)/mkdocs serve"
+	@echo "open site/index.html, or look at it with $(BIN)/mkdocs serve, which can also search"
 
-notebook: $(VENV)/.notebooks $(CACHE)/.data
-	$(BIN)/jupyter execute notebooks/*.ipynb
+package:
+	$(PYTHON) .ci/package.py
+
+# Alone in an empty folder, with what a wheel has of lora_jax and nothing else of the repository. The
+# notebooks with their results stay there.
+ALONE = $(abspath $(CACHE))/notebook
+notebook: $(VENV)/.notebooks
+	@rm -rf $(ALONE) && mkdir -p $(ALONE)/run
+	@$(BIN)/python $(PIP_INSTALL) --no-deps --target $(ALONE)/installed .
+	cp notebooks/*.ipynb $(ALONE)/run
+	cd $(ALONE)/run && PYTHONPATH=$(ALONE)/installed $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
 guard: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.guard $(ARGS)
@@ -129,6 +139,7 @@ bench-gpu:
 
 ci: test test-slow lint guard
 	$(MAKE) demo ARGS=--quick
+	$(MAKE) package
 	$(MAKE) notebook
 	$(MAKE) docs
 	$(MAKE) test-oldest
@@ -136,7 +147,7 @@ ci: test test-slow lint guard
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs site
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs site build
 
 # --- set-up ---
 

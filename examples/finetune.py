@@ -48,14 +48,17 @@ class Method:
 
 
 def methods(rank: int, alpha: float) -> dict[str, Method]:
-    """The four ways. Learning rates are the best of `benchmarks/learning_rates.py`."""
+    """The four ways. Learning rates are the best of `benchmarks/learning_rates.py`.
+
+    The colors are those of Okabe and Ito, which colour-blind readers can tell apart.
+    """
     factors = functools.partial(lora_jax.Rule, KERNELS, rank=rank, alpha=alpha)
     adapted = functools.partial(lora_jax.LoraConfig, trainable=[HEAD])
     return {
-        "head": Method("head alone", adapted(), 3e-2, "tab:gray"),
-        "lora": Method("LoRA", adapted([factors(variant="lora")]), 2e-3, "tab:blue"),
-        "dora": Method("DoRA", adapted([factors(variant="dora")]), 2e-3, "tab:orange"),
-        "full": Method("full", lora_jax.LoraConfig(trainable=[".*"]), 2e-4, "tab:green"),
+        "head": Method("head alone", adapted(), 3e-2, "#777777"),
+        "lora": Method("LoRA", adapted([factors(variant="lora")]), 2e-3, "#0072b2"),
+        "dora": Method("DoRA", adapted([factors(variant="dora")]), 2e-3, "#e69f00"),
+        "full": Method("full", lora_jax.LoraConfig(trainable=[".*"]), 2e-4, "#009e73"),
     }
 
 
@@ -98,6 +101,7 @@ class Run:
     summary: lora_jax.Summary
     frozen: Any
     adapters: Any
+    step_bytes: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -227,6 +231,23 @@ def train(
     )
 
 
+def step_bytes(
+    model: minilm.Classifier, way: Method, run: Run, batch: tuple[np.ndarray, ...], steps: int
+) -> int | None:
+    """Memory of a training step, by the compiler: what goes in, what comes out, and between.
+
+    None where the backend does not say it.
+    """
+    tx = optimizer(way.learning_rate, steps)
+    state = TrainState.create(apply_fn=model.apply, params=run.adapters, tx=tx)
+    lowered = train_step.lower(model, state, run.frozen, batch, jax.random.key(0))
+    sizes = lowered.compile().memory_analysis()
+    if sizes is None:
+        return None
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return held - sizes.alias_size_in_bytes  # the state that goes in is overwritten
+
+
 def check(path: Path, model: minilm.Classifier, params: Any, run: Run, test_set: Any) -> str:
     """Loads the adapters that were saved, and merges them; says whether all three agree.
 
@@ -256,6 +277,11 @@ def nbytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
+def seconds_per_step(several: list[Run]) -> float:
+    """The median over the seeds."""
+    return statistics.median(run.seconds_per_step for run in several)
+
+
 def mean_and_error(values: list[float]) -> str:
     """The mean, and the standard error where there are several seeds."""
     mean = f"{statistics.mean(values):.1f}"
@@ -270,9 +296,12 @@ def table(
     """The results, a line for each way; its adapters are saved in a folder of its name."""
     seeds = len(next(iter(runs.values())))
     title = f"{task.name}: {len(task.test_texts):,} test texts, {seeds} seed{'s'[: seeds > 1]}"
-    lines = rich.table.Table(title=title, title_justify="left")
-    for name in ("", "accuracy %", "trained", "% of model", "ms/step", "bytes saved"):
-        lines.add_column(name, justify="right" if name else "left")
+    # Narrow enough for 80 columns.
+    lines = rich.table.Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    names = ("accuracy %", "trained", "% of\nmodel", "ms/step", "bytes\nsaved", "memory,\nMB")
+    lines.add_column("")
+    for name in names:
+        lines.add_column(name, justify="right")
     for name, several in runs.items():
         counts = several[0].summary
         lines.add_row(
@@ -280,9 +309,12 @@ def table(
             mean_and_error([run.accuracy for run in several]),
             f"{counts.trained:,}",
             f"{counts.percent:.3g}",
-            f"{1000 * statistics.median(run.seconds_per_step for run in several):.0f}",
+            f"{1000 * seconds_per_step(several):.0f}",
             f"{nbytes(out / name):,}",
+            "not said" if (held := several[0].step_bytes) is None else f"{held / 1e6:,.0f}",
         )
+    lines.caption = "memory: of a step's arguments, results and all between, by the compiler"
+    lines.caption_justify = "left"
     return lines
 
 
@@ -308,11 +340,16 @@ def differences(runs: dict[str, list[Run]], ways: dict[str, Method]) -> list[str
 def figure(
     path: Path, runs: dict[str, list[Run]], ways: dict[str, Method], task: data.Task
 ) -> None:
-    """Loss and accuracy over the steps, the mean over the seeds."""
+    """Loss and accuracy over the steps, the mean over the seeds; and what each way costs.
+
+    The adapters are in folders beside the file.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = plt.figure(figsize=(9, 5.2), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.7, 1])
+    left, right = upper.subplots(1, 2)
     for name, several in runs.items():
         way = ways[name]
         losses = np.mean([run.log.losses for run in several], 0)
@@ -329,12 +366,33 @@ def figure(
         accuracy = np.mean([[value for _, value in run.log.curve] for run in several], 0)
         right.plot(steps, accuracy, marker="o", markersize=3, **line)
     few = min(CURVE_TEXTS, len(task.test_texts))
-    left.set(
-        xlabel="step", ylabel=f"training loss, mean of {window} steps", title=f"{task.name}: loss"
-    )
-    right.set(xlabel="step", ylabel="%", title=f"accuracy on {few} test texts")
+    left.set(xlabel="step", title=f"{task.name}: training loss, mean of {window} steps")
+    right.set(xlabel="step", title=f"accuracy on {few} test texts, %")
     right.legend(frameon=False)
-    for axes in (left, right):
+
+    costs = {
+        "trained parameters,\nmillions": [
+            several[0].summary.trained / 1e6 for several in runs.values()
+        ],
+        "saved,\nMB": [nbytes(path.parent / name) / 1e6 for name in runs],
+        "memory of a step,\nby the compiler, MB": [
+            (several[0].step_bytes or math.nan) / 1e6 for several in runs.values()
+        ],
+        "time per step,\nms": [1e3 * seconds_per_step(several) for several in runs.values()],
+    }
+    costs = {title: values for title, values in costs.items() if np.isfinite(values).all()}
+    panels = lower.subplots(1, len(costs), sharey=True)
+    for axes, (title, values) in zip(panels, costs.items(), strict=True):
+        colors = [ways[name].color for name in runs]
+        bars = axes.barh([ways[name].title for name in runs], values, color=colors)
+        labels = [f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in values]
+        axes.bar_label(bars, labels, padding=3)
+        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set(xticks=[], xlim=(0, 1.35 * max(values)))
+        axes.tick_params(left=False)
+        axes.spines["bottom"].set_visible(False)
+    panels[0].invert_yaxis()  # of all
+    for axes in (left, right, *panels):
         axes.spines[["top", "right"]].set_visible(False)
     plt.savefig(path, dpi=150)
     plt.close()
@@ -406,6 +464,11 @@ def main(options: Options) -> None:
                     )
                 runs[name].append(run)
 
+    first = tuple(array[: options.batch] for array in train_set)
+    for name, several in runs.items():
+        said = step_bytes(model, ways[name], several[0], first, steps)
+        for run in several:
+            run.step_bytes = said
     for name, (*_, run) in runs.items():
         facts = fixed | {
             "way": name,
@@ -423,7 +486,12 @@ def main(options: Options) -> None:
     figure(options.out / "curves.png", runs, ways, task)
     results = {
         name: [
-            {"accuracy": run.accuracy, "losses": run.log.losses, "curve": run.log.curve}
+            {
+                "accuracy": run.accuracy,
+                "losses": run.log.losses,
+                "curve": run.log.curve,
+                "step_bytes": run.step_bytes,
+            }
             for run in several
         ]
         for name, several in runs.items()

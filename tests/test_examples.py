@@ -146,6 +146,42 @@ def test_what_each_way_trains(name):
     assert counts.total == everything
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """One training of the head alone, and its batch."""
+    model = minilm.Classifier(TINY, 3)
+    tokens = np.ones((2, 4), np.int32)
+    batch = tokens, tokens, np.zeros(2, np.int32)
+    params = model.init(jax.random.key(0), tokens, tokens)["params"]
+    way = finetune.methods(2, 4.0)["head"]
+    options = finetune.Options(batch=2)
+    run = finetune.train(model, params, way, batch, batch, options, 0, lambda *_: None)
+    return model, way, run, batch
+
+
+def test_memory_of_a_step(trained):
+    model, way, run, batch = trained
+    inputs = jax.tree.leaves((run.frozen, run.adapters, batch))
+    held = finetune.step_bytes(model, way, run, batch, steps=1)
+    base = sum(leaf.nbytes for leaf in inputs)
+    assert base < held < 10 * base
+
+
+def test_a_backend_that_says_no_memory(trained, monkeypatch, tmp_path):
+    """The table says so, and the figure is without that panel, as without times of one step."""
+    model, way, run, batch = trained
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    run.step_bytes = finetune.step_bytes(model, way, run, batch, steps=1)
+    assert run.step_bytes is None
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "file").write_bytes(b"12")
+    task = data.Task("numbers", ("a", "b", "c"), ("a",), batch[2], ("a",), batch[2])
+    runs, ways = {"head": [run]}, {"head": way}
+    assert list(finetune.table(runs, ways, task, tmp_path).columns[-1].cells) == ["not said"]
+    finetune.figure(tmp_path / "curves.png", runs, ways, task)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_answers_are_those_of_each_adapter(monkeypatch):
     model, tokens = minilm.Classifier(TINY, 2), jnp.arange(1, 9).reshape(2, 4)
     mask = jnp.ones_like(tokens)

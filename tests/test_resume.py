@@ -234,6 +234,7 @@ def demo(monkeypatch):
         counts["done"] += 1
         return real(*args)
 
+    step.lower = finetune.train_step.lower
     monkeypatch.setattr(finetune, "train_step", step)
     return counts
 
@@ -268,6 +269,8 @@ def test_demo(demo, tmp_path, capsys):
     printed = capsys.readouterr().out
     sizes = {way: finetune.nbytes(tmp_path / "b" / way) for way in WAYS}
     assert all(f"{size:,}" in printed for size in sizes.values())
+    held = [runs[0]["step_bytes"] for runs in outcome(tmp_path / "b")[1].values()]
+    assert held == sorted(held)  # head alone, LoRA, DoRA, full
     assert all(sentence[:12] in printed for sentence in classify.SENTENCES)
 
     with pytest.raises(CannotResume, match="rank was 2 and is 1"):
