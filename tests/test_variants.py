@@ -162,6 +162,8 @@ def test_a_changed_base(tmp_path, registered):
     lora_jax.save(tmp_path, adapters, frozen=frozen)
     with pytest.raises(ValueError, match=r"changed the base .* 'layers_0/kernel'"):
         lora_jax.load(tmp_path, PARAMS)
+    with pytest.raises(ValueError, match=r"changed the base .* cannot share it"):
+        lora_jax.stack([adapters, made("lora")[1]])
     with pytest.raises(ValueError, match="changed the base"):
         lora_jax.peft.save(tmp_path / "peft", frozen, adapters)
 

@@ -34,6 +34,12 @@ def check_alike(path: str, nodes: Sequence[Any]) -> None:
                 f"The adapters of {path!r} differ in {name}, {' and '.join(map(str, values))}: "
                 f"they cannot be stacked."
             )
+    changed = [node for node in nodes if node.variant.changes_base]
+    if changed and len({(node.variant, node.rank, node.scale) for node in nodes}) > 1:
+        raise ValueError(
+            f"The variant {changed[0].kind!r} of {path!r} has changed the base at the start, so "
+            f"that its adapters cannot share it with others. Serve them apart, or merge them."
+        )
     sizes = {_sizes(node) for node in nodes} - {None}
     if len(sizes) > 1:
         found = sorted(size for size in sizes if size is not None)

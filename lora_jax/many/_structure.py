@@ -208,7 +208,11 @@ def _normal_form(path: str, node: Adapter, like: Adapter, kernel: Any) -> Adapte
         arrays = {**node.arrays, "U": _padded(node.U, -1, rank), "V": _padded(node.V, -2, rank)}
         alpha = s * rank
         node = node.replace(arrays=arrays, rank=rank, alpha=alpha, rslora=False)
-    node = low_rank(jnp.asarray(kernel), node) if node.variant != LoRA() else node
+    if node.variant != LoRA():
+        node = low_rank(jnp.asarray(kernel), node)
+        if form is None or not form.forwards:  # computed in the precision of the kernel
+            factors = {name: node.arrays[name].astype(jnp.float32) for name in ("U", "V")}
+            node = node.replace(**factors)
     out = {
         "U": _at_parts(_padded(node.U, -1, rank) * s, node, like, like.U),
         "V": _at_parts(_padded(node.V, -2, rank), node, like, like.V),
