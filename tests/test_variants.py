@@ -158,6 +158,18 @@ def test_a_changed_base(tmp_path, registered):
     assert relative_error(frozen["layers_0"]["kernel"], PARAMS["layers_0"]["kernel"]) > 1e-2
     plain = MODEL.apply({"params": PARAMS}, X)
     assert relative_error(apply(frozen, adapters), plain) < 1e-5
+    for use in (
+        lambda: apply(PARAMS, adapters),
+        lambda: lora_jax.lora_merge(PARAMS, adapters),
+        lambda: lora_jax.cache_norm(PARAMS, adapters),
+        lambda: lora_jax.save(tmp_path, adapters, frozen=PARAMS),
+        lambda: lora_jax.export(tmp_path / "m", PARAMS, adapters),
+        lambda: lora_jax.combine([adapters], [1.0], params=PARAMS),
+        lambda: lora_jax.AdapterPool(PARAMS, adapters, slots=2),
+        lambda: apply(PARAMS, lora_jax.stack([adapters, adapters]), adapter_ids=1),
+    ):
+        with pytest.raises(ValueError, match="changed the base at the start"):
+            use()
     with pytest.raises(ValueError, match="pass frozen="):
         lora_jax.save(tmp_path, adapters)
     lora_jax.save(tmp_path, adapters, frozen=frozen)
@@ -374,9 +386,59 @@ class NoFormula(lora_jax.Variant):
         return {"l": jnp.zeros(W.shape[1])}
 
 
+class Undeclared(LoHa):
+    """Its setting is not a field of a dataclass."""
+
+    name = "undeclared"
+
+    def __init__(self, seed):
+        self.__dict__["seed"] = seed
+
+
+class Undecorated(IA3):
+    name = "undecorated"
+    seed: int = 0
+
+
+class Restarted(IA3):
+    """Which does not start as W."""
+
+    name = "restarted"
+
+    def init(self, key, W, rule):
+        return {"l": jnp.zeros(W.shape[1])}
+
+
+class Tuple(IA3):
+    name = "tuple"
+
+    def normal_form(self, W, s, l):  # noqa: E741
+        return (l, None, None)
+
+
+class Integers(IA3):
+    name = "integers"
+
+    def init(self, key, W, rule):
+        return {"l": jnp.ones(W.shape[1], int)}
+
+
+class Tupled(IA3):
+    name = "tupled"
+
+    def init(self, key, W, rule):
+        return (jnp.ones(W.shape[1]),)
+
+
 @pytest.mark.parametrize(
     ("variant", "kind", "message"),
     [
+        (Undeclared(1), TypeError, "Undeclared: 'seed' is not one of its settings.*Decorate"),
+        (Undecorated(), TypeError, "Undecorated: 'seed' is not one of its settings"),
+        (Restarted(), ValueError, "Restarted: at the start W' is not W"),
+        (Tuple(), TypeError, r"Tuple.normal_form\(\) must give a lora_jax.NormalForm.*got tuple"),
+        (Tupled(), TypeError, r"Tupled.init\(\) must give a dict of arrays, \['l'\], got tuple"),
+        (Integers(), ValueError, "gives int32 for 'l': it must be floating-point"),
         (Wrong(), ValueError, r"Wrong: normal_form\(\) gives another W' than kernel\(\)"),
         (Nameless(), ValueError, "has the name 'lora' of LoRA: give it its own"),
         (Reserved(), ValueError, "an array cannot have the name 'rank'"),

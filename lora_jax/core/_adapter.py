@@ -21,6 +21,7 @@ from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.rules._rule import Rule, scale
 from lora_jax.core.variants._apply_variant import of_matrices
 from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._check_variant import check_arrays
 from lora_jax.core.variants._dora import DoRA
 from lora_jax.core.variants._lora import LoRA
 from lora_jax.core.variants._registry import variant_of
@@ -52,6 +53,8 @@ class Adapter(Node):
       axes: how the kernel is a matrix.
       materialize: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
+      base_hash: of the kernel, where the variant has changed it at the start, so that the adapter
+        is refused for another one. ``None`` elsewhere, and inside of ``jax.jit``.
 
     Example:
       >>> adapter = Adapter(jnp.zeros((3, 1)), jnp.ones((1, 2)))
@@ -70,6 +73,7 @@ class Adapter(Node):
     axes: KernelAxes
     materialize: bool
     untied: bool
+    base_hash: str | None
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class Adapter(Node):
         axes: KernelAxes = KernelAxes(),  # noqa: B008
         materialize: bool = False,
         untied: bool = False,
+        base_hash: str | None = None,
         arrays: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> None:
@@ -97,6 +102,7 @@ class Adapter(Node):
             "axes": axes,
             "materialize": materialize,
             "untied": untied,
+            "base_hash": base_hash,
         }
         more = _without_old_names(more, as_variant)
         fields |= {name: more.pop(name) for name in _STATIC if name in more}
@@ -475,13 +481,7 @@ def init_adapter(
         materialize=rule.materialize,
         untied=untied,
     )
-    expected = adapter.shapes(kernel.shape)
-    found = {name: tuple(jnp.shape(array)) for name, array in arrays.items()}
-    if found != expected:
-        raise ValueError(
-            f"{type(variant).__name__}.init() gives arrays of the shapes {found}, and shapes() "
-            f"says {expected}."
-        )
+    check_arrays(variant, arrays, adapter.shapes(kernel.shape))
     return adapter
 
 

@@ -76,6 +76,7 @@ class AdapterStack(Node):
       axes: how the kernel is a matrix; its parts are those of all members.
       materialize: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
+      base_hash: of the kernel, where the variant of all has changed it at the start.
     """
 
     arrays: Mapping[str, Any]
@@ -83,6 +84,7 @@ class AdapterStack(Node):
     axes: KernelAxes
     materialize: bool
     untied: bool
+    base_hash: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         arrays = self.__dict__.get("arrays", {})
@@ -199,6 +201,7 @@ class AdapterStack(Node):
             axes=dataclasses.replace(self.axes, parts=member.parts),
             materialize=self.materialize,
             untied=self.untied,
+            base_hash=self.base_hash,
         )
 
     def arrays_at(self, index: chex.Array) -> dict[str, chex.Array]:
@@ -316,9 +319,9 @@ def stack_of(adapter: Adapter) -> AdapterStack:
     )
     count = adapter.count
     assert count is not None
-    return AdapterStack(
-        adapter.arrays, (member,) * count, adapter.axes, adapter.materialize, adapter.untied
-    )
+    members = (member,) * count
+    settings = adapter.materialize, adapter.untied, adapter.base_hash
+    return AdapterStack(adapter.arrays, members, adapter.axes, *settings)
 
 
 flax.serialization.register_serialization_state(

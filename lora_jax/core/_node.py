@@ -20,9 +20,12 @@ class Node(abc.ABC):
     Attributes:
       in_base: whether the leaf itself stays in the base, and the node only changes it.
       arrays: the trained arrays by the names of their fields.
+      base_hash: of the leaf of the base that it is for, where it is for that one only and the hash
+        is known.
     """
 
     in_base: ClassVar[bool] = True
+    base_hash: str | None = None
     if TYPE_CHECKING:
 
         @property

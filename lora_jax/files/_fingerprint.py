@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax.core._boxes import unbox
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._to_host import host
+from lora_jax.trees._base_hash import hash_of
 
 
 def fingerprint(leaf: Any, path: str) -> str:
@@ -19,10 +19,7 @@ def fingerprint(leaf: Any, path: str) -> str:
     if len(arrays := jax.tree.leaves(leaf)) > 1:
         hashes = "".join(fingerprint(array, path) for array in arrays)
         return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
-    array = host(unbox(leaf), path)
-    digest = hashlib.blake2b(f"{array.dtype.name} {array.shape} ".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return hash_of(host(unbox(leaf), path))
 
 
 def verify(base: Mapping[str, str], leaves: Mapping[str, Any], path: StrPath) -> None:

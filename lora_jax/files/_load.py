@@ -101,7 +101,9 @@ def load(
             check_pair(key, node, flat, name="params", needed=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if node.changes_base and stored.base.get(leaf_path) != fingerprint(flat[key], leaf_path):
+        if node.changes_base:
+            node = node.replace(base_hash=stored.base.get(leaf_path))
+        if node.changes_base and node.base_hash != fingerprint(flat[key], leaf_path):
             raise ValueError(
                 f"{path}: the variant {node.kind!r} changed the base at the start, and params is "
                 f"not that base at {leaf_path!r}. Pass the frozen tree that lora_init returned; it "

@@ -35,7 +35,8 @@ def check_alike(path: str, nodes: Sequence[Any]) -> None:
                 f"they cannot be stacked."
             )
     changed = [node for node in nodes if node.variant.changes_base]
-    if changed and len({(node.variant, node.rank, node.scale) for node in nodes}) > 1:
+    same = {(node.variant, node.rank, node.scale, node.base_hash) for node in nodes}
+    if changed and len(same) > 1:
         raise ValueError(
             f"The variant {changed[0].kind!r} of {path!r} has changed the base at the start, so "
             f"that its adapters cannot share it with others. Serve them apart, or merge them."
@@ -88,6 +89,7 @@ def stack_adapters(path: str, nodes: Sequence[Adapter | None]) -> AdapterStack:
         axes,
         first.materialize,
         first.untied,
+        first.base_hash,
     )
 
 

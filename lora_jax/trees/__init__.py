@@ -11,6 +11,7 @@ The functions:
 What they are made of:
 
 - ``_pair.py``: the base and the adapters leaf by leaf, and all checks that they fit.
+- ``_base_hash.py``: the hash of a kernel that a variant has changed.
 - ``_refuse_plain_arrays.py``: refuses adapters whose arrays are in plain dicts.
 - ``_leaves.py``: one leaf: its dtype, and whether it is floating-point and finite.
 - ``_paths.py``: nested dicts by the paths of their leaves.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
-from lora_jax.core._adapter import base_at_start, init_adapter
+from lora_jax.core._adapter import Adapter, base_at_start, init_adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import rebox, unbox
 from lora_jax.core._fully_trained import raise_precision
@@ -19,6 +19,7 @@ from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._hints import key_comes_first, look_first
 from lora_jax.core.rules._match_paths import assign
+from lora_jax.trees._base_hash import base_hash
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unflatten
@@ -109,11 +110,12 @@ def lora_init(
             kernel = jnp.asarray(leaves[path])
             untied = path in tied and not rules[path].materialize
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
-            made_of_it = [a for name, a in adapter.arrays.items() if name not in ("U", "V")]
-            _check_finite(path, kernel, *made_of_it)
+            _check_finite(path, kernel, adapter)
+            if adapter.changes_base:
+                base = base_at_start(adapter, kernel)
+                frozen[key_] = rebox(frozen[key_], base)
+                adapter = adapter.replace(base_hash=base_hash(base))
             adapters[key_] = adapter
-            if adapter.variant.changes_base:
-                frozen[key_] = rebox(frozen[key_], base_at_start(adapter, kernel))
         elif path in trainable:
             adapters[key_] = raise_precision(path, frozen.pop(key_))
     return unflatten(frozen, params), unflatten(adapters, params)
@@ -135,10 +137,16 @@ def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
             )
 
 
-def _check_finite(path: str, *arrays: Any) -> None:
+def _check_finite(path: str, kernel: chex.Array, adapter: Adapter) -> None:
     """Raises ValueError if a kernel, or an array that is made of it, has NaN or infinity."""
-    if not all(map(is_finite, arrays)):
+    if not is_finite(kernel):
         raise ValueError(
-            f"The kernel {path!r} has NaN or infinite values, or its column norms overflow: "
-            f"check how the checkpoint was loaded."
+            f"The kernel {path!r} has NaN or infinite values: check how the checkpoint was loaded."
         )
+    for name, array in adapter.arrays.items():
+        if name not in ("U", "V") and not is_finite(array):
+            raise ValueError(
+                f"The adapter of the kernel {path!r} starts with NaN or infinite values in {name}, "
+                f"as where column norms overflow: check how the checkpoint was loaded, and init() "
+                f"of the variant if it is your own."
+            )

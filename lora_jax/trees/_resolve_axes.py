@@ -66,7 +66,7 @@ def resolve_axes(
             culprits.setdefault(found, []).append(f"{path!r} {shape}")
             continue
         d, k = found.matrix_shape(shape)
-        if rule.rank > min(d, k):
+        if rule.rank > min(d, k) and {"U", "V"} <= set(rule.as_variant().names()):
             each = f" of each of the {rule.fused} fused kernels" if rule.fused > 1 else ""
             raise ValueError(
                 f"{where}, of shape {shape}: rank {rule.rank} is above min(d, k) = {min(d, k)}"

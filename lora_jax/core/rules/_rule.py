@@ -13,7 +13,10 @@ from typing import Any
 
 from lora_jax._deprecated import removed_fields, renamed_fields
 from lora_jax.core.rules._hints import OF_A_RULE, as_glob, refuse_words
-from lora_jax.core.variants._check_variant import check_variant
+from lora_jax.core.variants._cached_norm import CachedNorm
+from lora_jax.core.variants._check_variant import check_start, check_variant
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
 from lora_jax.core.variants._registry import trained_variants, variant_of
 from lora_jax.core.variants._variant import Variant
 
@@ -118,6 +121,9 @@ class Rule:
             value = checked(getattr(self, name), f"{where}: {name}")
             object.__setattr__(self, name, value)
         _check_together(self, where)
+        variant = self.as_variant()
+        if type(variant) not in (LoRA, DoRA):
+            check_start(variant, self)
 
     @property
     def scale(self) -> float:
@@ -228,6 +234,8 @@ def _one_of(value: Any, where: str, *, choices: tuple[Any, ...], words: str) -> 
 def _variant(value: Any, where: str) -> Any:
     if isinstance(value, Variant):
         check_variant(value)
+        if isinstance(value, CachedNorm):
+            raise ValueError(f"{where}: an adapter of cache_norm is not trained.")
         return value
     trained = list(trained_variants())
     if value not in trained:
@@ -236,7 +244,10 @@ def _variant(value: Any, where: str) -> Any:
         same = [name for name in trained if name == str(value).lower()]
         raise ValueError(
             f"{where.removesuffix(': variant')}: there is no variant {value!r}; there are "
-            f"{trained}." + (f" Did you mean {same[0]!r}?" if same else "")
+            f"{trained}."
+            + (f" Did you mean {same[0]!r}?" if same else "")
+            + " One of your own is given as an object, or registered: "
+            "lora_jax.register_variant(MyVariant)."
         )
     return value
 

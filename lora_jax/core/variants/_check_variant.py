@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+import inspect
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.variants._variant import Variant, sizes_of_any_kernel
+from lora_jax.core.variants._variant import NormalForm, Variant, sizes_of_any_kernel
+
+if TYPE_CHECKING:
+    from lora_jax.core.rules._rule import Rule
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_NOT_A_SETTING = (
+    "{0}: {1!r} is not one of its settings, so that it is neither saved nor told apart. Decorate "
+    "the class with @dataclasses.dataclass(frozen=True), with {1!r} as a field."
+)
 # What an adapter has besides its arrays, so that no array can have such a name.
 RESERVED = frozenset(
     {
@@ -57,6 +67,18 @@ def check_class(cls: Any) -> None:
         raise ValueError(
             f"{cls.__name__} has the name {cls.name!r} of {inherited[0].__name__}: give it its own."
         )
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if {"name", "takes_stacks"} & fields:
+        raise TypeError(f"{cls.__name__}: name is not a setting: leave out its type.")
+    annotated = {
+        name
+        for base in cls.__mro__
+        if issubclass(base, Variant)
+        for name, kind in inspect.get_annotations(base).items()
+        if "ClassVar" not in str(kind)
+    }
+    if lacking := sorted(annotated - fields):
+        raise TypeError(_NOT_A_SETTING.format(cls.__name__, lacking[0]))
 
 
 def check_variant(variant: Variant) -> None:
@@ -68,6 +90,8 @@ def check_variant(variant: Variant) -> None:
     """
     check_class(type(variant))
     where = type(variant).__name__
+    if more := sorted(set(vars(variant)) - set(variant.settings())):
+        raise TypeError(_NOT_A_SETTING.format(where, more[0]))
     for setting, value in variant.settings().items():
         if not isinstance(value, bool | int | float | str):
             raise TypeError(
@@ -120,12 +144,68 @@ def _check_normal_form(variant: Variant, where: str, sizes: tuple[int, int, int]
             )
 
 
+def check_start(variant: Variant, rule: Rule) -> None:
+    """Checks that the arrays at the start are those of the variant, and change nothing.
+
+    Args:
+      variant: the variant.
+      rule: that asks for it.
+
+    Raises:
+      TypeError: if ``init`` gives something else than arrays.
+      ValueError: if they have other shapes, or ``W'`` is not ``W``, or what ``base`` says.
+    """
+    where = type(variant).__name__
+    d, k, r = sizes_of_any_kernel(variant)
+    rule = copy.copy(rule)
+    object.__setattr__(rule, "rank", r)
+    with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
+        W = jax.random.normal(jax.random.key(0), (d, k))
+        arrays = variant.init(jax.random.key(1), W, rule)
+        check_arrays(variant, arrays, variant.shapes(d, k, r))
+        base = variant.base(W, rule.scale, **arrays)
+        start = variant.kernel(base, rule.scale, **arrays)
+        if not jnp.allclose(start, W, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{where}: at the start W' is not W, for random numbers they differ by up to "
+                f"{float(jnp.abs(start - W).max()):.2g}. Let init() give arrays that change "
+                f"nothing, or let base() take from W what they add."
+            )
+
+
+def check_arrays(variant: Variant, arrays: Any, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises an error if ``init`` does not give what ``shapes`` says."""
+    where = f"{type(variant).__name__}.init()"
+    if not isinstance(arrays, dict):
+        raise TypeError(
+            f"{where} must give a dict of arrays, {sorted(expected)}, got {type(arrays).__name__}."
+        )
+    found = {name: tuple(jnp.shape(array)) for name, array in arrays.items()}
+    if found != expected:
+        raise ValueError(
+            f"{where} gives arrays of the shapes {found}, and shapes() says {expected}."
+        )
+    for name, array in arrays.items():
+        if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise ValueError(
+                f"{where} gives {jnp.result_type(array)} for {name!r}: it must be floating-point."
+            )
+
+
 def check_form(form: Any, shape: tuple[int, int], where: str) -> None:
     """Raises ValueError if a normal form is not one for a kernel of that shape."""
     d, k = shape
+    if not isinstance(form, NormalForm):
+        raise TypeError(
+            f"{where}.normal_form() must give a lora_jax.NormalForm(a, L, R), or None where there "
+            f"is none; got {type(form).__name__}."
+        )
     a, L, R = form
     if (L is None) != (R is None):
-        raise ValueError(f"{where}.normal_form() gives one of L and R without the other.")
+        raise ValueError(
+            f"{where}.normal_form() gives one of L and R without the other; the order is "
+            f"NormalForm(a, L, R)."
+        )
     found = [None if array is None else tuple(jnp.shape(array)) for array in (a, L, R)]
     q = () if L is None else tuple(jnp.shape(L))[-1:]
     expected = [None if a is None else (k,), (d, *q) if q else None, (*q, k) if q else None]

@@ -26,7 +26,7 @@ def test_scale():
         ({"alpha": "16"}, TypeError, r"Rule\('p'\): alpha must be a number, got '16'"),
         ({"dropout": "0.1"}, TypeError, "dropout must be a number, got '0.1'"),
         ({"std": -1.0}, ValueError, "std must be positive and finite, got -1"),
-        ({"variant": "dorra"}, ValueError, r"no variant 'dorra'; there are \['dora', 'lora'\]"),
+        ({"variant": "dorra"}, ValueError, r"no variant 'dorra'; there are \['dora', 'lora'"),
         ({"zero": "A"}, ValueError, "zero must be 'U' or 'V', got 'A'"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"variant": lora_jax.DoRA}, TypeError, r"must be an instance: variant=DoRA\(\)"),
