@@ -367,15 +367,15 @@ def figure(
         right.plot(steps, accuracy, marker="o", markersize=3, **line)
     few = min(CURVE_TEXTS, len(task.test_texts))
     left.set(xlabel="step", title=f"{task.name}: training loss, mean of {window} steps")
-    right.set(xlabel="step", title=f"accuracy on {few} test texts, %")
+    right.set(xlabel="step", title=f"accuracy on {few} test texts meanwhile, %")
     right.legend(frameon=False)
 
     costs = {
         "trained parameters,\nmillions": [
             several[0].summary.trained / 1e6 for several in runs.values()
         ],
-        "saved,\nMB": [nbytes(path.parent / name) / 1e6 for name in runs],
-        "memory of a step,\nby the compiler, MB": [
+        "file saved,\nMB": [nbytes(path.parent / name) / 1e6 for name in runs],
+        "memory of a training step,\nby the compiler, MB": [
             (several[0].step_bytes or math.nan) / 1e6 for several in runs.values()
         ],
         "time per step,\nms": [1e3 * seconds_per_step(several) for several in runs.values()],
