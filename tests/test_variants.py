@@ -55,7 +55,7 @@ def of_every_layer():
                 yield pytest.param(name, variant, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "variant"), of_every_layer())
+@pytest.mark.parametrize(("name", "variant"), list(of_every_layer()))
 def test_every_layer(name, variant):
     """At the start nothing changes; then output and gradients are those of the merged model."""
     case = zoo.CASES[name]
