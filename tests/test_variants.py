@@ -15,6 +15,7 @@ from variants import IA3, MORE, PROOFS, LoHa, LoKr, PiSSA, Rotation, VeRA
 
 import lora_jax
 from lora_jax.core.variants import _registry
+from lora_jax.core.variants._check_variant import RESERVED
 
 KERNELS = r"(.*/)?(kernel|embedding)"
 EVERY = PROOFS | MORE
@@ -78,7 +79,8 @@ def test_every_layer(name, variant):
 
     plain = jax.jit(lambda x: case.model.apply(variables, x))(x)
     assert relative_error(adapted(adapters, x), plain) < tolerance
-    adapters = trained_like(adapters)
+    noise = random_like(adapters, seed=3, scale=0.2)
+    adapters = jax.tree.map(lambda a, b: 0.5 * a + b, adapters, noise)
     assert relative_error(adapted(adapters, x), merged(adapters, x)) < tolerance
     if case.exact:
         got, expected = (
@@ -501,3 +503,181 @@ def test_rates_of_dropout_stay_with_their_adapters():
     )
     with pytest.raises(ValueError, match="does not say which rate"):
         jax.jit(lambda i: apply(PARAMS, stacked, adapter_ids=i, rngs=key))(0)
+
+
+# --- what a reader found ---
+
+
+class Tanh(lora_jax.LoRA):
+    """A LoRA whose product is bounded: no product of factors any more."""
+
+    name = "tanh"
+
+    def kernel(self, W, s, U, V):
+        return W + s * jnp.tanh(U @ V)
+
+    def normal_form(self, W, s, U, V):
+        return None
+
+
+class Logarithmic(lora_jax.DoRA):
+    """A DoRA that keeps the logarithm of its magnitude."""
+
+    name = "logarithmic"
+
+    def init(self, key, W, rule):
+        arrays = super().init(key, W, rule)
+        return arrays | {"m": jnp.log(arrays["m"])}
+
+    def kernel(self, W, s, U, V, m):
+        return super().kernel(W, s, U, V, jnp.exp(m))
+
+    def normal_form(self, W, s, U, V, m):
+        return super().normal_form(W, s, U, V, jnp.exp(m))
+
+    def exact_normal_form(self, W, s, U, V, m):
+        return super().exact_normal_form(W, s, U, V, jnp.exp(m))
+
+
+class ByShape(lora_jax.LoRA):
+    """Its normal form is another one for tall kernels."""
+
+    name = "by_shape"
+
+    def kernel(self, W, s, U, V):
+        return W + s * (1 if W.shape[0] <= W.shape[1] else 2) * U @ V
+
+    def normal_form(self, W, s, U, V):
+        return lora_jax.NormalForm(None, U, V if W.shape[0] <= W.shape[1] else 2 * V)
+
+
+class Gated(lora_jax.Variant):
+    """With an array of no axes."""
+
+    name = "gated"
+
+    def shapes(self, d, k, r):
+        return {"U": (d, r), "V": (r, k), "g": ()}
+
+    def init(self, key, W, rule):
+        U, V = self.init_factors(key, W, rule)
+        return {"U": U, "V": V, "g": 1.0}
+
+    def normal_form(self, W, s, U, V, g):
+        return lora_jax.NormalForm(None, g * U, V)
+
+
+class Root(lora_jax.Variant):
+    """Which is not real where g is negative."""
+
+    name = "root"
+
+    def shapes(self, d, k, r):
+        return {"g": (k,)}
+
+    def init(self, key, W, rule):
+        return {"g": jnp.ones(W.shape[1])}
+
+    def normal_form(self, W, s, g):
+        return lora_jax.NormalForm(jnp.sqrt(g))
+
+
+class OfAnyShape(IA3):
+    name = "of_any_shape"
+
+    def init(self, key, W, rule):
+        return {"l": np.ones(W.shape[1])}  # float64
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [Tanh(), Logarithmic(), ByShape(), Gated(), Root(), OfAnyShape()],
+    ids=lambda v: v.name,
+)
+def test_every_way_is_that_of_the_formula(variant):
+    """The layer, the sums, stacks, cached norms: also of what derives from LoRA and DoRA."""
+    _, one = made(variant, alpha=3.0)
+    one = jax.tree.map(lambda a: jnp.abs(a) if variant.name == "root" else a, one)
+    assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {jnp.dtype("float32")}
+    _, lora = made("lora", seed=1)
+    merged = lora_jax.lora_merge(PARAMS, one)
+    plain = MODEL.apply({"params": merged}, X)
+    assert relative_error(apply(PARAMS, one), plain) < 1e-5
+    assert relative_error(apply(PARAMS, lora_jax.cache_norm(PARAMS, one)), plain) < 1e-5
+    stacked = lora_jax.stack([lora, one])
+    assert relative_error(apply(PARAMS, stacked, adapter_ids=1), plain) < 1e-5
+    assert relative_error(apply(PARAMS, stacked, adapter_ids=np.full(4, 1)), plain) < 1e-5
+    summed, _ = lora_jax.combine([one, one], [0.5, 0.7], params=PARAMS)
+    change = jax.tree.map(lambda W, W_: W + 1.2 * (W_ - W), PARAMS, merged)
+    assert relative_error(apply(PARAMS, summed), MODEL.apply({"params": change}, X)) < 1e-5
+
+
+def test_an_unknown_id_gives_nan_whatever_the_members_are():
+    stacked = lora_jax.stack([made("lora", rank=1)[1], made("lora", alpha=7.0)[1], made("dora")[1]])
+    serve = jax.jit(lambda i: apply(PARAMS, stacked, adapter_ids=i))
+    for i in (3, 99, -5):
+        assert jnp.isnan(serve(jnp.int32(i))).all()
+    assert jnp.isfinite(serve(jnp.int32(-1))).all()
+
+
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        embed = nn.Embed(11, 6, name="embed")
+        return nn.tanh(embed(x)) @ embed.embedding.T
+
+
+def test_a_tied_kernel_is_not_changed_for_its_other_readers():
+    x = jnp.arange(4)
+    variables = Tied().init(jax.random.key(0), x)
+    rule = lora_jax.Rule(".*embedding", 2, variant=PiSSA(), tied="untie")
+    config = lora_jax.LoraConfig([rule])
+    with pytest.raises(ValueError, match=r"'embed/embedding' is tied.*tied='materialize'"):
+        lora_jax.lora_init_model(jax.random.key(0), Tied(), variables, config, x)
+
+
+def test_what_is_made_of_a_changed_base_stays_bound_to_it(tmp_path, registered):
+    config = lora_jax.LoraConfig([lora_jax.Rule(".*kernel", 2, variant=PiSSA())])
+    frozen, adapters = lora_jax.lora_init(jax.random.key(0), PARAMS, config)
+    frozen_by_jit, by_jit = jax.jit(lambda p: lora_jax.lora_init(jax.random.key(0), p, config))(
+        PARAMS
+    )
+    summed, _ = lora_jax.combine([adapters, adapters], [0.5, 0.5], params=frozen)
+    cached = lora_jax.cache_norm(frozen, adapters)
+    jitted = lora_jax.cache_norm(frozen_by_jit, by_jit)
+    for i, tree in enumerate((summed, cached, jitted)):
+        base = frozen_by_jit if tree is jitted else frozen
+        with pytest.raises(ValueError, match="pass frozen="):
+            lora_jax.save(tmp_path / str(i), tree)
+        lora_jax.save(tmp_path / str(i), tree, frozen=base)
+        with pytest.raises(ValueError, match="changed the base"):
+            lora_jax.load(tmp_path / str(i), PARAMS)
+        _, loaded = lora_jax.load(tmp_path / str(i), base)
+        assert relative_error(apply(base, loaded), apply(base, tree)) < 1e-6
+        with pytest.raises(ValueError, match="changed the base"):
+            lora_jax.peft.save(tmp_path / f"peft{i}", base, tree)
+    with pytest.raises(ValueError, match="base_hash"):
+        lora_jax.combine([adapters, made("lora")[1]], [1.0, 1.0], params=frozen)
+
+
+class Branching(IA3):
+    name = "branching"
+
+    def normal_form(self, W, s, l):  # noqa: E741
+        return lora_jax.NormalForm(l if s > 0 else -l)
+
+
+def test_a_scale_may_be_an_array():
+    with pytest.raises(ValueError, match="cannot take the scale s as an array"):
+        lora_jax.Rule("kernel", 1, variant=Branching())
+
+
+def test_a_setting_is_of_the_type_of_its_default():
+    with pytest.raises(TypeError, match="d_initial must be float, as its default is, got 1"):
+        lora_jax.Rule("kernel", 1, variant=VeRA(d_initial=1))
+
+
+@pytest.mark.parametrize("kind", [lora_jax.Adapter, lora_jax.AdapterStack])
+def test_no_array_has_the_name_of_something_else(kind):
+    public = {name for name in dir(kind) if not name.startswith("_")}
+    assert public <= RESERVED | {"variant"}

@@ -15,16 +15,15 @@ from lora_jax._compat import is_traced
 from lora_jax.arithmetic._combine_leaf import combine_fully_trained, combine_kernel
 from lora_jax.arithmetic._options import Plan
 from lora_jax.arithmetic._report import Approximation, ApproximationReport
-from lora_jax.arithmetic._sums import matrix_of
+from lora_jax.arithmetic._sums import matrix_of, plain_factors
 from lora_jax.core._boxes import unbox
 from lora_jax.core._node import Node
-from lora_jax.core.variants._apply_variant import needs_kernel
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of, check_pair, nodes_of
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 
 # What must be alike to be added; the rest of an adapter says how it is trained.
-_SAME = ("axes", "materialize", "untied")
+_SAME = ("axes", "materialize", "untied", "base_hash")
 _ON_HOST = (
     "rank=, explained_variance= and every combination_type but 'linear' are computed on the host, "
     "and cannot be jitted or differentiated."
@@ -166,7 +165,7 @@ def _base_leaf(key: Key, found: Mapping[int, Node], base: Mapping[Key, Any] | No
 
 def _matrix(path: str, found: Mapping[int, Any], kernel: Any) -> chex.Array | None:
     """``W``, where an adapter needs it."""
-    dora = [i for i, node in found.items() if needs_kernel(node.variant)]
+    dora = [i for i, node in found.items() if plain_factors(node) is None]
     if not dora:
         return None
     if kernel is None:

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._numerics import column_norm, float32_or_more, product
-from lora_jax.core.variants._apply_variant import known, low_rank_form, needs_kernel
+from lora_jax.core.variants._apply_variant import known, low_rank_form
 from lora_jax.core.variants._cached_norm import CachedNorm
 from lora_jax.core.variants._dora import DoRA
 from lora_jax.core.variants._lora import LoRA
-from lora_jax.core.variants._variant import NormalForm, sizes_of_any_kernel
+from lora_jax.core.variants._variant import NormalForm
 
 
 class Sum(NamedTuple):
@@ -87,14 +87,20 @@ def folded(total: Sum) -> Sum:
     return Sum(both, jnp.broadcast_to(jnp.eye(k, dtype=U.dtype), (*stack, k, k)), c)
 
 
+def plain_factors(node: Adapter) -> tuple[chex.Array, chex.Array] | None:
+    """``U`` and ``V`` of a change ``s U V`` that does not depend on the kernel; else ``None``."""
+    sizes = node.matrix_sizes()
+    found = sizes and known(node.variant, *sizes[-2:], node.rank, exact=True)
+    if not found or found.has_a or found.left is None or found.right is None:
+        return None
+    return node.arrays[found.left], node.arrays[found.right]
+
+
 def _form(node: Adapter, W: chex.Array | None) -> NormalForm:
     """``a, L, R`` of an adapter; ``a`` is 1 for a column of norm 0, which is 0 whatever it is."""
-    if not needs_kernel(node.variant):
-        found = known(node.variant, *sizes_of_any_kernel(node.variant), exact=True)
-        assert found is not None
-        assert found.left is not None
-        assert found.right is not None
-        return NormalForm(None, node.arrays[found.left], node.arrays[found.right])
+    factors = plain_factors(node)
+    if factors is not None:
+        return NormalForm(None, *factors)
     if isinstance(node.variant, CachedNorm):
         return NormalForm(node.m, node.U, node.V)
     assert W is not None
@@ -130,7 +136,7 @@ def as_adapter(total: Sum, W: chex.Array | None, like: Adapter) -> Adapter:
     c = jnp.asarray(total.c, W.dtype)
     V = (Z / jnp.where(c == 0, 1, c)[..., None, :]).astype(jnp.float32)
     norm = column_norm(W + product(U.astype(W.dtype), V.astype(W.dtype)))
-    variant = like.variant if isinstance(like.variant, CachedNorm | DoRA) else DoRA()
+    variant = like.variant if type(like.variant) in (CachedNorm, DoRA) else DoRA()
     m = c if isinstance(variant, CachedNorm) else c * norm
     return like.replace(arrays={"U": U, "V": V, "m": m}, variant=variant)
 

@@ -22,7 +22,6 @@ from lora_jax.core.rules._rule import Rule, scale
 from lora_jax.core.variants._apply_variant import of_matrices
 from lora_jax.core.variants._cached_norm import CachedNorm
 from lora_jax.core.variants._check_variant import check_arrays
-from lora_jax.core.variants._dora import DoRA
 from lora_jax.core.variants._lora import LoRA
 from lora_jax.core.variants._registry import variant_of
 from lora_jax.core.variants._variant import Variant
@@ -134,9 +133,12 @@ class Adapter(Node):
             return arrays[name]
         if name == "m" and arrays:  # of LoRA
             return None
+        if name == "detach_norm" and "variant" in self.__dict__:
+            warn("Adapter.detach_norm", "Adapter.variant.detach_norm")
+            return getattr(self.variant, "detach_norm", False)
         if name in _OLD_NAMES:
             warn(f"Adapter.{name}", _OLD_NAMES[name])
-            return functools.reduce(getattr, _OLD_NAMES[name].split("."), self)
+            return getattr(self, _OLD_NAMES[name])
         raise AttributeError(
             f"an adapter of {self.__dict__.get('variant')} has no {name!r}; its arrays are "
             f"{', '.join(arrays)}."
@@ -173,8 +175,8 @@ class Adapter(Node):
 
     @property
     def changes_base(self) -> bool:
-        """Whether its variant has changed the base at the start."""
-        return self.variant.changes_base
+        """Whether its variant, or the one that it was made from, has changed the base."""
+        return self.variant.changes_base or self.base_hash is not None
 
     @property
     def in_layer(self) -> bool:
@@ -260,7 +262,7 @@ class Adapter(Node):
             found = tuple(self.arrays[field].shape)
             if count is not None:
                 expected = (count, *expected)
-            if found[1:] == expected and count is None:
+            if len(found) > len(expected) and found[1:] == expected and count is None:
                 raise ValueError(
                     f"The adapter for {path!r} is a stack of {found[0]}. Say which one each "
                     f"example of the batch shall have, lora_apply(..., adapter_ids=ids), or take "
@@ -379,11 +381,7 @@ def arrays_of(names: Sequence[str], children: Iterable[Any]) -> dict[str, Any]:
 
 
 # Attributes that had other names.
-_OLD_NAMES = {
-    "substitute": "materialize",
-    "effective_kernel": "merge",
-    "detach_norm": "variant.detach_norm",
-}
+_OLD_NAMES = {"substitute": "materialize", "effective_kernel": "merge"}
 _STATIC = tuple(field.name for field in dataclasses.fields(Adapter) if field.name != "arrays")
 
 
@@ -410,8 +408,8 @@ def _without_old_names(given: Mapping[str, Any], variant: Variant) -> dict[str, 
         warn("Adapter(detach_norm=...)", "variant=lora_jax.DoRA(detach_norm=...)", stacklevel=4)
         detach = new.pop("detach_norm")
         variant = variant_of(new.get("variant", variant))
-        if isinstance(variant, DoRA):
-            new["variant"] = DoRA(detach)
+        if "detach_norm" in variant.settings():
+            new["variant"] = dataclasses.replace(variant, detach_norm=detach)  # type: ignore[call-arg]
     return new
 
 
@@ -470,8 +468,10 @@ def init_adapter(
         for _ in stack:
             init = jax.vmap(init)
         arrays = init(keys, W)
+    if isinstance(arrays, dict):  # else check_arrays says so
+        arrays = {name: _at_least_float32(array) for name, array in arrays.items()}
     adapter = Adapter(
-        arrays=arrays,
+        arrays=arrays if isinstance(arrays, dict) else {},
         variant=variant,
         rank=rule.rank,
         alpha=float(rule.rank if rule.alpha is None else rule.alpha),
@@ -483,6 +483,12 @@ def init_adapter(
     )
     check_arrays(variant, arrays, adapter.shapes(kernel.shape))
     return adapter
+
+
+def _at_least_float32(array: Any) -> Any:
+    array = jnp.asarray(array)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(float32_or_more(array.dtype)) if floating else array
 
 
 def base_at_start(adapter: Adapter, kernel: chex.Array) -> chex.Array:

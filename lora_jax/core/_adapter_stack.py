@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ from lora_jax.core._adapter import Adapter, arrays_of, children_of, restored_arr
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._node import Node
 from lora_jax.core.rules._rule import scale
-from lora_jax.core.variants._apply_variant import known
 from lora_jax.core.variants._cached_norm import CachedNorm
 from lora_jax.core.variants._dora import DoRA
-from lora_jax.core.variants._variant import Variant, sizes_of_any_kernel
+from lora_jax.core.variants._lora import LoRA
+from lora_jax.core.variants._variant import Variant
 
 
 class Member(NamedTuple):
@@ -53,11 +54,15 @@ class Member(NamedTuple):
     def may_be_padded(self) -> bool:
         """Whether it computes the same with zeros behind the columns of its own rank.
 
-        A product of factors does. What another variant computes besides may depend on the rank.
+        What a variant of a user computes may depend on the rank, or on the shapes.
         """
-        found = known(self.variant, *sizes_of_any_kernel(self.variant))
-        plain = found is not None and found.forwards and not found.has_a
-        return plain or type(self.variant) in (DoRA, CachedNorm)
+        return type(self.variant) in (LoRA, DoRA, CachedNorm)
+
+
+@functools.lru_cache(maxsize=1024)
+def same(members: tuple[Member, ...]) -> tuple[Member, ...]:
+    """Members that are equal as one object, so that to compare structures is to compare objects."""
+    return members
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -186,8 +191,9 @@ class AdapterStack(Node):
         member = self.members[i]
         if not member.present:
             return None
-        arrays = {name: array[0] for name, array in self.arrays_of((i,)).items()}
-        return self.alone(member, arrays)
+        return self.alone(
+            member, self._cut({n: self.arrays[n][i] for n, _ in member.shapes}, member)
+        )
 
     def alone(self, member: Member, arrays: Mapping[str, Any]) -> Adapter:
         """An adapter with what is static about a member, and such arrays."""
@@ -216,16 +222,26 @@ class AdapterStack(Node):
           like: one of them, whose rank all get; by default the first.
         """
         member = like or self.members[which[0]]
-        everyone = tuple(which) == tuple(range(len(self.members)))
+        if tuple(which) == tuple(range(len(self.members))):
+            arrays = {name: self.arrays[name] for name, _ in member.shapes}
+        else:
+            arrays = {name: self.arrays[name][np.array(which)] for name, _ in member.shapes}
+        return self._cut(arrays, member)
+
+    def _cut(self, arrays: Mapping[str, Any], member: Member) -> dict[str, Any]:
+        """Arrays without what a member does not have: other parts, and what is behind its rank."""
+        parts = None
+        if member.parts != self.axes.parts:
+            parts = np.array([self.axes.parts.index(part) for part in member.parts])
         out = {}
         for name, shape in member.shapes:
-            array = self.arrays[name]
-            array = array if everyone else array[np.array(which)]
-            if member.parts != self.axes.parts:
-                parts = np.array([self.axes.parts.index(part) for part in member.parts])
-                array = array.take(parts, axis=self.stack_ndim)
-            own = (..., *(slice(0, size) for size in shape))
-            out[name] = array if array.shape[array.ndim - len(shape) :] == shape else array[own]
+            array = arrays[name]
+            lead = array.ndim - len(shape)
+            if parts is not None:
+                array = array.take(parts, axis=lead - 1)
+            if array.shape[lead:] != shape:
+                array = array[(..., *(slice(0, size) for size in shape))]
+            out[name] = array
         return out
 
     # --- checks ---
@@ -319,7 +335,7 @@ def stack_of(adapter: Adapter) -> AdapterStack:
     )
     count = adapter.count
     assert count is not None
-    members = (member,) * count
+    members = same((member,) * count)
     settings = adapter.materialize, adapter.untied, adapter.base_hash
     return AdapterStack(adapter.arrays, members, adapter.axes, *settings)
 

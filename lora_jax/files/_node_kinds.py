@@ -15,9 +15,10 @@ from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
 from lora_jax.core.rules._rule import Rule
 from lora_jax.core.variants._check_variant import check_variant
-from lora_jax.core.variants._registry import trained_variants, variant_of
+from lora_jax.core.variants._registry import is_registered, trained_variants, variant_of
 from lora_jax.core.variants._variant import Variant
 from lora_jax.files._tensors import is_ints
+from lora_jax.trees._base_hash import UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +93,11 @@ _FIELDS = {
     "dropout": float,
     "substitute": bool,
     "untied": bool,
+    "changes_base": bool,
     "axes": dict,
 }
 # Version 1 of the format had DoRA's setting among them, and how the product is computed.
-_FIELDS_1 = {n: t for n, t in _FIELDS.items() if n != "settings"} | {
+_FIELDS_1 = {n: t for n, t in _FIELDS.items() if n not in ("settings", "changes_base")} | {
     "detach_norm": bool,
     "product": str,
 }
@@ -116,16 +118,14 @@ def _adapter_entry(path: str, adapter: Adapter) -> dict[str, Any]:
     entry = {name: getattr(adapter, _name_here(name)) for name in _OF_A_NODE}
     entry["alpha"], entry["dropout"] = float(adapter.alpha), float(adapter.dropout or 0.0)
     entry |= {"variant": adapter.variant.name, "settings": adapter.variant.settings()}
+    entry["changes_base"] = adapter.changes_base
     return entry | {"axes": {name: getattr(adapter.axes, _name_here(name)) for name in _AXES}}
 
 
 def _check_registered(path: str, variant: Variant) -> None:
     """Raises ValueError if the name and the settings of a variant would not give it again."""
     check_variant(variant)
-    try:
-        found: Variant | None = variant_of(variant.name, variant.settings())
-    except ValueError:
-        found = None
+    found = variant_of(variant.name, variant.settings()) if is_registered(variant) else None
     if found != variant:
         name = type(variant).__name__
         raise ValueError(
@@ -178,6 +178,8 @@ def _read_adapter(entry: Any, arrays: Mapping[str, np.ndarray], path: str, where
     if entry["untied"] and entry["substitute"]:
         raise ValueError(f"{where} is both untied and materialized.")
     adapter = Adapter(arrays=arrays, variant=variant, axes=kernel_axes, **fields)
+    if entry.get("changes_base"):  # of which base, the index says elsewhere
+        adapter = adapter.replace(base_hash=UNKNOWN)
     adapter.check_arrays(where)
     return adapter
 

@@ -24,13 +24,15 @@ def stack(
 
     So one program serves them all, or trains them all, by ``lora_apply(..., adapter_ids=ids)``.
     Each computes and trains as it would alone, with its own variant, rank, scale and dropout. Ranks
-    are padded with zeros, which stay zero in training, and arrays that one variant has and another
-    one has not are zeros that are not read. An adapter that lacks a kernel that another one adapts
-    changes nothing there, and one that lacks a leaf that another one fully trained gets the base's.
+    are padded with zeros, which stay zero in training by an optimizer that works entry by entry.
+    Arrays that one variant has and another one has not are zeros that are not read. An adapter that
+    lacks a kernel that another one adapts changes nothing there, and one that lacks a leaf that
+    another one fully trained gets the base's.
 
     ``jax.vmap`` over a stack is for adapters that differ in no more than their ranks, as then a row
-    of it need not say which adapter it is. Adapters of equal structure may also be stacked by
-    ``jax.vmap(lora_init, ...)`` over keys, or by a tree map of ``jnp.stack``.
+    of it need not say which adapter it is. The order of the rows is that of the members: for
+    another order, stack anew what :func:`unstack` gives. Adapters of equal structure may also be
+    stacked by ``jax.vmap(lora_init, ...)`` over keys, or by a tree map of ``jnp.stack``.
 
     Args:
       adapters: the adapters, each as from :func:`lora_init` or :func:`load`.

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._adapter_stack import AdapterStack, Member
+from lora_jax.core._adapter_stack import AdapterStack, Member, same
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.core.variants._lora import LoRA
 
@@ -34,9 +34,8 @@ def check_alike(path: str, nodes: Sequence[Any]) -> None:
                 f"The adapters of {path!r} differ in {name}, {' and '.join(map(str, values))}: "
                 f"they cannot be stacked."
             )
-    changed = [node for node in nodes if node.variant.changes_base]
-    same = {(node.variant, node.rank, node.scale, node.base_hash) for node in nodes}
-    if changed and len(same) > 1:
+    changed = [node for node in nodes if node.changes_base]
+    if changed and len({node.base_hash for node in nodes}) > 1:
         raise ValueError(
             f"The variant {changed[0].kind!r} of {path!r} has changed the base at the start, so "
             f"that its adapters cannot share it with others. Serve them apart, or merge them."
@@ -66,9 +65,11 @@ def stack_adapters(path: str, nodes: Sequence[Adapter | None]) -> AdapterStack:
     for node in present:
         for name, ndim in node.matrix_ndims().items():
             if ndims.setdefault(name, ndim) != ndim:
+                kinds = sorted({one.kind for one in present if name in one.matrix_ndims()})
                 raise ValueError(
-                    f"The adapters of {path!r} are of variants that have arrays of the name "
-                    f"{name!r} with different numbers of axes: they cannot be stacked."
+                    f"The adapters of {path!r} are of the variants {' and '.join(kinds)}, whose "
+                    f"arrays {name!r} have different numbers of axes: they cannot be stacked. "
+                    f"Rename one; or stack what lora_jax.cache_norm gives, for inference."
                 )
     arrays = {}
     for name, ndim in ndims.items():
@@ -85,7 +86,7 @@ def stack_adapters(path: str, nodes: Sequence[Adapter | None]) -> AdapterStack:
         arrays[name] = stack_arrays(*(zeros if array is None else next(rest) for array in own))
     return AdapterStack(
         arrays,
-        tuple(_absent(axes.parts) if node is None else _member(node) for node in nodes),
+        same(tuple(_absent(axes.parts) if node is None else _member(node) for node in nodes)),
         axes,
         first.materialize,
         first.untied,

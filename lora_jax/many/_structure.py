@@ -176,6 +176,7 @@ def _nothing(nodes: Sequence[Adapter], kernel: Any) -> Adapter:
         axes=axes,
         materialize=first.materialize,
         untied=first.untied,
+        base_hash=first.base_hash,
     )
 
 

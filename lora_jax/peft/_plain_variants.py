@@ -31,13 +31,13 @@ def as_lora_or_dora(path: str, leaf: Any, adapter: Adapter) -> Adapter:
       ValueError: if its variant has no normal form, or is for a base that it has changed.
     """
     variant = adapter.variant
-    if type(variant) in (LoRA, DoRA, CachedNorm):
-        return adapter
-    if variant.changes_base:
+    if adapter.changes_base:
         raise ValueError(
             f"{path!r} has an adapter of variant {adapter.kind!r}, which changed the base at the "
             f"start, and PEFT's adapters are for the base itself. Merge it: lora_jax.export."
         )
+    if type(variant) in (LoRA, DoRA, CachedNorm):
+        return adapter
     kernel = jnp.asarray(unbox(leaf))
     if known(variant, *adapter.axes.matrix_shape(kernel.shape), adapter.rank) is None:
         raise ValueError(

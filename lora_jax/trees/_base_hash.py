@@ -10,6 +10,9 @@ import numpy as np
 
 from lora_jax._compat import is_traced
 
+# In the place of the hash of a kernel that is not known.
+UNKNOWN = "unknown"
+
 
 def hash_of(array: np.ndarray[Any, Any]) -> str:
     """A hash of an array: of its dtype, shape and values."""

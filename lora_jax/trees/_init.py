@@ -19,7 +19,7 @@ from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._hints import key_comes_first, look_first
 from lora_jax.core.rules._match_paths import assign
-from lora_jax.trees._base_hash import base_hash
+from lora_jax.trees._base_hash import UNKNOWN, base_hash
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unflatten
@@ -111,10 +111,16 @@ def lora_init(
             untied = path in tied and not rules[path].materialize
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
             _check_finite(path, kernel, adapter)
+            if adapter.changes_base and untied:
+                raise ValueError(
+                    f"{path!r} is tied, and its variant {adapter.kind!r} changes the base, which "
+                    f"the other readers of the parameter would see too: tied='untie' is not "
+                    f"possible. Give it a rule with tied='materialize'."
+                )
             if adapter.changes_base:
                 base = base_at_start(adapter, kernel)
                 frozen[key_] = rebox(frozen[key_], base)
-                adapter = adapter.replace(base_hash=base_hash(base))
+                adapter = adapter.replace(base_hash=base_hash(base) or UNKNOWN)
             adapters[key_] = adapter
         elif path in trainable:
             adapters[key_] = raise_precision(path, frozen.pop(key_))

@@ -18,7 +18,7 @@ from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
 from lora_jax.core.rules._match_paths import nearest_paths
-from lora_jax.trees._base_hash import base_hash
+from lora_jax.trees._base_hash import UNKNOWN, base_hash
 from lora_jax.trees._leaves import check_floating, dtype_of
 from lora_jax.trees._paths import Key, flatten, path_of
 from lora_jax.trees._refuse_plain_arrays import check_has_nodes
@@ -145,7 +145,9 @@ def check_pair(
     if leaf is not empty_node:
         check_floating(path, leaf, "the base has" if name == "frozen" else f"{name} has")
         node.check_fits(path, tuple(unbox(leaf).shape), count, name)
-        if node.base_hash is not None and base_hash(unbox(leaf)) not in (None, node.base_hash):
+        if node.base_hash not in (None, UNKNOWN) and (
+            base_hash(unbox(leaf)) not in (None, node.base_hash)
+        ):
             raise ValueError(
                 f"The variant {node.kind!r} of {path!r} has changed the base at the start, and "
                 f"{name} has another kernel there. Pass the frozen tree that lora_init returned."

@@ -16,9 +16,8 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.products._normal_form import PLAIN, SCALED
 from lora_jax.core.variants._apply_variant import of_matrices
-from lora_jax.core.variants._cached_norm import CachedNorm
-from lora_jax.core.variants._lora import LoRA
 
 
 class LayerFactors(NamedTuple):
@@ -58,7 +57,7 @@ def layer_factors(
       path: of the kernel, for messages.
     """
     axes, variant = adapter.axes, adapter.variant
-    if not isinstance(variant, LoRA | CachedNorm):
+    if variant not in (PLAIN, SCALED):
         *batch, d, k = dataclasses.replace(axes, fused=1, parts=()).matrix_spec(kernel)
         like = PartitionSpec(*batch, d, k if axes.fused == 1 else None)
         D = left_to_compiler(_change, kernel, adapter, like=like)

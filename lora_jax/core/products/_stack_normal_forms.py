@@ -232,8 +232,7 @@ def _selected(kernel: chex.Array, stack: AdapterStack, id_: chex.Array) -> dict[
     W = W.astype(float32_or_more(W.dtype))
     *lead, d, k = W.shape
     q = max(group.known.width for group in groups) or 1
-    nan = nan_where((id_ < 0) | (id_ >= count))
-    out = {"U": jnp.full((*lead, d, q), nan), "V": jnp.zeros((*lead, q, k), W.dtype)}
+    out = {"U": jnp.zeros((*lead, d, q), W.dtype), "V": jnp.zeros((*lead, q, k), W.dtype)}
     if any(group.known.has_a for group in groups):
         out["m"] = jnp.ones((*lead, k), W.dtype)
     for which, member, _ in groups:
@@ -256,7 +255,8 @@ def _selected(kernel: chex.Array, stack: AdapterStack, id_: chex.Array) -> dict[
             if part is not None:
                 array = _with_parts(out[name], array, part, len(lead) - 1)
             out[name] = jnp.where(is_own, array, out[name])
-    return out
+    unknown = nan_where((id_ < 0) | (id_ >= count)).astype(W.dtype)
+    return {name: array + unknown for name, array in out.items()}
 
 
 def _with_parts(whole: chex.Array, some: chex.Array, parts: Any, axis: int) -> chex.Array:

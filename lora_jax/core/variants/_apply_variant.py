@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.variants._check_variant import check_form
-from lora_jax.core.variants._variant import NormalForm, Variant, sizes_of_any_kernel
+from lora_jax.core.variants._variant import NormalForm, Variant
 
 
 def of_matrices(
@@ -98,12 +98,6 @@ def known(variant: Variant, d: int, k: int, r: int, exact: bool = False) -> Know
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     jax.eval_shape(look, jax.ShapeDtypeStruct((d, k), jnp.float32), arrays)
     return found[-1]
-
-
-def needs_kernel(variant: Variant) -> bool:
-    """Whether the change ``W' - W`` depends on ``W``, or is not a product of two arrays."""
-    found = known(variant, *sizes_of_any_kernel(variant), exact=True)
-    return found is None or found.has_a or not found.forwards
 
 
 def low_rank_form(

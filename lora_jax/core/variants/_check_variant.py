@@ -9,6 +9,7 @@ import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,31 +25,16 @@ _NOT_A_SETTING = (
 )
 # What an adapter has besides its arrays, so that no array can have such a name.
 RESERVED = frozenset(
-    {
-        "alpha",
-        "arrays",
-        "axes",
-        "count",
-        "dropout",
-        "in_base",
-        "materialize",
-        "members",
-        "merge",
-        "merged_dtype",
-        "ndim",
-        "rank",
-        "replace",
-        "rslora",
-        "scale",
-        "shapes",
-        "untied",
-        "variant",
-        "W",
-        "s",
-        "self",
-        "key",
-        "rule",
-    }
+    re.findall(
+        r"\w+",
+        "W s self key rule alpha alone arrays arrays_at arrays_of as_leaf as_parameter "
+        "axes base_hash changes_base check check_alone check_arrays check_combines "
+        "check_factors check_fits check_merges check_stacks count detach_norm dropout "
+        "effective_kernel in_base in_layer kind materialize matrix_ndims matrix_sizes "
+        "member members merge merged_dtype ndim one product rank replace rslora scale "
+        "shapes stack_ndim substitute tree_flatten_with_keys tree_unflatten untied "
+        "variant ",
+    )
 )
 
 
@@ -98,6 +84,12 @@ def check_variant(variant: Variant) -> None:
                 f"{where}: the setting {setting} must be a number, a string or a bool, to be in "
                 f"files; got {value!r}."
             )
+        default = type(variant).__dataclass_fields__[setting].default
+        if default is not dataclasses.MISSING and type(value) is not type(default):
+            raise TypeError(
+                f"{where}: {setting} must be {type(default).__name__}, as its default is, got "
+                f"{value!r}."
+            )
     _check_functions(variant, where)
 
 
@@ -113,35 +105,6 @@ def _check_functions(variant: Variant, where: str) -> None:
             raise ValueError(f"{where}: an array cannot have the name {name!r}.")
         if not isinstance(shape, tuple) or not all(isinstance(size, int) for size in shape):
             raise TypeError(f"{where}.shapes(): {name} must be a tuple of ints, got {shape!r}.")
-    # In a trace these are numbers, too.
-    with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
-        _check_normal_form(variant, where, (d, k, r))
-
-
-def _check_normal_form(variant: Variant, where: str, sizes: tuple[int, int, int]) -> None:
-    d, k, r = sizes
-    W, *values = (
-        jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(d, k), *variant.shapes(d, k, r).values()])
-    )
-    arrays = dict(zip(variant.names(), values, strict=True))
-    forms = [give(W, 0.5, **arrays) for give in (variant.normal_form, variant.exact_normal_form)]
-    for form in forms:
-        if form is not None:
-            check_form(form, (d, k), where)
-    formula = variant.kernel(W, 0.5, **arrays)
-    if jnp.shape(formula) != (d, k):
-        raise ValueError(f"{where}.kernel(): for a kernel {(d, k)} it gives {jnp.shape(formula)}.")
-    for form in forms:
-        if form is None:
-            continue
-        adapted = W if form.L is None else W + 0.5 * form.L @ form.R
-        adapted = adapted if form.a is None else form.a[None, :] * adapted
-        if not jnp.allclose(adapted, formula, rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"{where}: normal_form() gives another W' than kernel(): for random numbers they "
-                f"differ by up to {float(jnp.abs(adapted - formula).max()):.2g}."
-            )
 
 
 def check_start(variant: Variant, rule: Rule) -> None:
@@ -159,18 +122,68 @@ def check_start(variant: Variant, rule: Rule) -> None:
     d, k, r = sizes_of_any_kernel(variant)
     rule = copy.copy(rule)
     object.__setattr__(rule, "rank", r)
+    # In a trace these are numbers, too.
     with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
         W = jax.random.normal(jax.random.key(0), (d, k))
         arrays = variant.init(jax.random.key(1), W, rule)
         check_arrays(variant, arrays, variant.shapes(d, k, r))
+        arrays = {name: jnp.asarray(array, W.dtype) for name, array in arrays.items()}
+        for give in (variant.normal_form, variant.exact_normal_form):
+            if (form := give(W, rule.scale, **arrays)) is not None:
+                check_form(form, (d, k), where)
         base = variant.base(W, rule.scale, **arrays)
         start = variant.kernel(base, rule.scale, **arrays)
+        if jnp.shape(start) != (d, k):
+            raise ValueError(f"{where}.kernel(): for a kernel {(d, k)} it gives {start.shape}.")
         if not jnp.allclose(start, W, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"{where}: at the start W' is not W, for random numbers they differ by up to "
                 f"{float(jnp.abs(start - W).max()):.2g}. Let init() give arrays that change "
                 f"nothing, or let base() take from W what they add."
             )
+        # Near the start, as elsewhere there may be no W': of the logarithm of a negative number.
+        names = enumerate(sorted(arrays))
+        near = {
+            name: arrays[name] + 0.1 * jax.random.normal(jax.random.key(i), arrays[name].shape)
+            for i, name in names
+        }
+        _check_normal_forms(variant, where, W, rule.scale, near)
+        _check_traced_scale(variant, where, W, near)
+
+
+def _check_normal_forms(
+    variant: Variant, where: str, W: chex.Array, s: float, arrays: dict[str, chex.Array]
+) -> None:
+    """Raises an error if a normal form is not one, or gives another ``W'`` than the formula."""
+    formula = variant.kernel(W, s, **arrays)
+    for give in (variant.normal_form, variant.exact_normal_form):
+        form = give(W, s, **arrays)
+        if form is None:
+            continue
+        adapted = W if form.L is None else W + s * form.L @ form.R
+        adapted = adapted if form.a is None else form.a[None, :] * adapted
+        if not jnp.allclose(adapted, formula, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"{where}: normal_form() gives another W' than kernel(): for random numbers they "
+                f"differ by up to {float(jnp.abs(adapted - formula).max()):.2g}."
+            )
+
+
+def _check_traced_scale(
+    variant: Variant, where: str, W: chex.Array, arrays: dict[str, chex.Array]
+) -> None:
+    """Raises ValueError if ``s`` must be a number of Python: in a stack it may be an array."""
+
+    def both(s: chex.Array) -> Any:
+        return variant.normal_form(W, s, **arrays), variant.kernel(W, s, **arrays)
+
+    try:
+        jax.eval_shape(both, 1.0)
+    except (TypeError, jax.errors.JAXTypeError) as error:
+        raise ValueError(
+            f"{where}: its functions cannot take the scale s as an array, which it is in a stack "
+            f"of adapters of several scales. Compute with jax.numpy, and do not branch on s."
+        ) from error
 
 
 def check_arrays(variant: Variant, arrays: Any, expected: dict[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,9 @@ from lora_jax.core.variants._dora import DoRA
 from lora_jax.core.variants._lora import LoRA
 from lora_jax.core.variants._variant import Variant
 
+# One object of each, so that to compare structures is to compare objects.
+_AS_THEY_ARE: dict[type[Variant], Variant] = {cls: cls() for cls in (LoRA, DoRA, CachedNorm)}
+
 V = TypeVar("V", bound=type[Variant])
 
 _VARIANTS: dict[str, type[Variant]] = {cls.name: cls for cls in (LoRA, DoRA, CachedNorm)}
@@ -58,6 +61,11 @@ def trained_variants() -> tuple[str, ...]:
     return tuple(sorted(name for name, cls in _VARIANTS.items() if cls is not CachedNorm))
 
 
+def is_registered(variant: Variant) -> bool:
+    """Whether the name of a variant is that of its class."""
+    return _VARIANTS.get(variant.name) is type(variant)
+
+
 def variant_of(variant: str | Variant, settings: Mapping[str, Any] | None = None) -> Variant:
     """The variant of a name; one that is given already, as it is.
 
@@ -76,6 +84,8 @@ def variant_of(variant: str | Variant, settings: Mapping[str, Any] | None = None
             f"has to be registered: lora_jax.register_variant(MyVariant)."
         )
     cls, settings = _VARIANTS[variant], settings or {}
+    if not settings and cls in _AS_THEY_ARE:
+        return _AS_THEY_ARE[cls]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(settings) - set(fields)):
         raise ValueError(f"variant {variant!r} has no setting {unknown[0]!r}.")
@@ -83,11 +93,8 @@ def variant_of(variant: str | Variant, settings: Mapping[str, Any] | None = None
         found = cls(**settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant!r}: {error}") from error
-    check_variant(found)
-    for name, value in settings.items():
-        default = fields[name].default
-        if default is not dataclasses.MISSING and type(value) is not type(default):
-            raise ValueError(
-                f"variant {variant!r}: {name} must be {type(default).__name__}, got {value!r}."
-            )
+    try:
+        check_variant(found)
+    except TypeError as error:
+        raise ValueError(f"variant {variant!r}: {error}") from error
     return found

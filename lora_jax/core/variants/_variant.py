@@ -201,6 +201,8 @@ class Variant(abc.ABC):
                 stacklevel=2,
             )
             return self.name == other
+        if self is other:
+            return True
         if type(self) is not type(other):
             return NotImplemented
         return self.settings() == other.settings()
