@@ -11,6 +11,7 @@ Nothing here knows a Flax module. From the ground up:
 - ``_model_axes.py``: the axes of all kernels of a model.
 - ``rules/``: what the user says, and which parameters it is for.
 - ``_node.py``: what every node of an adapter tree can do.
+- ``_array_node.py``: a node whose arrays are the leaves of its pytree.
 - ``_adapter.py``: the node of an adapted kernel: the arrays of its variant, and how they start.
 - ``_adapter_stack.py``: the node of several adapters of one kernel, and what each is.
 - ``_fully_trained.py``: the node of a leaf that is trained itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._deprecated import warn, warn_removed
+from lora_jax.core._array_node import ArrayNode
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._node import Node
 from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.rules._rule import Rule, scale
 from lora_jax.core.variants._apply_variant import of_matrices
@@ -31,7 +31,7 @@ _UNSET: Any = object()
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, init=False)
-class Adapter(Node):
+class Adapter(ArrayNode):
     """The trained arrays of one kernel, and what is static about them.
 
     A pytree: its leaves are the arrays of its variant, ``U`` and ``V`` for LoRA, with ``m`` for
@@ -128,38 +128,13 @@ class Adapter(Node):
         return new
 
     def __getattr__(self, name: str) -> Any:
-        arrays = self.__dict__.get("arrays", {})
-        if name in arrays:
-            return arrays[name]
-        if name == "m" and arrays:  # of LoRA
-            return None
         if name == "detach_norm" and "variant" in self.__dict__:
             warn("Adapter.detach_norm", "Adapter.variant.detach_norm")
             return getattr(self.variant, "detach_norm", False)
         if name in _OLD_NAMES:
             warn(f"Adapter.{name}", _OLD_NAMES[name])
             return getattr(self, _OLD_NAMES[name])
-        raise AttributeError(
-            f"an adapter of {self.__dict__.get('variant')} has no {name!r}; its arrays are "
-            f"{', '.join(arrays)}."
-        )
-
-    # --- a pytree ---
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Its arrays, and all else as its structure."""
-        children, names = children_of(self.arrays)
-        return children, (names, *(getattr(self, name) for name in _STATIC))
-
-    @classmethod
-    def tree_unflatten(cls, structure: Any, children: Any) -> Adapter:
-        """The inverse of :meth:`tree_flatten_with_keys`."""
-        names, *values = structure
-        new: Adapter = object.__new__(cls)
-        object.__setattr__(new, "arrays", arrays_of(names, children))
-        for name, value in zip(_STATIC, values, strict=True):
-            object.__setattr__(new, name, value)
-        return new
+        return super().__getattr__(name)
 
     # --- what it means ---
 
@@ -362,27 +337,10 @@ class Adapter(Node):
         return all(found[name][stack_ndim:] == shape for name, shape in expected.items())
 
 
-def children_of(arrays: Mapping[str, Any]) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
-    """The children of a node in its pytree, with their keys; and their names.
-
-    Next to ``U`` and ``V`` alone there is an ``m`` that is ``None``, as in checkpoints of orbax
-    that an older version has written.
-    """
-    named = {**arrays, "m": None} if tuple(arrays) == ("U", "V") else arrays
-    return [(jax.tree_util.GetAttrKey(name), a) for name, a in named.items()], tuple(named)
-
-
-def arrays_of(names: Sequence[str], children: Iterable[Any]) -> dict[str, Any]:
-    """The arrays by their names, from the children of the pytree."""
-    arrays = dict(zip(names, children, strict=True))
-    if tuple(names) == ("U", "V", "m") and arrays["m"] is None:
-        del arrays["m"]
-    return arrays
-
-
 # Attributes that had other names.
 _OLD_NAMES = {"substitute": "materialize", "effective_kernel": "merge"}
 _STATIC = tuple(field.name for field in dataclasses.fields(Adapter) if field.name != "arrays")
+Adapter.STATIC = _STATIC
 
 
 def _set(adapter: Adapter, arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

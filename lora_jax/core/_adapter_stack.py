@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._adapter import Adapter, arrays_of, children_of, restored_arrays
+from lora_jax.core._adapter import Adapter, restored_arrays
+from lora_jax.core._array_node import ArrayNode
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._node import Node
 from lora_jax.core.rules._rule import scale
 from lora_jax.core.variants._cached_norm import CachedNorm
 from lora_jax.core.variants._dora import DoRA
@@ -67,7 +67,7 @@ def same(members: tuple[Member, ...]) -> tuple[Member, ...]:
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class AdapterStack(Node):
+class AdapterStack(ArrayNode):
     """Several adapters of one kernel, on an axis in front, as :func:`lora_jax.stack` makes them.
 
     A pytree, whose leaves are the arrays that are trained. Each member computes and trains as it
@@ -90,25 +90,6 @@ class AdapterStack(Node):
     materialize: bool
     untied: bool
     base_hash: str | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        arrays = self.__dict__.get("arrays", {})
-        if name in arrays:
-            return arrays[name]
-        if name == "m" and arrays:  # of LoRA
-            return None
-        raise AttributeError(f"a stack of adapters has no {name!r}.")
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Its arrays, and all else as its structure."""
-        children, names = children_of(self.arrays)
-        return children, (names, *(getattr(self, name) for name in _STATIC))
-
-    @classmethod
-    def tree_unflatten(cls, structure: Any, children: Any) -> AdapterStack:
-        """The inverse of :meth:`tree_flatten_with_keys`."""
-        names, *static = structure
-        return cls(arrays_of(names, children), *static)
 
     def replace(self, **changes: Any) -> AdapterStack:
         """A copy with other arrays or other fields."""
@@ -318,6 +299,7 @@ class AdapterStack(Node):
 
 
 _STATIC = tuple(f.name for f in dataclasses.fields(AdapterStack) if f.name != "arrays")
+AdapterStack.STATIC = _STATIC
 
 
 def stack_of(adapter: Adapter) -> AdapterStack:
