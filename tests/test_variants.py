@@ -344,6 +344,41 @@ def test_arrays_of_three_axes_under_scan():
     assert relative_error(got, case.model.apply({"params": merged}, x)) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes are not complete")
+def test_in_a_mesh_with_explicit_axes():
+    trees = [made(EVERY.get(v, v), i, alpha=1.0 + i)[1] for i, v in enumerate(("dora", *PROOFS))]
+    stacked, ids = lora_jax.stack(trees), jnp.arange(4)
+
+    def loss(stacked, params, x, ids):
+        y = apply(params, stacked, x, adapter_ids=ids)
+        return jnp.sum(jnp.sin(y)), y
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    expected, y = gradient(stacked, PARAMS, X, ids)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+
+    def put(array, *spec):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.device_put(array, sharding)
+
+    with jax.set_mesh(mesh):
+        params = {
+            "layers_0": {
+                "kernel": put(PARAMS["layers_0"]["kernel"], None, "model"),
+                "bias": put(PARAMS["layers_0"]["bias"], "model"),
+            },
+            "layers_2": jax.tree.map(lambda x: put(x, *(None,) * x.ndim), PARAMS["layers_2"]),
+        }
+        x = put(X, "data", None)
+        got, y_ = gradient(stacked, params, x, put(ids, "data"))
+        assert relative_error(np.asarray(y_), y) < 1e-5
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert relative_error(np.asarray(one), other) < 1e-4
+        alone = jax.jit(lambda params, x, i: apply(params, stacked, x, adapter_ids=i))
+        assert relative_error(np.asarray(alone(params, x, jnp.int32(2)))[2], y[2]) < 1e-5
+
+
 # --- what is refused ---
 
 

@@ -474,7 +474,7 @@ def as_version_1(product):
     def change(index):
         index["version"] = 1
         for entry in index["adapters"].values():
-            settings = entry.pop("settings")
+            settings, _ = entry.pop("settings"), entry.pop("changes_base")
             entry |= {"detach_norm": settings.get("detach_norm", False), "product": product}
 
     return change
@@ -513,7 +513,10 @@ JOIN_AXES = {"inputs": [0, 1], "outputs": [2], "stacks": []}
         (set_in(*JOIN, "alpha", 1), "'alpha' must be float"),
         (set_in(*JOIN, "variant", "x"), "no variant 'x'"),
         (set_in(*JOIN, "variant", "lora"), "variant 'lora' has no setting 'detach_norm'"),
-        (set_in(*JOIN, "settings", {"detach_norm": 1}), "detach_norm must be bool, got 1"),
+        (
+            set_in(*JOIN, "settings", {"detach_norm": 1}),
+            "detach_norm must be bool, as its default is, got 1",
+        ),
         (set_in(*JOIN, "settings", []), "'settings' must be dict"),
         (as_version_1("x"), "product must be one of"),
         (set_in(*JOIN, "axes", {}), "axes must have"),

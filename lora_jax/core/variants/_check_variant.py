@@ -27,12 +27,12 @@ _NOT_A_SETTING = (
 RESERVED = frozenset(
     re.findall(
         r"\w+",
-        "W s self key rule alpha alone arrays arrays_at arrays_of as_leaf as_parameter "
+        "STATIC W s self key rule alpha alone arrays arrays_at arrays_of as_leaf as_parameter "
         "axes base_hash changes_base check check_alone check_arrays check_combines "
         "check_factors check_fits check_merges check_stacks count detach_norm dropout "
         "effective_kernel in_base in_layer kind materialize matrix_ndims matrix_sizes "
         "member members merge merged_dtype ndim one product rank replace rslora scale "
-        "shapes stack_ndim substitute tree_flatten_with_keys tree_unflatten untied "
+        "shapes stack_ndim substitute tree_flatten tree_flatten_with_keys tree_unflatten untied "
         "variant ",
     )
 )
