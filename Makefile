@@ -55,7 +55,7 @@ serve: $(VENV)/.examples $(VENV)/.smollm2
 	$(BIN)/python -m examples.serve $(ARGS)
 
 test: $(VENV)/.dev
-	@echo "the tests and doctests: about five minutes on two cores; 'make test-quick' takes one"
+	@echo "the tests and doctests: about six minutes on two cores; 'make test-quick' takes one"
 	$(BIN)/python -m pytest --numprocesses 2
 
 # The mathematics, the trees, and how a model is called.
