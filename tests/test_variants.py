@@ -43,8 +43,8 @@ def trained_like(adapters, seed=3):
     return jax.tree.map(lambda a, b: a + b, adapters, noise)
 
 
-QUICK = ("Embed, tied", "attention", "ConvTranspose", "bfloat16 compute")
-WITH_ALL = ("compact", "scan, axis 1")
+QUICK = ("scan, axis 1", "Embed, tied", "attention", "ConvTranspose", "bfloat16 compute")
+WITH_ALL = ("compact",)
 
 
 def of_every_layer():
@@ -227,7 +227,10 @@ def test_mixed_in_one_batch():
 @pytest.mark.parametrize(
     # With an epsilon that is above rounding errors, of which Adam would make steps.
     "optimizer",
-    [optax.adamw(1e-2, eps=1e-2, weight_decay=0.1), optax.sgd(1e-3, 0.9)],
+    [
+        optax.adamw(1e-2, eps=1e-2, weight_decay=0.1),
+        pytest.param(optax.sgd(1e-3, 0.9), marks=pytest.mark.slow),
+    ],
 )
 def test_each_takes_the_steps_that_it_takes_alone(optimizer):
     """In a mixed batch, whatever the variants, scales and ranks of the others."""
@@ -626,7 +629,12 @@ class OfAnyShape(IA3):
 
 @pytest.mark.parametrize(
     "variant",
-    [Tanh(), Logarithmic(), ByShape(), Gated(), Root(), OfAnyShape()],
+    [
+        Tanh(),
+        Logarithmic(),
+        Gated(),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in (ByShape(), Root(), OfAnyShape())),
+    ],
     ids=lambda v: v.name,
 )
 def test_every_way_is_that_of_the_formula(variant):
