@@ -66,7 +66,7 @@ def test_every_layer(name, variant):
         jax.random.key(2), case.model, variables, lora_jax.LoraConfig([rule]), x
     )
     rest = {name: tree for name, tree in variables.items() if name != "params"}
-    tolerance = 1e-4 if case.exact else 4e-2
+    tolerance = 1e-4 if case.exact else 8e-2  # merged kernels are rounded to 16 bits
 
     @jax.jit
     def adapted(adapters, x):
