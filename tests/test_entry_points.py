@@ -240,7 +240,7 @@ WRONG_ADAPTERS = {
     "no m": (nodes(dense_kernel=DORA.replace(m=None)), ["'dense/kernel' is of variant", "no m"]),
     "an m": (
         nodes(dense_kernel=LORA.replace(m=array(4))),
-        ["'dense/kernel' is of variant", "an m"],
+        ["'dense/kernel' is of variant", "also has .m."],
     ),
     "no array": (nodes(head_kernel="W"), ["'head/kernel'"]),
 }

@@ -48,7 +48,8 @@ class Adapter(ArrayNode):
       rank: ``r``.
       alpha: numerator of the scale.
       rslora: whether the scale is ``alpha / sqrt(r)``.
-      dropout: probability of dropping an input of the factors in training.
+      dropout: probability of dropping an input of the factors in training. (In the layers of a
+        mixed batch one for each adapter; ``None`` where it is not known which one it is.)
       axes: how the kernel is a matrix.
       materialize: whether ``W'`` stands in place of the parameter itself.
       untied: whether other readers of the parameter keep the base.
@@ -154,22 +155,11 @@ class Adapter(ArrayNode):
         return self.variant.changes_base or self.base_hash is not None
 
     @property
-    def in_layer(self) -> bool:
-        """Whether its layer computes with it, and not with ``W'`` in the place of the kernel."""
-        return not self.materialize
-
-    @property
     def count(self) -> int | None:
         """How many adapters are here, on the axis in front; ``None`` for one alone."""
-        for name, axes in self.matrix_ndims().items():
-            array = self.arrays[name]
-            return int(array.shape[0]) if array.ndim == self.stack_ndim + axes + 1 else None
-        return None
-
-    @property
-    def stack_ndim(self) -> int:
-        """How many axes stack the kernels: those of a scan, and one for parts of a fused kernel."""
-        return len(self.axes.batch) + (self.axes.fused > 1)
+        name, ndim = next(iter(self.matrix_ndims().items()))
+        array = self.arrays[name]
+        return int(array.shape[0]) if array.ndim == self.stack_ndim + ndim + 1 else None
 
     def matrix_ndims(self) -> dict[str, int]:
         """How many axes each array has for one matrix."""
@@ -215,8 +205,8 @@ class Adapter(ArrayNode):
             )
         if more := [name for name in self.arrays if name not in names]:
             raise ValueError(
-                f"The adapter for {path!r} is of variant {self.kind!r}, but has an {more[0]}. Was "
-                f"it saved with another variant?"
+                f"The adapter for {path!r} is of variant {self.kind!r}, but also has {more[0]!r}. "
+                f"Was it saved with another variant?"
             )
 
     def check_fits(

@@ -51,6 +51,21 @@ class Member(NamedTuple):
         """``s`` of ``W + s U V``."""
         return scale(self.rank, self.alpha, self.rslora)
 
+    @classmethod
+    def of(cls, adapter: Adapter) -> Member:
+        """What is static about an adapter, or about each of several that are alike."""
+        ndims = adapter.matrix_ndims()
+        shapes = {n: tuple(np.shape(a)[np.ndim(a) - ndims[n] :]) for n, a in adapter.arrays.items()}
+        return cls(
+            adapter.variant,
+            adapter.rank,
+            adapter.alpha,
+            adapter.rslora,
+            adapter.dropout,
+            adapter.axes.parts,
+            tuple(shapes.items()),
+        )
+
     def may_be_padded(self) -> bool:
         """Whether it computes the same with zeros behind the columns of its own rank.
 
@@ -102,22 +117,11 @@ class AdapterStack(ArrayNode):
         return ", ".join(sorted({member.variant.name for member in self.members}))
 
     @property
-    def in_layer(self) -> bool:
-        """Whether its layer computes with it, and not with ``W'`` in the place of the kernel."""
-        return not self.materialize
-
-    @property
     def count(self) -> int | None:
         """How many adapters are here; ``None`` where one was taken, as inside of ``jax.vmap``."""
         name, ndim = next(iter(self.matrix_ndims().items()))
-        return (
-            len(self.members) if np.ndim(self.arrays[name]) == self.stack_ndim + ndim + 1 else None
-        )
-
-    @property
-    def stack_ndim(self) -> int:
-        """How many axes stack the kernels: those of a scan, and one for parts of a fused kernel."""
-        return len(self.axes.batch) + (self.axes.fused > 1)
+        stacked = np.ndim(self.arrays[name]) == self.stack_ndim + ndim + 1
+        return len(self.members) if stacked else None
 
     def matrix_ndims(self) -> dict[str, int]:
         """How many axes each array has for one matrix."""
@@ -191,6 +195,12 @@ class AdapterStack(ArrayNode):
             base_hash=self.base_hash,
         )
 
+    def parts_of(self, member: Member) -> np.ndarray[Any, Any] | None:
+        """The places of a member's parts of fused kernels among all; ``None`` where it has all."""
+        if member.parts == self.axes.parts:
+            return None
+        return np.array([self.axes.parts.index(part) for part in member.parts])
+
     def arrays_at(self, index: chex.Array) -> dict[str, chex.Array]:
         """The arrays of the member at an index that may be traced, padded as they are."""
         return {name: jnp.take(a, index, axis=0, mode="clip") for name, a in self.arrays.items()}
@@ -211,10 +221,7 @@ class AdapterStack(ArrayNode):
 
     def _cut(self, arrays: Mapping[str, Any], member: Member) -> dict[str, Any]:
         """Arrays without what a member does not have: other parts, and what is behind its rank."""
-        parts = None
-        if member.parts != self.axes.parts:
-            parts = np.array([self.axes.parts.index(part) for part in member.parts])
-        out = {}
+        parts, out = self.parts_of(member), {}
         for name, shape in member.shapes:
             array = arrays[name]
             lead = array.ndim - len(shape)
@@ -304,20 +311,9 @@ AdapterStack.STATIC = _STATIC
 
 def stack_of(adapter: Adapter) -> AdapterStack:
     """Adapters that are alike, on an axis in front, as a stack that says so."""
-    ndims = adapter.matrix_ndims()
-    shapes = {name: tuple(a.shape[a.ndim - ndims[name] :]) for name, a in adapter.arrays.items()}
-    member = Member(
-        adapter.variant,
-        adapter.rank,
-        adapter.alpha,
-        adapter.rslora,
-        adapter.dropout,
-        adapter.axes.parts,
-        tuple(shapes.items()),
-    )
     count = adapter.count
     assert count is not None
-    members = same((member,) * count)
+    members = same((Member.of(adapter),) * count)
     settings = adapter.materialize, adapter.untied, adapter.base_hash
     return AdapterStack(adapter.arrays, members, adapter.axes, *settings)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 
+from lora_jax.core._axes import KernelAxes
 from lora_jax.core._node import Node
 
 
@@ -18,11 +19,25 @@ class ArrayNode(Node):
 
     Attributes:
       arrays: the arrays by their names, also as attributes.
+      axes: how the kernel is a matrix.
+      materialize: whether ``W'`` stands in place of the parameter itself.
       STATIC: the names of its other fields.
     """
 
     STATIC: ClassVar[tuple[str, ...]]
     arrays: Mapping[str, Any]
+    axes: KernelAxes
+    materialize: bool
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether its layer computes with it, and not with ``W'`` in the place of the kernel."""
+        return not self.materialize
+
+    @property
+    def stack_ndim(self) -> int:
+        """How many axes stack the kernels: those of a scan, and one for parts of a fused kernel."""
+        return len(self.axes.batch) + (self.axes.fused > 1)
 
     def __getattr__(self, name: str) -> Any:
         arrays = self.__dict__.get("arrays", {})

@@ -86,25 +86,11 @@ def stack_adapters(path: str, nodes: Sequence[Adapter | None]) -> AdapterStack:
         arrays[name] = stack_arrays(*(zeros if array is None else next(rest) for array in own))
     return AdapterStack(
         arrays,
-        same(tuple(_absent(axes.parts) if node is None else _member(node) for node in nodes)),
+        same(tuple(_absent(axes.parts) if node is None else Member.of(node) for node in nodes)),
         axes,
         first.materialize,
         first.untied,
         first.base_hash,
-    )
-
-
-def _member(node: Adapter) -> Member:
-    ndims = node.matrix_ndims()
-    shapes = {n: tuple(np.shape(a)[np.ndim(a) - ndims[n] :]) for n, a in node.arrays.items()}
-    return Member(
-        node.variant,
-        node.rank,
-        node.alpha,
-        node.rslora,
-        node.dropout,
-        node.axes.parts,
-        tuple(shapes.items()),
     )
 
 

@@ -473,7 +473,10 @@ def test_adapters_saved_with_another_variant():
     frozen, lora = dense_case(model, x)
     _, dora = dense_case(model, x, variant="dora")
     for wrong, match in [
-        (lora["kernel"].replace(m=dora["kernel"].m), "'kernel' is of variant 'lora', but has an m"),
+        (
+            lora["kernel"].replace(m=dora["kernel"].m),
+            "'kernel' is of variant 'lora', but also has 'm'",
+        ),
         (dora["kernel"].replace(m=None), "'kernel' is of variant 'dora', but has no m"),
     ]:
         with pytest.raises(ValueError, match=match):

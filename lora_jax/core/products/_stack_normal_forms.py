@@ -132,8 +132,8 @@ def _group_form(
     stack: AdapterStack, which: tuple[int, ...], member: Member, W: chex.Array
 ) -> NormalForm:
     """The normal forms of members that are alike, ``(n, *stack, ...)``."""
-    if member.parts != stack.axes.parts:
-        W = W[..., np.array([stack.axes.parts.index(part) for part in member.parts]), :, :]
+    parts = stack.parts_of(member)
+    W = W if parts is None else W[..., parts, :, :]
     scales = [stack.members[i].scale for i in which]
     arrays = stack.arrays_of(which, member)
     if len(set(scales)) == 1:
@@ -147,8 +147,8 @@ def _put(
     stack: AdapterStack, whole: chex.Array, which: tuple[int, ...], member: Member, array: Any
 ) -> chex.Array:
     """The arrays of some members, and parts, in those of all."""
-    if member.parts != stack.axes.parts:
-        parts = np.array([stack.axes.parts.index(part) for part in member.parts])
+    parts = stack.parts_of(member)
+    if parts is not None:
         array = _with_parts(whole[np.array(which)], array, parts, stack.stack_ndim)
     if len(which) == len(stack.members):
         return jnp.asarray(array)
@@ -239,21 +239,19 @@ def _selected(kernel: chex.Array, stack: AdapterStack, id_: chex.Array) -> dict[
         own, first = np.isin(np.arange(count), which), which[0]
         is_own = jnp.take(jnp.array(own), id_, mode="clip")
         at = jnp.where(is_own, id_, first)
-        part = None
-        if member.parts != stack.axes.parts:
-            part = np.array([stack.axes.parts.index(p) for p in member.parts])
+        parts = stack.parts_of(member)
         scales = jnp.array([m.scale for m in stack.members], W.dtype)
         s = jnp.take(scales, at, mode="clip")
         whole = {name: array[None] for name, array in stack.arrays_at(at).items()}
         one = stack.replace(arrays=whole, members=(member,))
         arrays = {name: array[0] for name, array in one.arrays_of((0,), member).items()}
-        form = low_rank_form(member.variant, W if part is None else W[..., part, :, :], s, arrays)
+        form = low_rank_form(member.variant, W if parts is None else W[..., parts, :, :], s, arrays)
         new = {"U": _padded(s * form.L, -1, q), "V": _padded(form.R, -2, q)}
         if form.a is not None:
             new["m"] = form.a
         for name, array in new.items():
-            if part is not None:
-                array = _with_parts(out[name], array, part, len(lead) - 1)
+            if parts is not None:
+                array = _with_parts(out[name], array, parts, len(lead) - 1)
             out[name] = jnp.where(is_own, array, out[name])
     unknown = nan_where((id_ < 0) | (id_ >= count)).astype(W.dtype)
     return {name: array + unknown for name, array in out.items()}

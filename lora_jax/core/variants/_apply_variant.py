@@ -113,8 +113,8 @@ def low_rank_form(
       exact: whether it is computed once, and no digits shall be lost.
 
     Returns:
-      The normal form, whose ``L`` and ``R`` are not ``None``; without one of its own the scale
-      ``s`` is in it, and ``s`` of the normal form is 1.
+      The normal form, whose ``L`` and ``R`` are not ``None``: ``W' = a (W + s L R)`` also where it
+      is made of ``W' - W``.
     """
     function = variant.exact_normal_form if exact else variant.normal_form
     form: NormalForm | None = of_matrices(variant, function, W, s, arrays)

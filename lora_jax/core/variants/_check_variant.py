@@ -31,7 +31,7 @@ RESERVED = frozenset(
         "axes base_hash changes_base check check_alone check_arrays check_combines "
         "check_factors check_fits check_merges check_stacks count detach_norm dropout "
         "effective_kernel in_base in_layer kind materialize matrix_ndims matrix_sizes "
-        "member members merge merged_dtype ndim one product rank replace rslora scale "
+        "member members merge merged_dtype ndim one parts_of product rank replace rslora scale "
         "shapes stack_ndim substitute tree_flatten tree_flatten_with_keys tree_unflatten untied "
         "variant ",
     )
@@ -78,13 +78,14 @@ def check_variant(variant: Variant) -> None:
     where = type(variant).__name__
     if more := sorted(set(vars(variant)) - set(variant.settings())):
         raise TypeError(_NOT_A_SETTING.format(where, more[0]))
-    for setting, value in variant.settings().items():
+    for field in dataclasses.fields(variant):
+        setting, value = field.name, getattr(variant, field.name)
         if not isinstance(value, bool | int | float | str):
             raise TypeError(
                 f"{where}: the setting {setting} must be a number, a string or a bool, to be in "
                 f"files; got {value!r}."
             )
-        default = type(variant).__dataclass_fields__[setting].default
+        default = field.default
         if default is not dataclasses.MISSING and type(value) is not type(default):
             raise TypeError(
                 f"{where}: {setting} must be {type(default).__name__}, as its default is, got "

@@ -23,8 +23,8 @@ _VARIANTS: dict[str, type[Variant]] = {cls.name: cls for cls in (LoRA, DoRA, Cac
 def register_variant(cls: V) -> V:
     """Makes a variant known by its name: to rules, and to :func:`lora_jax.load`.
 
-    A decorator for the class. Without it a rule takes an instance, and the adapters can be saved,
-    but whoever loads them has to register the class before.
+    A decorator for the class. Without it a rule takes an instance, and everything works but saving:
+    whoever loads an adapter must have registered the class of its variant.
 
     Args:
       cls: the class.
