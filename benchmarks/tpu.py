@@ -7,15 +7,12 @@ noise: arithmetic, bytes that are accessed, memory. These are not measured times
     python -m benchmarks.tpu --topologies v5p:2x2x1 v6e:2x2 --contenders floor full lora dora
 """
 
-import contextlib
 import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -60,13 +57,6 @@ class Options:
     """Where results go; others that are there already stay."""
 
 
-@contextlib.contextmanager
-def as_on_a_tpu() -> Iterator[None]:
-    """The library chooses as it would where the TPU is the default backend."""
-    with mock.patch("jax.default_backend", return_value="tpu"):
-        yield
-
-
 def count(contender: str, case: Case, topology: str) -> dict[str, float]:
     """Costs of a compiled step of AdamW on one chip."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -82,8 +72,7 @@ def count(contender: str, case: Case, topology: str) -> dict[str, float]:
     args = problem.trained, jax.eval_shape(tx.init, problem.trained), problem.frozen
     batch = tuple(map(jnp.asarray, data.batch(case)))
     begin = time.perf_counter()
-    with as_on_a_tpu():
-        lowered = train_step.lower(*map(abstract, (*args, batch)))
+    lowered = train_step.lower(*map(abstract, (*args, batch)))
     compiled = lowered.compile()
     found = {k: v for k, v in costs(compiled, lowered).items() if k != "traced_flops"}
     found["estimated_cycles"] = estimated_cycles(compiled.as_text())

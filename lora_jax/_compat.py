@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import chex
@@ -20,6 +20,7 @@ import flax.core.scope
 import flax.linen as nn
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 
 # --- arrays without a value ---
 
@@ -72,6 +73,88 @@ def defined_barrier() -> Callable[[chex.Array], chex.Array]:
 
 
 barrier = defined_barrier()
+
+# --- a product with its own forms for platforms ---
+
+
+def defined_bilinear(
+    product: Callable[..., chex.Array], by_platform: Mapping[str, Callable[..., chex.Array]]
+) -> Callable[..., chex.Array]:
+    """``product(A, W)``, whose derivatives are products of the same kind.
+
+    Of matrices ``(*batch, q, n)`` and ``(*batch, n, k)`` it makes ``(*batch, q, k)``, in the dtype
+    of ``A``; with ``transposed=True`` ``W`` is ``(*batch, k, n)``. It must be linear in each of
+    them but for rounding, and is differentiated as if it were ``A W``.
+
+    Why: rounding hides from JAX that a function is linear. What it has in public for a function
+    with a transpose of its own cannot be differentiated forwards, or not be mapped.
+    Gone: ``A W`` in the dtype of ``A``, the same numbers from a wide copy of ``W``.
+
+    Args:
+      product: ``(A, W, transposed)``, on any platform.
+      by_platform: the same for platforms that it is another one on.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> product = defined_bilinear(wide_product, {})
+      >>> product(jnp.ones((1, 2)), jnp.ones((2, 3), jnp.bfloat16))
+      Array([[2., 2., 2.]], dtype=float32)
+    """
+    try:
+        from jax.interpreters import ad, batching, mlir
+
+        p = jax.extend.core.Primitive("lora_jax_product")
+
+        def abstract(A: Any, W: Any, transposed: bool) -> Any:
+            return A.update(shape=(*A.shape[:-1], W.shape[-2 if transposed else -1]))
+
+        def batched(args: Any, axes: Any, transposed: bool) -> Any:
+            (A, W), (in_A, in_W) = args, axes
+            if in_W is None:  # more rows of A
+                A = jnp.moveaxis(A, in_A, -3)
+                rows = jnp.reshape(A, (*A.shape[:-3], -1, A.shape[-1]))
+                out = p.bind(rows, W, transposed=transposed)
+                return jnp.reshape(out, (*A.shape[:-1], out.shape[-1])), out.ndim - 2
+            W = jnp.moveaxis(W, in_W, 0)
+            if in_A is None:
+                A = jnp.broadcast_to(A, (W.shape[0], *A.shape))
+            else:
+                A = jnp.moveaxis(A, in_A, 0)
+            return p.bind(A, W, transposed=transposed), 0
+
+        def of_A(g: Any, A: Any, W: Any, transposed: bool) -> Any:
+            return p.bind(g, W, transposed=not transposed)
+
+        def of_W(g: Any, A: Any, W: Any, transposed: bool) -> Any:
+            g = wide_product(A.swapaxes(-1, -2), g)
+            return (g.swapaxes(-1, -2) if transposed else g).astype(W.aval.dtype)
+
+        p.def_impl(jax.jit(product, static_argnames="transposed"))
+        p.def_abstract_eval(abstract)
+        ad.defbilinear(p, of_A, of_W)
+        batching.primitive_batchers[p] = batched
+        mlir.register_lowering(p, mlir.lower_fun(product, multiple_results=False))
+        for platform, form in by_platform.items():
+            lowering = mlir.lower_fun(form, multiple_results=False)
+            mlir.register_lowering(p, lowering, platform=platform)
+    except (AttributeError, ImportError, TypeError):
+        return wide_product
+
+    def bound(A: chex.Array, W: chex.Array, transposed: bool = False) -> chex.Array:
+        if getattr(jax.typeof(A), "vma", None) or getattr(jax.typeof(W), "vma", None):
+            return wide_product(A, W, transposed)  # inside shard_map, which the type says
+        out: chex.Array = p.bind(A, W, transposed=transposed)
+        return out
+
+    return bound
+
+
+def wide_product(A: chex.Array, W: chex.Array, transposed: bool = False) -> chex.Array:
+    """``A W`` at full precision, in the dtype of ``A``."""
+    W = W.astype(A.dtype)
+    W = W.swapaxes(-1, -2) if transposed else W
+    return jnp.matmul(A, W, precision=jax.lax.Precision.HIGHEST)
+
 
 # --- what jax.make_jaxpr gives ---
 

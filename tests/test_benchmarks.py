@@ -19,7 +19,6 @@ from benchmarks.many.process import PeftProcess
 from benchmarks.models import arrays, cases, data, linen
 from benchmarks.models.cases import CASES
 from benchmarks.running import files, stats, worker
-from lora_jax.core.products._skinny_matmul import on_cpu
 
 ENVIRONMENT = {
     "cpu": "a CPU",
@@ -226,13 +225,6 @@ def test_operations(tmp_path):
 def test_estimated_cycles_of_the_program_and_not_of_what_is_fused_in_it():
     line = 'fusion(), backend_config={"estimated_cycles":"%d"}\n'
     assert tpu.estimated_cycles(f"{line % 1}\nENTRY main {{\n{line % 20}{line % 300}}}") == 320
-
-
-def test_the_library_chooses_as_on_a_tpu():
-    assert on_cpu()
-    with tpu.as_on_a_tpu():
-        assert not on_cpu()
-    assert on_cpu()
 
 
 def test_report(tmp_path):

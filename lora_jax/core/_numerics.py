@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,15 @@ def magnitude_ratio(m: chex.Array, norm: chex.Array) -> chex.Array:
     return m / jnp.where(norm > 0, norm, 1)
 
 
+def not_zero(a: chex.Array) -> chex.Array:
+    """``a``, with ``1e-20`` in place of 0, with the same derivative: for what divides by it.
+
+    No result that ``a`` is multiplied with changes by it, as that is of the size of 1.
+    """
+    tiny = jnp.where(jnp.abs(a) < 1e-20, 1e-20 - a, 0)
+    return a + jax.lax.stop_gradient(tiny)
+
+
 def product(U: chex.Array, V: chex.Array) -> chex.Array:
     """``U V`` at full precision, whatever the accelerator's default for matrix products."""
     return jnp.matmul(U, V, precision=jax.lax.Precision.HIGHEST)
@@ -49,3 +60,9 @@ def along(a: chex.Array, y: chex.Array) -> chex.Array:
     Not left to broadcasting: users may have told JAX to refuse arrays of fewer axes.
     """
     return jnp.expand_dims(a, tuple(range(y.ndim - a.ndim)))
+
+
+def known_tangent(tangent: Any) -> Any:
+    """A tangent of a ``jax.custom_jvp`` with symbolic zeros, or ``None`` where it is zero."""
+    zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return None if zero or tangent is None else tangent

@@ -17,12 +17,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core._numerics import product
+from lora_jax.core._numerics import known_tangent, not_zero, product
 from lora_jax.core.products._einsum_equation import Equation
-from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, skinny_matmul
+from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, times_U
 
 
-@functools.partial(jax.jit, static_argnames=("equation", "s", "precision", "on_cpu"))
 def dense_product(
     x: chex.Array,
     W: chex.Array,
@@ -33,7 +32,7 @@ def dense_product(
     equation: Equation,
     s: float,
     precision: jax.lax.PrecisionLike,
-    on_cpu: bool,
+    platform: str,
 ) -> chex.Array:
     """``x K``, at full precision unless another one is asked for.
 
@@ -46,18 +45,17 @@ def dense_product(
       equation: of ``x``, the kernel and the result.
       s: the scale.
       precision: of the products.
-      on_cpu: whether it is a CPU that computes.
+      platform: that computes.
     """
     U, V = U.astype(W.dtype), None if V is None else V.astype(W.dtype)
-    if a is not None:  # Its gradient divides by it. 1e-20 in place of 0 changes no output.
-        tiny = jnp.where(jnp.abs(a) < 1e-20, 1e-20 - a, 0)
-        a = (a + jax.lax.stop_gradient(tiny)).astype(W.dtype)
+    if a is not None:  # its gradient divides by it
+        a = not_zero(a).astype(W.dtype)
     # Not all backends multiply float32 numbers as such unless they are told to.
     precision = jax.lax.Precision.HIGHEST if precision is None else precision
     if V is None:  # its gradient is of the size of the kernel whatever is done
         K = _times(a, equation.axes.as_matrix(W) + s * U)
         return equation.product(x, equation.axes.as_kernel(K, W.shape), precision)
-    return _dense(x, W, U, V, a, s, equation, precision, on_cpu)
+    return _dense(x, W, U, V, a, s, equation, precision, platform)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7, 8))
@@ -70,7 +68,7 @@ def _dense(
     s: float,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
-    on_cpu: bool,
+    platform: str,
 ) -> chex.Array:
     """``x K`` with ``K = a (W + s U V)``."""
     return equation.product(x, _kernel(W, U, V, a, s, equation), precision)
@@ -97,15 +95,15 @@ def _dense_jvp(
     s: float,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
-    on_cpu: bool,
+    platform: str,
     primals: Sequence[Any],
     tangents: Sequence[Any],
 ) -> tuple[chex.Array, chex.Array]:
     """The derivative, which JAX transposes to the gradient at the top of this file."""
     x, W, U, V, a = primals
-    dx, dW, dU, dV, da = (_known(t) for t in tangents)
-    y = _dense(x, W, U, V, a, s, equation, precision, on_cpu)
-    rows = merge_free_axes(equation.operand(x), len(equation.axes.batch), on_cpu)
+    dx, dW, dU, dV, da = map(known_tangent, tangents)
+    y = _dense(x, W, U, V, a, s, equation, precision, platform)
+    rows = merge_free_axes(equation.operand(x), len(equation.axes.batch), platform)
     terms, low_rank = [], []
     if dx is not None:
         K = _kernel(W, U, V, a, s, equation)
@@ -115,10 +113,10 @@ def _dense_jvp(
         dK = equation.axes.as_kernel(dK, W.shape)
         terms.append(equation.product(x, dK, precision))
     if dU is not None:
-        xdU = skinny_matmul(rows, dU, precision, on_cpu)
+        xdU = times_U(rows, dU, precision, platform=platform)
         low_rank.append(contract(xdU, _times(a, s * V), -2, precision))
     if dV is not None:
-        xU = skinny_matmul(rows, U, precision, on_cpu)
+        xU = times_U(rows, U, precision, platform=platform)
         low_rank.append(contract(xU, _times(a, s * dV), -2, precision))
     if low_rank:
         terms.append(equation.result(functools.reduce(jnp.add, low_rank)))
@@ -128,9 +126,3 @@ def _dense_jvp(
 
 
 _dense.defjvp(_dense_jvp, symbolic_zeros=True)
-
-
-def _known(tangent: Any) -> Any:
-    """The tangent, or ``None`` where it is zero."""
-    zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-    return None if zero or tangent is None else tangent

@@ -107,6 +107,11 @@ class Equation:
         """The kernel as a matrix, contracted with its outputs: ``x W^T``."""
         return dataclasses.replace(self.axes, inputs=self.axes.outputs, outputs=self.axes.inputs)
 
+    @functools.cached_property
+    def is_transposed(self) -> bool:
+        """Whether the contracted axes of the kernel are behind its outputs."""
+        return min(self.axes.inputs) > max(self.axes.outputs)
+
     def of_row(self, ndim: int) -> Equation:
         """The equation of one row: without the first axes of ``x``, which ``y`` has too."""
         y = "".join(c for c in self.y if c not in self.x[:ndim])

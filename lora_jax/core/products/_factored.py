@@ -19,23 +19,25 @@ convolution: ``U`` in the layout of the kernel is a kernel with ``r`` outputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._numerics import along, float32_or_more
+from lora_jax.core._numerics import along, float32_or_more, known_tangent, not_zero
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._layer_factors import LayerFactors
-from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, on_cpu, skinny_matmul
+from lora_jax.core.products._platform import by_platform
+from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, times_U, times_V
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
 
 
 # Under jax.jit, layers that are alike are traced, differentiated and transposed once.
-@functools.partial(jax.jit, static_argnames=("outer", "equation", "s", "precision", "on_cpu"))
+@functools.partial(jax.jit, static_argnames=("outer", "equation", "s", "precision", "from_result"))
 def factored_product(
     y: chex.Array,
     x: chex.Array,
@@ -47,8 +49,8 @@ def factored_product(
     equation: Equation,
     s: float,
     precision: jax.lax.PrecisionLike,
-    on_cpu: bool,
     mask: chex.Array | None = None,
+    from_result: bool = False,
 ) -> chex.Array:
     """``a (y + s (x U) V)``; with a mask ``(r,)``, ``a (y + s (mask (x U)) V)``.
 
@@ -62,27 +64,55 @@ def factored_product(
       equation: of ``x``, the kernel and ``y``.
       s: the scale.
       precision: of the products.
-      on_cpu: whether it is a CPU that computes.
       mask: of the columns of ``U``.
+      from_result: whether the gradient of ``a`` may divide the result by it.
     """
-    U = U.astype(x.dtype)
-    x = merge_free_axes(equation.operand(x), len(equation.axes.batch), on_cpu)
+    delta = functools.partial(_delta, outer=outer, equation=equation, s=s, precision=precision)
+    y = y + by_platform(delta, x, U, V, mask).astype(y.dtype)
+    return y if a is None else scaled(equation.on_y(a), y, from_result=from_result)
+
+
+def factored_on(
+    platform: str,
+    y: chex.Array,
+    x: chex.Array,
+    U: chex.Array,
+    V: chex.Array | None,
+    a: chex.Array | None,
+    *,
+    equation: Equation,
+    from_result: bool = False,
+    **static: Any,
+) -> chex.Array:
+    """:func:`factored_product` as it is on one platform."""
+    y = y + _delta(x, U, V, None, equation=equation, platform=platform, **static).astype(y.dtype)
+    return y if a is None else scaled(equation.on_y(a), y, from_result=from_result)
+
+
+def _delta(
+    x: chex.Array,
+    U: chex.Array,
+    V: chex.Array | None,
+    mask: chex.Array | None,
+    *,
+    outer: bool,
+    equation: Equation,
+    s: float,
+    precision: jax.lax.PrecisionLike,
+    platform: str,
+) -> chex.Array:
+    """``s (x U) V``, of the shape of ``x W``."""
+    dtype = x.dtype
+    x = merge_free_axes(equation.operand(x), len(equation.axes.batch), platform)
     if V is None:
-        y = y + equation.result(s * contract(x, U, -2, precision)).astype(y.dtype)
-        return y if a is None else scaled(equation.on_y(a), y)
-    V = V.astype(x.dtype)
-    xU = skinny_matmul(x, U, precision, on_cpu)
+        return equation.result(s * contract(x, U.astype(dtype), -2, precision))
+    # The scale is where it moves the fewest bytes, and is not rounded by itself.
+    U, V = U.astype(dtype), (s * V).astype(dtype)
+    form: dict[str, Any] = {"platform": platform, "W_is_transposed": equation.is_transposed}
+    xU = times_U(x, U, precision, **form)
     if mask is not None:
         xU = xU * along(mask, xU).astype(xU.dtype)
-    # The scale is where it moves the fewest bytes: that is how compilers fuse it.
-    if outer:
-        delta = _outer(s * xU, V, precision)
-    elif on_cpu:
-        delta = contract(s * xU, V, -2, precision)
-    else:
-        delta = s * contract(xU, V, -2, precision)
-    y = y + equation.result(delta).astype(y.dtype)
-    return y if a is None else scaled(equation.on_y(a), y)
+    return equation.result(_outer(xU, V, precision) if outer else times_V(xU, V, precision, **form))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -141,7 +171,9 @@ def factored_linear(
     if factors.V is None:
         delta = factors.s * linear(x, axes.as_kernel(U, W.shape))
         y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
-        return y if factors.a is None else scaled(factors.a, y)
+        return (
+            y if factors.a is None else scaled(factors.a, y, from_result=factors.product == "auto")
+        )
     V = factors.V.astype(W.dtype)
     rank = U.shape[-1]
     shape = [rank if axis == out else size for axis, size in enumerate(W.shape)]
@@ -166,12 +198,46 @@ def factored_linear(
         equation = f"...{batch}r,{batch}rk->...{batch}k"
         delta = jnp.einsum(equation, xU, V, precision=precision)
     else:
-        delta = contract(merge_free_axes(xU, 0, on_cpu()), V, -2, precision)
+        delta = by_platform(functools.partial(_rows_times_V, precision=precision), xU, V)
     y = y + jnp.reshape(delta, y.shape).astype(y.dtype)
-    return y if factors.a is None else scaled(factors.a, y)
+    return y if factors.a is None else scaled(factors.a, y, from_result=factors.product == "auto")
 
 
-def scaled(a: chex.Array, y: chex.Array) -> chex.Array:
-    """``a * y``, whose last axes ``a`` has. ``a`` is close to 1, and 1 in 16 bits: so not cast."""
-    dtype = float32_or_more(y.dtype)
-    return (along(a, y).astype(dtype) * y.astype(dtype)).astype(y.dtype)
+def _rows_times_V(
+    xU: chex.Array, V: chex.Array, *, precision: jax.lax.PrecisionLike, platform: str
+) -> chex.Array:
+    delta = times_V(merge_free_axes(xU, 0, platform), V, precision, platform=platform)
+    return jnp.reshape(delta, (*xU.shape[:-1], V.shape[-1]))
+
+
+def scaled(a: chex.Array, y: chex.Array, *, from_result: bool = False) -> chex.Array:
+    """``a * y``, whose last axes ``a`` has. ``a`` is close to 1, and 1 in 16 bits: so not cast.
+
+    Args:
+      a: one number for each output.
+      y: the product.
+      from_result: whether the gradient of ``a`` may divide the result by it. The model keeps the
+        result for its own gradient more often than not, and ``y`` need not be kept beside it.
+    """
+    a = along(a, y).astype(float32_or_more(y.dtype))
+    if from_result and y.dtype == jnp.bfloat16:
+        return _scaled(not_zero(a), y)
+    return (a * y.astype(a.dtype)).astype(y.dtype)
+
+
+@jax.custom_jvp
+def _scaled(a: chex.Array, y: chex.Array) -> chex.Array:
+    """``a y``, whose derivative is ``a dy + (a y) (da / a)``."""
+    return (a * y.astype(a.dtype)).astype(y.dtype)
+
+
+def _scaled_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[chex.Array, Any]:
+    (a, y), (da, dy) = primals, map(known_tangent, tangents)
+    out = _scaled(a, y)
+    terms = [] if dy is None else [_scaled(a, dy)]
+    if da is not None:
+        terms.append(_scaled(da / a, out))
+    return out, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(out)
+
+
+_scaled.defjvp(_scaled_jvp, symbolic_zeros=True)

@@ -21,7 +21,6 @@ from lora_jax.core.products._layer_factors import LayerFactors
 from lora_jax.core.products._product import refuse_product, transposed_factors
 from lora_jax.core.products._row_factors import gather_or_one_hot, ids_after, row_factors
 from lora_jax.core.products._row_ids import check_tokens, taken
-from lora_jax.core.products._skinny_matmul import on_cpu
 
 
 def mixed_einsum(
@@ -95,10 +94,10 @@ def mixed_einsum(
             a,
             mask=mask,
             outer=outer,
+            from_result=factors.product == "auto",
             equation=of_row,
             s=factors.s,
             precision=precision,
-            on_cpu=on_cpu(),
         )
 
     add = _by_row(product, how, in_y)

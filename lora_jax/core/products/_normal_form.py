@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
-from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.variants._apply_variant import Known, known, low_rank_form
 from lora_jax.core.variants._cached_norm import CachedNorm
 from lora_jax.core.variants._lora import LoRA
@@ -103,9 +102,7 @@ def _form(
     exact: bool,
 ) -> dict[str, chex.Array]:
     """``a``, and the factors where they are no arrays of the variant."""
-    W = axes.as_matrix(kernel)
-    W = W.astype(float32_or_more(W.dtype))
-    form = low_rank_form(variant, W, s, arrays, exact)
+    form = low_rank_form(variant, axes.as_matrix(kernel), s, arrays, exact)
     out = {} if form.a is None else {"m": form.a}
     return out if found.forwards else out | {"U": form.L, "V": form.R}
 

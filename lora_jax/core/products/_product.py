@@ -28,9 +28,15 @@ from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core.products._dense import dense_product
 from lora_jax.core.products._einsum_equation import Equation
-from lora_jax.core.products._factored import Product, factored_linear, factored_product, scaled
+from lora_jax.core.products._factored import (
+    Product,
+    factored_linear,
+    factored_on,
+    factored_product,
+    scaled,
+)
 from lora_jax.core.products._layer_factors import LayerFactors
-from lora_jax.core.products._skinny_matmul import on_cpu
+from lora_jax.core.products._platform import PLATFORMS, by_platform
 
 
 def adapted_einsum(
@@ -63,11 +69,18 @@ def adapted_einsum(
         "the adapter has dropout": dropped_x is not None,
     }
     U, V, a = factors.U, factors.V, factors.a
-    static = {"equation": equation, "s": factors.s, "precision": precision, "on_cpu": on_cpu()}
+    static: dict[str, Any] = {"equation": equation, "s": factors.s, "precision": precision}
+    by_choice = factors.product == "auto"
     dtype = min(x.dtype, W.dtype, key=lambda dtype: dtype.itemsize)
-    chosen = choose_product(factors, dtype, equation.rows, precision, reasons)
-    if chosen == "dense":
-        dense = functools.partial(dense_product, **static)
+    chosen = {
+        platform: choose_product(
+            factors, dtype, equation.rows, precision, reasons, platform=platform
+        )
+        for platform in PLATFORMS
+    }
+    dense_on = tuple(platform for platform in PLATFORMS if chosen[platform] == "dense")
+    if dense_on:
+        dense = functools.partial(_dense_on_some, dense_on=dense_on, **static)
         plain = functools.partial(equation.product, precision=precision)
         like = functools.partial(jax.eval_shape, plain, x, W)
         return left_to_compiler(dense, x, W, U, V, a, like=like)
@@ -82,8 +95,35 @@ def adapted_einsum(
             x, dropped_x = (left_to_compiler(scale, a, x, like=x) for x in (x, dropped_x))
             a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
-    factored = functools.partial(factored_product, outer=chosen == "outer", **static)
+    factored = functools.partial(
+        factored_product, outer="outer" in chosen.values(), from_result=by_choice, **static
+    )
     return left_to_compiler(factored, y, dropped_x, U, V, a, like=y)
+
+
+@functools.partial(jax.jit, static_argnames=("dense_on", "equation", "s", "precision"))
+def _dense_on_some(
+    x: chex.Array,
+    W: chex.Array,
+    U: chex.Array,
+    V: chex.Array | None,
+    a: chex.Array | None,
+    *,
+    dense_on: tuple[str, ...],
+    equation: Equation,
+    s: float,
+    precision: jax.lax.PrecisionLike,
+) -> chex.Array:
+    """The dense product on some platforms, and the factored one on the others."""
+    static: dict[str, Any] = {"equation": equation, "s": s, "precision": precision}
+
+    def form(x: Any, W: Any, U: Any, V: Any, a: Any, *, platform: str) -> chex.Array:
+        if platform in dense_on:
+            return dense_product(x, W, U, V, a, platform=platform, **static)
+        y = equation.product(x, W, precision)
+        return factored_on(platform, y, x, U, V, a, outer=False, **static)
+
+    return by_platform(form, x, W, U, V, a)
 
 
 def adapted_linear(
@@ -142,6 +182,8 @@ def choose_product(
     rows: int,
     precision: jax.lax.PrecisionLike = None,
     reasons: Mapping[str, bool] = types.MappingProxyType({}),
+    *,
+    platform: str,
 ) -> str:
     """How a product is computed: as the call says, or else by whichever is exact and faster.
 
@@ -151,6 +193,7 @@ def choose_product(
       rows: number of rows ``n`` of its input.
       precision: of its products.
       reasons: what would make a dense product impossible, and whether that is so.
+      platform: that computes.
 
     Returns:
       ``"factored"``, ``"outer"`` or ``"dense"``.
@@ -160,7 +203,7 @@ def choose_product(
 
     Example:
       >>> factors = LayerFactors(jnp.zeros((512, 8)), jnp.zeros((8, 512)), None, 1.0)
-      >>> choose_product(factors, jnp.bfloat16, rows=4096)
+      >>> choose_product(factors, jnp.bfloat16, rows=4096, platform="cpu")
       'factored'
     """
     if factors.product in ("factored", "outer"):
@@ -172,7 +215,7 @@ def choose_product(
         if not_dense:
             refuse_product(factors, not_dense[0])
         return factors.product
-    exact = on_cpu() or precision in _EXACT
+    exact = platform == "cpu" or precision in _EXACT
     # A symbolic number of rows, as jax.export has, is not an int and cannot be compared.
     many = factors.V is None or (isinstance(rows, int) and rows >= factors.U.shape[-2])
     return "dense" if exact and not not_dense and many else "factored"

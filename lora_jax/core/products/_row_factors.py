@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.products._row_ids import nan_where, presence, taken
-from lora_jax.core.products._skinny_matmul import on_cpu
 
 # In multiplications of one-hot, as measured on CPUs: what gather takes to copy a number, and for a
 # multiplication with one of the first FEW vectors of a row.
@@ -101,11 +100,15 @@ def ids_after(ids: chex.Array, x: chex.Array) -> chex.Array:
       >>> ids_after(jnp.array([2, -1]), jnp.array([jnp.nan, 1.0]))
       Array([ 2, -1], dtype=int32)
     """
-    if not on_cpu() or x.dtype.itemsize > 4 or 0 in x.shape:
+    if x.dtype.itemsize > 4 or 0 in x.shape:
         return ids
-    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     one = jax.lax.stop_gradient(x)[(0,) * x.ndim]
+    return jax.lax.platform_dependent(ids, one, cpu=_after, default=lambda ids, _: ids)
+
+
+def _after(ids: chex.Array, number: chex.Array) -> chex.Array:
+    bits = jnp.dtype(f"uint{8 * number.dtype.itemsize}")
     half = bits.type(4 * bits.itemsize)
-    number = jax.lax.bitcast_convert_type(one, bits)
+    number = jax.lax.bitcast_convert_type(number, bits)
     zero = jax.lax.shift_right_logical(jax.lax.shift_right_logical(number, half), half)
     return ids + zero.astype(ids.dtype)

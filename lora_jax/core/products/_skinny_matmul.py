@@ -1,8 +1,15 @@
-"""Matrix products with the thin factors ``U`` and ``V``, and what they need on CPUs.
+"""Matrix products with the thin factors ``U`` and ``V``, in the layout that a platform wants.
 
-A product with a factor costs little arithmetic, so its layout in memory decides what it costs. On
-CPUs XLA is helped in two places, by :func:`merge_free_axes` and :func:`skinny_matmul`; elsewhere
-the products are as they are written.
+A product with a factor costs little arithmetic, so its layout in memory decides what it costs, and
+what a compiler makes of it.
+
+**On CPUs** the gradient of ``U`` is ``(g^T x)^T`` and not ``x^T g``, which is four times slower, as
+it reads a large matrix by its columns; and ``x`` has one free axis, as XLA copies it where there
+are two axes to contract.
+
+**On GPUs** XLA joins products of the same array, ``x W`` and ``x U`` to ``x [W | U]``, and their
+gradients ``g W^T`` and ``g V^T`` likewise. To do so it writes ``W`` anew in every step. It joins
+only what contracts the same axes, so there a factor contracts other axes than ``W`` does.
 """
 
 from __future__ import annotations
@@ -14,34 +21,62 @@ import jax.numpy as jnp
 from lora_jax._compat import barrier
 
 
-def on_cpu() -> bool:
-    """Whether it is a CPU that computes."""
-    return jax.default_backend() == "cpu"
-
-
-def merge_free_axes(x: chex.Array, batch_ndim: int, on_cpu: bool) -> chex.Array:
+def merge_free_axes(x: chex.Array, batch_ndim: int, platform: str) -> chex.Array:
     """``(*batch, *free, d)`` as ``(*batch, n, d)`` on CPUs, elsewhere as it is.
 
-    On CPUs XLA copies ``x`` in the gradient of ``U`` if there are two axes to contract. On TPUs
-    the reshape is a copy, and in a mesh that shards two of the axes it gathers.
+    On TPUs the reshape may be a copy, and in a mesh that shards two of the axes it gathers.
     """
-    if x.ndim <= batch_ndim + 2 or not on_cpu:
+    if x.ndim <= batch_ndim + 2 or platform != "cpu":
         return x
     return jnp.reshape(x, (*x.shape[:batch_ndim], -1, x.shape[-1]))
 
 
-def skinny_matmul(
-    x: chex.Array, U: chex.Array, precision: jax.lax.PrecisionLike, on_cpu: bool
+def times_U(
+    x: chex.Array,
+    U: chex.Array,
+    precision: jax.lax.PrecisionLike,
+    *,
+    platform: str,
+    W_is_transposed: bool = False,
 ) -> chex.Array:
-    """``x U``, written so that on CPUs the gradient of ``U`` is ``(g^T x)^T`` and not ``x^T g``.
+    """``x U``, ``(*batch, *free, d), (*batch, d, r) -> (*batch, *free, r)``.
 
-    The second is four times slower there, as it reads a large matrix by its columns. XLA would
-    make it of the first, hence the barrier.
+    Args:
+      x: the input.
+      U: the left factor.
+      precision: of the product.
+      platform: that computes.
+      W_is_transposed: whether the product with ``W`` contracts its last axes.
     """
-    if not on_cpu or U.ndim > 2:
+    if platform == "cpu":
+        if U.ndim > 2:
+            return contract(x, U, -2, precision)
+        return contract(x, barrier(U.swapaxes(-1, -2)), -1, precision)
+    if platform != "gpu" or W_is_transposed:
         return contract(x, U, -2, precision)
-    Ut = barrier(U.swapaxes(-1, -2))
-    return contract(x, Ut, -1, precision)
+    return contract(x, jax.lax.optimization_barrier(U.swapaxes(-1, -2)), -1, precision)
+
+
+def times_V(
+    xU: chex.Array,
+    V: chex.Array,
+    precision: jax.lax.PrecisionLike,
+    *,
+    platform: str,
+    W_is_transposed: bool = False,
+) -> chex.Array:
+    """``(x U) V``, ``(*batch, *free, r), (*batch, r, k) -> (*batch, *free, k)``.
+
+    Args:
+      xU: the input times the left factor.
+      V: the right factor.
+      precision: of the product.
+      platform: that computes.
+      W_is_transposed: whether the product with ``W`` contracts its last axes.
+    """
+    if platform != "gpu" or W_is_transposed:
+        return contract(xU, V, -2, precision)
+    return contract(xU, jax.lax.optimization_barrier(V.swapaxes(-1, -2)), -1, precision)
 
 
 def contract(

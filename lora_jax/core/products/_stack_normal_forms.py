@@ -99,21 +99,21 @@ def _stack_form(
     """Those of ``a``, ``L`` and ``R`` that have to be computed, ``(n, *stack, ...)``."""
     groups, count = _groups(stack, kernel.shape), len(stack.members)
     W = stack.axes.as_matrix(kernel)
-    W = W.astype(float32_or_more(W.dtype))
+    wide = float32_or_more(W.dtype)
     *lead, d, k = W.shape
     forwarded, fold = _forwarded(stack, groups), _one_scale(stack) is None
     q = max(group.known.width for group in groups) or 1
     factors = "U" in names
     out: dict[str, Any] = {}
     if "m" in names:
-        out["m"] = jnp.ones((count, *lead, k), W.dtype)
+        out["m"] = jnp.ones((count, *lead, k), wide)
     if factors and forwarded is not None:
         out |= {"U": stack.arrays[forwarded[0]], "V": stack.arrays[forwarded[1]]}
         scales = jnp.array([member.scale for member in stack.members], out["U"].dtype)
         out["U"] = out["U"] * jnp.reshape(scales, (count, *(1,) * (out["U"].ndim - 1)))
     elif factors:
-        out |= {"U": jnp.zeros((count, *lead, d, q), W.dtype)}
-        out |= {"V": jnp.zeros((count, *lead, q, k), W.dtype)}
+        out |= {"U": jnp.zeros((count, *lead, d, q), wide)}
+        out |= {"V": jnp.zeros((count, *lead, q, k), wide)}
     for which, member, found in groups:
         if not (found.has_a or (factors and forwarded is None)):
             continue
@@ -121,7 +121,7 @@ def _stack_form(
         if form.a is not None:
             out["m"] = _put(stack, out["m"], which, member, form.a)
         if factors and forwarded is None:
-            s = jnp.array([stack.members[i].scale if fold else 1.0 for i in which], W.dtype)
+            s = jnp.array([stack.members[i].scale if fold else 1.0 for i in which], wide)
             L = form.L * jnp.reshape(s, (len(which), *(1,) * (form.L.ndim - 1))) if fold else form.L
             out["U"] = _put(stack, out["U"], which, member, _padded(L, -1, q))
             out["V"] = _put(stack, out["V"], which, member, _padded(form.R, -2, q))
@@ -140,7 +140,7 @@ def _group_form(
         form = functools.partial(low_rank_form, member.variant, W, scales[0])
         return jax.vmap(form)(arrays)
     form = functools.partial(low_rank_form, member.variant, W)
-    return jax.vmap(form)(jnp.array(scales, W.dtype), arrays)
+    return jax.vmap(form)(jnp.array(scales, float32_or_more(W.dtype)), arrays)
 
 
 def _put(
@@ -229,18 +229,18 @@ def _selected(kernel: chex.Array, stack: AdapterStack, id_: chex.Array) -> dict[
     """``a``, ``s L`` and ``R`` of one member: each group computes those of one of its own."""
     groups, count = _groups(stack, kernel.shape), len(stack.members)
     W = stack.axes.as_matrix(kernel)
-    W = W.astype(float32_or_more(W.dtype))
+    wide = float32_or_more(W.dtype)
     *lead, d, k = W.shape
     q = max(group.known.width for group in groups) or 1
-    out = {"U": jnp.zeros((*lead, d, q), W.dtype), "V": jnp.zeros((*lead, q, k), W.dtype)}
+    out = {"U": jnp.zeros((*lead, d, q), wide), "V": jnp.zeros((*lead, q, k), wide)}
     if any(group.known.has_a for group in groups):
-        out["m"] = jnp.ones((*lead, k), W.dtype)
+        out["m"] = jnp.ones((*lead, k), wide)
     for which, member, _ in groups:
         own, first = np.isin(np.arange(count), which), which[0]
         is_own = jnp.take(jnp.array(own), id_, mode="clip")
         at = jnp.where(is_own, id_, first)
         parts = stack.parts_of(member)
-        scales = jnp.array([m.scale for m in stack.members], W.dtype)
+        scales = jnp.array([m.scale for m in stack.members], wide)
         s = jnp.take(scales, at, mode="clip")
         whole = {name: array[None] for name, array in stack.arrays_at(at).items()}
         one = stack.replace(arrays=whole, members=(member,))
@@ -253,7 +253,7 @@ def _selected(kernel: chex.Array, stack: AdapterStack, id_: chex.Array) -> dict[
             if parts is not None:
                 array = _with_parts(out[name], array, parts, len(lead) - 1)
             out[name] = jnp.where(is_own, array, out[name])
-    unknown = nan_where((id_ < 0) | (id_ >= count)).astype(W.dtype)
+    unknown = nan_where((id_ < 0) | (id_ >= count)).astype(wide)
     return {name: array + unknown for name, array in out.items()}
 
 

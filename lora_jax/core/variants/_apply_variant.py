@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.variants._check_variant import check_form
 from lora_jax.core.variants._variant import NormalForm, Variant
 
@@ -21,16 +22,17 @@ def of_matrices(
     s: Any,
     arrays: Mapping[str, chex.Array],
 ) -> Any:
-    """``function(W, s, **arrays)`` of a variant, in the dtype of ``W``, for every kernel.
+    """``function(W, s, **arrays)`` of a variant, in float32 or more, for every kernel.
 
     Args:
       variant: whose function it is; where it takes stacks, it gets them.
       function: a method of the variant.
-      W: ``(*stack, d, k)`` in float32 or more.
+      W: ``(*stack, d, k)``.
       s: the scale.
       arrays: of the variant, ``(*stack, ...)``.
     """
-    arrays = {name: jnp.asarray(array).astype(W.dtype) for name, array in arrays.items()}
+    wide = float32_or_more(W.dtype)
+    arrays = {name: jnp.asarray(array).astype(wide) for name, array in arrays.items()}
 
     def of_one(W: chex.Array, arrays: dict[str, Any]) -> Any:
         # What a product forms of parameters is exact, whatever the accelerator's default is.
@@ -107,7 +109,7 @@ def low_rank_form(
 
     Args:
       variant: the variant.
-      W: ``(*stack, d, k)`` in float32 or more.
+      W: ``(*stack, d, k)``, as it is stored.
       s: the scale.
       arrays: of the variant, ``(*stack, ...)``.
       exact: whether it is computed once, and no digits shall be lost.
@@ -117,7 +119,11 @@ def low_rank_form(
       is made of ``W' - W``.
     """
     function = variant.exact_normal_form if exact else variant.normal_form
+    wide = W.astype(float32_or_more(W.dtype))
+    if exact or not variant.takes_16_bits:
+        W = wide
     form: NormalForm | None = of_matrices(variant, function, W, s, arrays)
+    W = wide
     *stack, d, k = W.shape
     if form is None:
         D = of_matrices(variant, variant.kernel, W, s, arrays) - W

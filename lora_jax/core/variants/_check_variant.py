@@ -54,7 +54,7 @@ def check_class(cls: Any) -> None:
             f"{cls.__name__} has the name {cls.name!r} of {inherited[0].__name__}: give it its own."
         )
     fields = {field.name for field in dataclasses.fields(cls)}
-    if {"name", "takes_stacks"} & fields:
+    if {"name", "takes_stacks", "takes_16_bits"} & fields:
         raise TypeError(f"{cls.__name__}: name is not a setting: leave out its type.")
     annotated = {
         name

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._numerics import column_norm, magnitude_ratio, product, safe_sqrt
+from lora_jax.core._split_product import exact_product
 from lora_jax.core.variants._variant import NormalForm, Variant
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class DoRA(Variant):
 
     name: ClassVar[str] = "dora"
     takes_stacks: ClassVar[bool] = True
+    takes_16_bits: ClassVar[bool] = True
 
     def shapes(self, d: int, k: int, r: int) -> dict[str, tuple[int, ...]]:
         """``U``, ``V`` and the magnitude ``m``."""
@@ -91,8 +93,8 @@ def factored_norm(
     has made a DoRA, with its own norm for ``m``, keeps ``m / norm = 1`` in every column.
 
     Args:
-      W: the kernel.
-      U: left factor.
+      W: the kernel, in any dtype.
+      U: left factor, in float32 or more.
       V: right factor.
       s: the scale.
       m: the magnitude, if it may be the norm; it has no gradient here.
@@ -103,14 +105,14 @@ def factored_norm(
       Array([3., 3., 3.], dtype=float32)
     """
     transposed = U.swapaxes(-1, -2)
-    squared = jnp.sum(jnp.square(W), axis=-2)
-    cross = jnp.sum(product(transposed, W) * V, axis=-2)
+    squared = jnp.sum(jnp.square(W.astype(V.dtype)), axis=-2)
+    cross = jnp.sum(exact_product(transposed, W) * V, axis=-2)
     quadratic = jnp.sum(product(product(transposed, U), V) * V, axis=-2)
     terms = squared + s**2 * quadratic
     total = terms + 2 * s * cross
     if m is not None:
         known = jnp.square(jax.lax.stop_gradient(m))
-        error = W.shape[-2] ** 0.5 * np.finfo(W.dtype).eps * terms
+        error = W.shape[-2] ** 0.5 * np.finfo(V.dtype).eps * terms
         same = (total < terms / 2) & (jnp.abs(total - known) <= error)
         total = jnp.where(same, known + (total - jax.lax.stop_gradient(total)), total)
     return safe_sqrt(total)

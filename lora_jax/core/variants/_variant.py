@@ -54,6 +54,8 @@ class Variant(abc.ABC):
       name: in rules, in files and in reports; a class attribute.
       takes_stacks: whether the functions themselves take kernels and arrays that are stacked on
         leading axes. By default they are mapped over these. Not inherited.
+      takes_16_bits: whether :meth:`normal_form` itself takes kernels as they are stored, in 16
+        bits or less. By default they are in float32 there too. Not inherited.
 
     Example:
       A LoRA with one more number for each output, as in IA3 (Liu et al. 2022):
@@ -82,11 +84,13 @@ class Variant(abc.ABC):
 
     name: ClassVar[str]
     takes_stacks: ClassVar[bool] = False
+    takes_16_bits: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # Whoever overrides a function writes it for one matrix, unless it is said again.
         cls.takes_stacks = cls.__dict__.get("takes_stacks", False)
+        cls.takes_16_bits = cls.__dict__.get("takes_16_bits", False)
 
     @abc.abstractmethod
     def shapes(self, d: int, k: int, r: int) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,7 @@
 """The fast products against the papers' formulas."""
 
+import contextlib
+import functools
 from unittest import mock
 
 import flax.linen as nn
@@ -127,14 +129,12 @@ def test_magnitudes_of_zero_learn_in_every_product(tiny):
 
 
 def test_which_product():
-    def choice(product, dtype=jnp.float32, rows=64, *more):
+    def choice(product, dtype=jnp.float32, rows=64, *more, platform="cpu"):
         U, V = jnp.zeros((64, 2)), jnp.zeros((2, 64))
-        return choose_product(
-            LayerFactors(U, V, None, 1.0, product, "a/kernel"), dtype, rows, *more
-        )
+        factors = LayerFactors(U, V, None, 1.0, product, "a/kernel")
+        return choose_product(factors, dtype, rows, *more, platform=platform)
 
     dropout = {"of dropout": True, "of something else": False}
-    assert jax.default_backend() == "cpu"
     assert choice("auto") == "dense"
     assert choice("auto", jnp.float32, 63) == choice("auto", jnp.bfloat16) == "factored"
     assert choice("auto", jnp.float32, 64, None, dropout) == "factored"
@@ -145,27 +145,57 @@ def test_which_product():
         choice("dense", jnp.bfloat16)
     with pytest.raises(ValueError, match=r"product='dense'\) is not possible .* as of dropout"):
         choice("dense", jnp.float32, 64, None, dropout)
-    with mock.patch("jax.default_backend", return_value="tpu"):  # float32 in bfloat16
-        assert (
-            choice("auto") == choice("auto", jnp.float32, 64, jax.lax.Precision.HIGH) == "factored"
-        )
-        assert choice("auto", jnp.float32, 64, jax.lax.Precision.HIGHEST) == "dense"
-        assert choice("auto", jnp.float32, 64, "highest") == "dense"
+    for platform in ("gpu", "tpu"):  # float32 in bfloat16
+        on_it = functools.partial(choice, "auto", jnp.float32, 64, platform=platform)
+        assert on_it() == on_it(jax.lax.Precision.HIGH) == "factored"
+        assert on_it(jax.lax.Precision.HIGHEST) == on_it("highest") == "dense"
         for precision in (("high", "high"), "F32_F32_F32", [jax.lax.Precision.HIGHEST] * 2):
-            assert choice("auto", jnp.float32, 64, precision) == "factored"
+            assert on_it(precision) == "factored"
 
 
+@contextlib.contextmanager
+def compiled_for(platform):
+    """What is lowered is as for a platform, and still runs on a CPU."""
+
+    def choose(*args, default, **forms):
+        name = {"gpu": "cuda"}.get(platform, platform)
+        return forms.get(name, default)(*args)
+
+    with mock.patch("jax.lax.platform_dependent", choose):
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("product", ["auto", "factored", "outer", "dense"])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_accelerators_compute_the_same(variant):
-    """Where the default backend is not the CPU, inputs keep their axes."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_platform_computes_the_same(platform, variant, product):
     a = layer_arrays(n=6)
     a["x"] = a["x"].reshape(2, 3, 7)
-    ours, reference = layer("auto", variant)
-    with mock.patch("jax.default_backend", return_value="tpu"):
+    ours, reference = layer(product, variant)
+    with compiled_for(platform):
         got = jax.grad(lambda *args: jnp.sum(ours(*args) ** 2), (0, 2, 3))(*a.values())
     expected = jax.grad(lambda *args: jnp.sum(reference(*args) ** 2), (0, 2, 3))(*a.values())
     for one, other in zip(got, expected, strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_platform_is_that_which_is_compiled_for(platform):
+    """Not that which traces: see `jax.export`. On a GPU factors contract other axes than `W`."""
+    x, W = jnp.ones((3, 5, 4)), jnp.ones((4, 6))
+    factors = LayerFactors(jnp.ones((4, 2)), jnp.ones((2, 6)), None, 1.0, "auto")
+    eq = Equation.parse("bnd,dk->bnk", x.shape, W.shape)
+
+    def product(x, W, U, V):
+        return adapted_einsum(eq, x, W, factors._replace(U=U, V=V))
+
+    args = x, W, factors.U, factors.V
+    text = jax.export.export(jax.jit(product), platforms=[platform])(*args).mlir_module()
+    assert ("optimization_barrier" in text) == (platform == "cuda")
+    # 15 rows are more than 4 inputs, so that on CPUs it is dense.
+    assert text.count("stablehlo.dot_general") == (2 if platform == "cpu" else 3)
 
 
 @pytest.mark.parametrize("equation", ["sbnd,sdk->sbnk", "d,dk->k"])
