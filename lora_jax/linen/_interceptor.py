@@ -24,6 +24,7 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._boxes import unbox
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
+from lora_jax.core.products._shared_input import SharedInputs
 from lora_jax.linen._handlers import Handlers, entry_of
 from lora_jax.linen._place_adapters import SUFFIX, Placed
 from lora_jax.linen._refuse_mapped import refuse_mapped
@@ -55,6 +56,7 @@ class Interceptor:
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
     _draws: dict[str, int] = dataclasses.field(default_factory=dict)
+    _inputs: SharedInputs = dataclasses.field(default_factory=SharedInputs)
     _maps: compat.Maps = dataclasses.field(default_factory=compat.Maps)
 
     @contextlib.contextmanager
@@ -86,9 +88,19 @@ class Interceptor:
         entry = entry_of(self.handlers, context.orig_method)
         names = entry.names(module) if entry else ()
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
-            return next_fun(*args, **kwargs)
+            return self._inside(next_fun, args, kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
         return entry.output(kernels, next_fun, args, kwargs, context)
+
+    def _inside(
+        self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Calls a module whose layers may share inputs."""
+        outside, self._inputs = self._inputs, SharedInputs()
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            self._inputs = outside
 
     def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
         """A kernel of a module for its handler, with its adapter if there is one."""
@@ -107,7 +119,14 @@ class Interceptor:
         rng = self._dropout_rng(module, path) if adapter.dropout else None
         use = functools.partial(self.used.add, path)
         return AdaptedKernel(
-            path, value, adapter, rng, use=use, ids=placed.ids, product=placed.product
+            path,
+            value,
+            adapter,
+            rng,
+            use=use,
+            ids=placed.ids,
+            product=placed.product,
+            inputs=self._inputs,
         )
 
     @functools.cached_property

@@ -21,6 +21,7 @@ from lora_jax.core.products._mixed_product import mixed_einsum, mixed_linear
 from lora_jax.core.products._observer import Observer
 from lora_jax.core.products._product import adapted_einsum, adapted_linear
 from lora_jax.core.products._row_ids import BASE, Ids, repeat_ids
+from lora_jax.core.products._shared_input import SharedInputs
 
 
 class AdaptedKernel:
@@ -45,8 +46,9 @@ class AdaptedKernel:
         use: Callable[[], None] | None = None,
         ids: Ids | None = None,
         product: str = "auto",
+        inputs: SharedInputs | None = None,
     ) -> None:
-        self._product = product
+        self._product, self._inputs = product, inputs
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.ids = use, ids
         self._draws = 0
@@ -115,11 +117,12 @@ class AdaptedKernel:
             "base": base,
             "transposed": transposed,
             "precision": precision,
-            "dropped_x": self._dropped(x, ids),
+            "x_in": self._input(x, ids),
         }
         if ids is not None:
             return mixed_einsum(eq, x, W, factors, ids, **options)
-        return adapted_einsum(eq, x, W, factors, **options)
+        dropout = self._rng is not None
+        return adapted_einsum(eq, x, W, factors, dropout=dropout, **options)
 
     @renamed_arguments(stacks="batch_axes", batch="batch_shape")
     def linear(
@@ -187,7 +190,7 @@ class AdaptedKernel:
             "base": base,
             "groups": groups,
             "precision": precision,
-            "dropped_x": self._dropped(x, ids),
+            "x_in": self._input(x, ids),
         }
         if ids is not None:
             return mixed_linear(product, x, W, factors, axes, ids, **options)
@@ -293,15 +296,17 @@ class AdaptedKernel:
             return adapter
         return adapter.replace(arrays=arrays)
 
-    def _dropped(self, x: chex.Array, ids: chex.Array | None) -> chex.Array | None:
-        """The input of the factors with dropout; each product of the handler has its own mask.
+    def _input(self, x: chex.Array, ids: chex.Array | None) -> chex.Array:
+        """The input of the factors, with dropout; each product of the handler has its own mask.
 
         Args:
           x: the input of the layer.
           ids: which adapter a row has, where each has its own rate.
         """
+        if self._inputs is not None:
+            x = self._inputs.copy(x)
         if self._rng is None or self._adapter is None:
-            return None
+            return x
         rate: Any = self._adapter.dropout or 0.0
         if isinstance(rate, tuple):
             assert ids is not None

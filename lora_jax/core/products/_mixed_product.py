@@ -33,7 +33,7 @@ def mixed_einsum(
     base: Product | None = None,
     transposed: bool = False,
     precision: jax.lax.PrecisionLike = None,
-    dropped_x: chex.Array | None = None,
+    x_in: chex.Array | None = None,
 ) -> chex.Array:
     """``adapted_einsum`` of a batch of rows.
 
@@ -46,7 +46,7 @@ def mixed_einsum(
       base: the layer's own product of ``x`` and ``W``, if it is more than the einsum.
       transposed: the product is with the transposed matrix, ``x W'^T``.
       precision: of the products.
-      dropped_x: the input of the factors where they have dropout; ``x`` by default.
+      x_in: the input of the factors, with their dropout; ``x`` by default.
 
     Raises:
       ValueError: if the call wants a dense product, or the ids are not those of the first axes.
@@ -67,7 +67,7 @@ def mixed_einsum(
     in_y = tuple(equation.y.index(c) for c in letters)
     of_row = equation.of_row(n)
     U, V, a = factors.U, factors.V, factors.a
-    dropped_x = x if dropped_x is None else dropped_x
+    x_in = x if x_in is None else x_in
     assert V is not None  # of several adapters there are always factors
     if transposed:
         U, V = transposed_factors(U, V)
@@ -77,7 +77,7 @@ def mixed_einsum(
                 by_row = vmap_rows(lambda a, x: scaled(of_row.on_x(a), x), n, (rows, rows), rows)
                 return by_row(taken(a, ids, 1.0), x)
 
-            x, dropped_x = (left_to_compiler(scale, a, ids, x, like=x) for x in (x, dropped_x))
+            x, x_in = (left_to_compiler(scale, a, ids, x, like=x) for x in (x, x_in))
             a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
@@ -101,7 +101,7 @@ def mixed_einsum(
         )
 
     add = _by_row(product, how, in_y)
-    return left_to_compiler(add, y, dropped_x, U, V, a, ids, like=y)
+    return left_to_compiler(add, y, x_in, U, V, a, ids, like=y)
 
 
 def mixed_linear(
@@ -115,7 +115,7 @@ def mixed_linear(
     base: Product,
     groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
-    dropped_x: chex.Array | None = None,
+    x_in: chex.Array | None = None,
 ) -> chex.Array:
     """``adapted_linear`` of a batch of rows.
 
@@ -129,7 +129,7 @@ def mixed_linear(
       base: the layer's own product of ``x`` and ``W``.
       groups: number of groups that the outputs are in, each with its own inputs.
       precision: of the product with ``V``.
-      dropped_x: the input of the factors where they have dropout; ``x`` by default.
+      x_in: the input of the factors, with their dropout; ``x`` by default.
 
     Raises:
       ValueError: if the ids are not those of the first axes.
@@ -157,7 +157,7 @@ def mixed_linear(
         return y[(0,) * n]
 
     add = _by_row(product, how, rows)
-    x = x if dropped_x is None else dropped_x
+    x = x if x_in is None else x_in
     return left_to_compiler(add, y, x, U, V, factors.a, ids, like=y)
 
 

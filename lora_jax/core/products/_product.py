@@ -48,7 +48,8 @@ def adapted_einsum(
     base: Product | None = None,
     transposed: bool = False,
     precision: jax.lax.PrecisionLike = None,
-    dropped_x: chex.Array | None = None,
+    x_in: chex.Array | None = None,
+    dropout: bool = False,
 ) -> chex.Array:
     """The einsum of ``x`` with ``W'`` for one layer, in the layer's own dtype.
 
@@ -61,12 +62,13 @@ def adapted_einsum(
       transposed: the product is with the transposed matrix, ``x W'^T``, as where an embedding
         gives the logits: then ``y = (a x) W^T + s ((a x) V^T) U^T``.
       precision: of the products.
-      dropped_x: the input of the factors where they have dropout; ``x`` by default.
+      x_in: the input of the factors, with their dropout; ``x`` by default.
+      dropout: whether they have dropout.
     """
     reasons = {
         "the layer has a product of its own": base is not None,
         "the product is with the transposed kernel": transposed,
-        "the adapter has dropout": dropped_x is not None,
+        "the adapter has dropout": dropout,
     }
     U, V, a = factors.U, factors.V, factors.a
     static: dict[str, Any] = {"equation": equation, "s": factors.s, "precision": precision}
@@ -84,7 +86,7 @@ def adapted_einsum(
         plain = functools.partial(equation.product, precision=precision)
         like = functools.partial(jax.eval_shape, plain, x, W)
         return left_to_compiler(dense, x, W, U, V, a, like=like)
-    dropped_x = x if dropped_x is None else dropped_x
+    x_in = x if x_in is None else x_in
     if transposed:
         U, V = transposed_factors(U, V)
         if a is not None:
@@ -92,13 +94,13 @@ def adapted_einsum(
             def scale(a: chex.Array, x: chex.Array) -> chex.Array:
                 return scaled(equation.on_x(a), x)
 
-            x, dropped_x = (left_to_compiler(scale, a, x, like=x) for x in (x, dropped_x))
+            x, x_in = (left_to_compiler(scale, a, x, like=x) for x in (x, x_in))
             a = None
     y = equation.product(x, W, precision) if base is None else base(x, W)
     factored = functools.partial(
         factored_product, outer="outer" in chosen.values(), from_result=by_choice, **static
     )
-    return left_to_compiler(factored, y, dropped_x, U, V, a, like=y)
+    return left_to_compiler(factored, y, x_in, U, V, a, like=y)
 
 
 @functools.partial(jax.jit, static_argnames=("dense_on", "equation", "s", "precision"))
@@ -136,7 +138,7 @@ def adapted_linear(
     base: Product,
     groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
-    dropped_x: chex.Array | None = None,
+    x_in: chex.Array | None = None,
 ) -> chex.Array:
     """``linear(x, W')`` for any product that is linear in the kernel, such as a convolution.
 
@@ -151,7 +153,7 @@ def adapted_linear(
       base: the layer's own product of ``x`` and ``W``.
       groups: number of groups that the outputs are in, each with its own inputs.
       precision: of the product with ``V``; that of ``linear`` is its own.
-      dropped_x: the input of the factors where they have dropout; ``x`` by default.
+      x_in: the input of the factors, with their dropout; ``x`` by default.
     """
     y = base(x, W)
 
@@ -159,7 +161,7 @@ def adapted_linear(
         inside = factors._replace(U=U, V=V, a=a)
         return factored_linear(linear, y, x, W, inside, axes, groups=groups, precision=precision)
 
-    x = x if dropped_x is None else dropped_x
+    x = x if x_in is None else x_in
     return left_to_compiler(add, y, x, factors.U, factors.V, factors.a, like=y)
 
 
