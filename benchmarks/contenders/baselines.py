@@ -1,5 +1,6 @@
 """What adapters are compared with: the least that any of them costs, and full fine-tuning."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,17 +17,24 @@ def floor(case: Case) -> Problem:
     plain = model_loss(linen.make(case))
 
     def loss(vector: Any, params: Any, batch: Any) -> jax.Array:
-        def intercept(
-            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            y = next_fun(*args, **kwargs)
-            here = context.module.name == "embed" and context.method_name == "__call__"
-            return y + vector.astype(y.dtype) if here else y
-
-        with nn.intercept_methods(intercept):
-            return plain(params, batch)
+        out: jax.Array = with_vector(lambda: plain(params, batch), vector)
+        return out
 
     return Problem(loss, jnp.zeros(case.width), arrays.params(case))
+
+
+def with_vector(call: Callable[[], Any], vector: jax.Array) -> Any:
+    """Calls a model with a vector added to its embeddings."""
+
+    def intercept(
+        next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        y = next_fun(*args, **kwargs)
+        here = context.module.name == "embed" and context.method_name == "__call__"
+        return y + vector.astype(y.dtype) if here else y
+
+    with nn.intercept_methods(intercept):
+        return call()
 
 
 def full(case: Case) -> Problem:

@@ -13,7 +13,10 @@ What they are made of:
 
 - ``_einsum_equation.py``: an einsum with a kernel as a matrix product.
 - ``_layer_factors.py``: the factors of one layer.
-- ``_skinny_matmul.py``: products with the thin factors, and what they need on CPUs.
+- ``_platform.py``: forms of a computation, of which the program keeps that of its platform.
+- ``_tuning.py``: what is chosen by, for each platform.
+- ``_skinny_matmul.py``: products with the thin factors, in the layout that a platform wants.
+- ``_shared_input.py``: the input that several layers read.
 - ``_row_ids.py``: which of several adapters each row of a batch has.
 - ``_row_factors.py``: the factors of the rows, gathered or one-hot.
 

@@ -6,7 +6,7 @@ for one row, and ``jax.vmap`` makes batched products of it; ``_row_factors.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -18,8 +18,9 @@ from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._factored import Product, factored_linear, factored_product, scaled
 from lora_jax.core.products._layer_factors import LayerFactors
+from lora_jax.core.products._platform import by_choice
 from lora_jax.core.products._product import refuse_product, transposed_factors
-from lora_jax.core.products._row_factors import gather_or_one_hot, ids_after, row_factors
+from lora_jax.core.products._row_factors import choices, ids_after, row_factors
 from lora_jax.core.products._row_ids import check_tokens, taken
 
 
@@ -83,7 +84,9 @@ def mixed_einsum(
     count, (d, r), k = len(U), U.shape[-2:], V.shape[-1]
     outer = factors.product == "outer"
     copied, multiplied = (U.size + V.size) // count, r * (d + k)
-    how = "gather" if outer else gather_or_one_hot(count, of_row.rows, copied, multiplied)
+    how = choices(count, of_row.rows, copied, multiplied)
+    if outer:
+        how = dict.fromkeys(how, "gather")
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         return factored_product(
@@ -145,7 +148,7 @@ def mixed_linear(
     looks_up = not jnp.issubdtype(x.dtype, jnp.inexact)
     vectors = y.size // (k * ids.size) if isinstance(y.size, int) else y.size
     copied, multiplied = (U.size + V.size) // count, r * (1 if looks_up else d) + r * k
-    how = gather_or_one_hot(count, vectors, copied, multiplied)
+    how = choices(count, vectors, copied, multiplied)
 
     def product(y: Any, x: Any, U: Any, V: Any, a: Any, mask: Any) -> chex.Array:
         of_row = factors._replace(U=U, V=V, a=a)
@@ -161,22 +164,27 @@ def mixed_linear(
     return left_to_compiler(add, y, x, U, V, factors.a, ids, like=y)
 
 
-def _by_row(product: Callable[..., Any], how: str, in_y: tuple[int, ...]) -> Callable[..., Any]:
+def _by_row(
+    product: Callable[..., Any], how: Mapping[str, str], in_y: tuple[int, ...]
+) -> Callable[..., Any]:
     """A function of ``y, x``, all factors and the ids, from one of the factors of a row.
 
     Args:
       product: of ``y, x, U, V, a, mask`` of one row.
-      how: ``"gather"`` or ``"one-hot"``.
+      how: ``"gather"`` or ``"one-hot"`` for each platform.
       in_y: the axes of the rows in ``y``; in ``x`` they are the first.
     """
     rows = tuple(range(len(in_y)))
 
+    def added(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any, *, choice: str) -> Any:
+        (U, V, mask), shared = row_factors(choice, U, V, ids)
+        in_axes = (in_y, rows, shared, shared, rows, rows)
+        return vmap_rows(product, len(in_y), in_axes, in_y)(y, x, U, V, a, mask)
+
     def add(y: Any, x: Any, U: Any, V: Any, a: Any, ids: Any) -> Any:
         ids = ids_after(ids, x)
         a = None if a is None else taken(a, ids, 1.0)
-        (U, V, mask), shared = row_factors(how, U, V, ids)
-        in_axes = (in_y, rows, shared, shared, rows, rows)
-        return vmap_rows(product, len(in_y), in_axes, in_y)(y, x, U, V, a, mask)
+        return by_choice(how, added, y, x, U, V, a, ids)
 
     return add
 

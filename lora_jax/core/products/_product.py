@@ -1,7 +1,7 @@
 """The adapted product ``x W'`` of a layer, and which of its computations is taken.
 
 ``W' = a (W + s U V)``, with ``a = m / ||W + s U V||_c`` for DoRA and ``a = 1`` for LoRA:
-``_variants.py`` says so as the papers do. Three computations give it:
+``core/variants/`` says so as the papers do. Three computations give it:
 
     factored    y = a (x W + s (x U) V)                _factored.py
     outer       y = a (x W + s sum_r (x U)_r V_r)      _factored.py
@@ -10,7 +10,8 @@
 Dense is better with many rows ``n``. But ``K`` is rounded: in 16 bits an update below half a unit
 in the last place of ``W`` would vanish, and so it would on an accelerator that multiplies float32
 numbers in less. So ``"auto"`` is dense where the product is computed in float32 or more and
-``n >= d``, and else factored. ``docs/benchmarks.md`` has the numbers.
+``n >= d``, and else factored. ``_tuning.py`` has what that is chosen by on each platform,
+``docs/benchmarks.md`` the numbers.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from lora_jax.core.products._factored import (
 )
 from lora_jax.core.products._layer_factors import LayerFactors
 from lora_jax.core.products._platform import PLATFORMS, by_platform
+from lora_jax.core.products._tuning import TUNING
 
 
 def adapted_einsum(
@@ -217,9 +219,12 @@ def choose_product(
         if not_dense:
             refuse_product(factors, not_dense[0])
         return factors.product
-    exact = platform == "cpu" or precision in _EXACT
+    tuning = TUNING[platform]
+    exact = tuning.exact_float32 or precision in _EXACT
     # A symbolic number of rows, as jax.export has, is not an int and cannot be compared.
-    many = factors.V is None or (isinstance(rows, int) and rows >= factors.U.shape[-2])
+    many = factors.V is None or (
+        isinstance(rows, int) and rows >= tuning.dense_rows * factors.U.shape[-2]
+    )
     return "dense" if exact and not not_dense and many else "factored"
 
 

@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.products._row_ids import nan_where, presence, taken
-
-# In multiplications of one-hot, as measured on CPUs: what gather takes to copy a number, and for a
-# multiplication with one of the first FEW vectors of a row.
-COPY, SMALL, FEW = 4, 5, 16
+from lora_jax.core.products._tuning import TUNING, Tuning
 
 
-def gather_or_one_hot(count: int, vectors: Any, copied: int, multiplied: int) -> str:
+def gather_or_one_hot(
+    count: int, vectors: Any, copied: int, multiplied: int, tuning: Tuning
+) -> str:
     """``"gather"`` or ``"one-hot"``: what takes less time.
 
     Args:
@@ -35,18 +34,29 @@ def gather_or_one_hot(count: int, vectors: Any, copied: int, multiplied: int) ->
       vectors: how many the layer multiplies for one id.
       copied: size of the factors of one adapter.
       multiplied: multiplications of one vector with them.
+      tuning: of the platform.
 
     Example:
-      >>> gather_or_one_hot(4, vectors=128, copied=8 * 768, multiplied=8 * 768)
+      >>> from lora_jax.core.products._tuning import TUNING
+      >>> gather_or_one_hot(4, 128, copied=8 * 768, multiplied=8 * 768, tuning=TUNING["cpu"])
       'gather'
-      >>> gather_or_one_hot(4, vectors=8, copied=8 * 768, multiplied=8 * 768)
+      >>> gather_or_one_hot(4, 8, copied=8 * 768, multiplied=8 * 768, tuning=TUNING["cpu"])
       'one-hot'
     """
     # A symbolic number of vectors, of jax.export, cannot be compared.
     if not isinstance(vectors, int):
         return "gather"
-    gather = COPY * copied + (vectors + (SMALL - 1) * min(vectors, FEW)) * multiplied
+    first = (tuning.small - 1) * min(vectors, tuning.few)
+    gather = tuning.copy * copied + (vectors + first) * multiplied
     return "gather" if gather < count * vectors * multiplied else "one-hot"
+
+
+def choices(count: int, vectors: Any, copied: int, multiplied: int) -> dict[str, str]:
+    """:func:`gather_or_one_hot` for every platform."""
+    return {
+        platform: gather_or_one_hot(count, vectors, copied, multiplied, tuning)
+        for platform, tuning in TUNING.items()
+    }
 
 
 def row_factors(

@@ -6,6 +6,7 @@ from unittest import mock
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 from helpers import layer_arrays, relative_error
@@ -13,6 +14,7 @@ from helpers import layer_arrays, relative_error
 import lora_jax
 from lora_jax.core._adapter import Adapter
 from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._factored import scaled
 from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
 from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._product import adapted_einsum, adapted_linear, choose_product
@@ -126,6 +128,24 @@ def test_magnitudes_of_zero_learn_in_every_product(tiny):
         assert jnp.all(expected != 0)
         assert relative_error(got, expected) < 1e-5, product
         assert relative_error(ours(*others, m), reference(*others, m)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1.0, 0.0, 1e-30])
+def test_magnitudes_in_16_bits_learn_from_the_result(size):
+    """The gradient of `a` is recovered from the result, also where that is next to nothing."""
+    a = jnp.array([0.9, 1.1, -1.0]) * size
+    y, g = (jax.random.normal(jax.random.key(i), (64, 3)).astype(jnp.bfloat16) for i in range(2))
+
+    def loss(a, y, from_result):
+        return jnp.sum(g.astype(jnp.float32) * scaled(a, y, from_result=from_result))
+
+    got, expected = (jax.grad(loss, (0, 1))(a, y, how) for how in (True, False))
+    assert relative_error(got[0], expected[0]) < 1e-2
+    assert jnp.all(expected[0] != 0)
+    assert jnp.abs(got[1] - expected[1]).max() < 1e-2 * size + 1e-18
+    # Only the magnitudes: nothing of the product is kept, and the result is.
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda a: loss(a, y, True), a)[1])]
+    assert kept.count((64, 3)) <= 2  # the result, and g
 
 
 def test_which_product():

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import layer_arrays, relative_error
+from helpers import layer_arrays, random_like, relative_error
 
+from lora_jax._compat import defined_bilinear, wide_product
 from lora_jax.core._numerics import column_norm
+from lora_jax.core._split_product import _split_product, exact_product
 from lora_jax.core.variants._dora import factored_norm
 
 
@@ -71,3 +73,63 @@ def test_factored_norm_does_not_take_another_magnitude():
         for factor in (1.001, 0.9, 2.0):
             got = factored_norm(W, a["U"], a["V"], 1.0, factor * norm)
             assert jnp.array_equal(got, norm)
+
+
+def on_an_accelerator(A, W):
+    """`exact_product` as it is elsewhere than on a CPU."""
+    return defined_bilinear(_split_product, {})(A, W)
+
+
+@pytest.mark.parametrize("function", [exact_product, on_an_accelerator])
+def test_products_with_a_kernel_of_16_bits_are_exact(function):
+    A = jax.random.normal(jax.random.key(0), (3, 256)) * 10.0 ** jnp.arange(-1, 2)[:, None]
+    W = jax.random.normal(jax.random.key(1), (256, 40)).astype(jnp.bfloat16)
+    exact_A, exact_W = np.asarray(A, np.float64), np.asarray(W, np.float64)
+
+    def loss(A, W):
+        return jnp.sum(jnp.sin(function(A, W)))
+
+    def error(got, expected):
+        return np.abs(np.asarray(got, np.float64) - expected).max() / np.abs(expected).max()
+
+    exact = exact_A @ exact_W
+    assert function(A, W).dtype == jnp.float32
+    assert error(jax.jit(function)(A, W), exact) < 1e-6
+    # Of one that is rounded to 16 bits it would be 1e-3.
+    g = jax.random.normal(jax.random.key(2), exact.shape)
+    back_A, back_W = jax.jit(lambda A, W, g: jax.vjp(function, A, W)[1](g))(A, W, g)
+    assert error(back_A, np.asarray(g, np.float64) @ exact_W.T) < 1e-6
+    assert back_W.dtype == jnp.bfloat16
+    assert error(back_W, exact_A.T @ np.asarray(g, np.float64)) < 1e-2
+    dA = 0.1 * A
+    assert error(jax.jvp(function, (A, W), (dA, 0 * W))[1], 0.1 * exact) < 1e-6
+    second = jax.jvp(jax.grad(loss), (A, W), (dA, 0 * W))[1]
+    expected = (-np.sin(exact) * (0.1 * exact)) @ exact_W.T
+    assert error(second, expected) < 1e-2  # sin of numbers of 1e3
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0), (1, 2)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_with_a_kernel_of_16_bits_can_be_mapped(in_axes, transposed):
+    A, W = jnp.ones((2, 3, 5)), jnp.ones((2, 5, 4), jnp.bfloat16)
+    A, W = (random_like(leaf, scale=1.0).astype(leaf.dtype) for leaf in (A, W))
+    W = W.swapaxes(-1, -2) if transposed else W
+    A = A[0] if in_axes[0] is None else jnp.moveaxis(A, 0, in_axes[0])
+    W = W[0] if in_axes[1] is None else jnp.moveaxis(W, 0, in_axes[1])
+    got, expected = (
+        jax.vmap(lambda A, W, f=f: f(A, W, transposed), in_axes)(A, W)
+        for f in (defined_bilinear(_split_product, {}), wide_product)
+    )
+    assert got.shape == expected.shape
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_norm_of_a_kernel_of_16_bits(stack):
+    """As it is stored: what is computed is the norm of its numbers in float32."""
+    a = layer_arrays(d=32, r=2)
+    W = jnp.broadcast_to(a["W"], (*stack, *a["W"].shape)).astype(jnp.bfloat16)
+    U, V = (jnp.broadcast_to(a[name], (*stack, *a[name].shape)) for name in "UV")
+    got = factored_norm(W, U, V, 0.5)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, factored_norm(W.astype(jnp.float32), U, V, 0.5)) < 1e-6

@@ -1,0 +1,59 @@
+"""A decoder with scanned layers on a mesh, and how its parameters are sharded there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+from benchmarks.models.cases import Case
+from benchmarks.models.linen import DecoderLayer, dense, embed, norm
+
+# Over the axes "data" and "model" of a mesh, how many chips of 16 are in each.
+LAYOUTS = {"data": (16, 1), "model": (1, 16), "both": (4, 4)}
+# Their inputs are sharded by "model", where those of others are their outputs.
+SECOND = ("o", "down")
+
+
+class ScannedDecoder(nn.Module):
+    """The decoder of a case, with its layers in one loop.
+
+    Attributes:
+      case: the case.
+      constrain: says of activations how they are sharded.
+    """
+
+    case: Case
+    constrain: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """``(batch, length)`` to logits ``(batch, length, vocab)``."""
+        case = self.case
+        x = self.constrain(embed(case, case.vocab, "embed")(ids))
+        layers = nn.scan(
+            nn.remat(DecoderLayer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=case.layers,
+        )
+        x, _ = layers(case, name="layers")(x, None, None)
+        return dense(case, case.vocab, "head")(norm(case, "norm")(x))
+
+
+def spec_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    """How a parameter of it is sharded, or an adapter's array: as its kernel is.
+
+    Args:
+      path: to it, as `jax.tree_util` gives it.
+      leaf: the array.
+    """
+    names = [str(getattr(part, "key", getattr(part, "name", part))).strip(".[]'") for part in path]
+    if "kernel" not in names:
+        return PartitionSpec()
+    inputs, outputs = ("model", "data") if set(SECOND) & set(names) else ("data", "model")
+    ends = {"U": (inputs, None), "V": (None, outputs), "m": (outputs,)}
+    end = ends.get(names[-1], (inputs, outputs))
+    return PartitionSpec(*(None,) * (leaf.ndim - len(end)), *end)
