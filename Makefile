@@ -69,7 +69,7 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 
 # Without what leans on other packages, or on what these test already.
 NOT_OLDEST = cli peft arithmetic core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
-	test_benchmarks.py test_benchmarks_gpu.py test_resume.py test_examples.py test_entry_points.py \
+	test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_resume.py test_examples.py test_entry_points.py \
 	test_docs.py test_names.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
 VARIANTS = not rslora and not detached and not -lora]
@@ -77,7 +77,7 @@ test-oldest: $(OLDEST_VENV)/.oldest
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/%) -k "$(VARIANTS)"
 
 # Without what neither jax nor Python can break unseen by `make test`.
-NOT_NEWEST = trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py test_names.py \
+NOT_NEWEST = trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_names.py \
 	$(addprefix cli/test_command_, convert.py diff.py experts.py extract.py keys.py layouts.py tied.py) \
 	$(addprefix peft/test_, folder.py fused_keys.py key_mapping.py patterns.py refusals.py)
 test-newest: $(NEWEST_VENV)/.newest
