@@ -116,7 +116,7 @@ notebook: $(VENV)/.notebooks
 guard: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.guard $(ARGS)
 
-# With --meshes data model both: what 16 chips send each other, in five minutes.
+# With --meshes data model both: what 16 chips send each other, in ten minutes.
 guard-accelerators: $(ACCELERATORS_VENV)/.accelerators
 	JAX_PLATFORMS=cpu $(ACCELERATORS_VENV)/bin/python -m benchmarks.guard $(ARGS)
 
