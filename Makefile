@@ -143,7 +143,8 @@ bench-tpu: $(BENCH_VENV)/.bench
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-ci: test test-slow lint guard
+ci: test test-slow lint
+	$(MAKE) guard-accelerators ARGS="--accelerators h100"
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) package
 	$(MAKE) notebook
