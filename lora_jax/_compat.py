@@ -122,7 +122,8 @@ def defined_bilinear(
             (A, W), (in_A, in_W) = args, axes
             if in_W is None:  # more rows of A
                 A = jnp.moveaxis(A, in_A, -3)
-                rows = jnp.reshape(A, (*A.shape[:-3], -1, A.shape[-1]))
+                *stack, size, q, n = A.shape
+                rows = jnp.reshape(A, (*stack, size * q, n))
                 out = p.bind(rows, W, transposed=transposed)
                 return jnp.reshape(out, (*A.shape[:-1], out.shape[-1])), out.ndim - 2
             W = jnp.moveaxis(W, in_W, 0)
@@ -139,7 +140,7 @@ def defined_bilinear(
             g = wide_product(A.swapaxes(-1, -2), g)
             return (g.swapaxes(-1, -2) if transposed else g).astype(W.aval.dtype)
 
-        p.def_impl(jax.jit(product, static_argnames="transposed"))
+        p.def_impl(jax.jit(p.bind, static_argnames="transposed"))
         p.def_abstract_eval(abstract)
         ad.defbilinear(p, of_A, of_W)
         batching.primitive_batchers[p] = batched

@@ -41,7 +41,7 @@ def split(A: chex.Array) -> chex.Array:
         # Else XLA may take what is rounded and widened again for what it was.
         part = jax.lax.reduce_precision(A, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
-        A = A - part
+        A = jnp.where(jnp.isfinite(part), A - part, 0)  # nothing is left of infinity
     return jnp.concatenate(parts, axis=-2)
 
 

@@ -52,9 +52,9 @@ def times_U(
         if U.ndim > 2:
             return contract(x, U, -2, precision)
         return contract(x, barrier(U.swapaxes(-1, -2)), -1, precision)
-    if platform != "gpu" or W_is_transposed:
+    if platform != "gpu":
         return contract(x, U, -2, precision)
-    return contract(x, jax.lax.optimization_barrier(U.swapaxes(-1, -2)), -1, precision)
+    return _apart(x, U, precision, W_is_transposed)
 
 
 def times_V(
@@ -74,9 +74,23 @@ def times_V(
       platform: that computes.
       W_is_transposed: whether the product with ``W`` contracts its last axes.
     """
-    if platform != "gpu" or W_is_transposed:
+    if platform != "gpu":
         return contract(xU, V, -2, precision)
-    return contract(xU, jax.lax.optimization_barrier(V.swapaxes(-1, -2)), -1, precision)
+    return _apart(xU, V, precision, W_is_transposed)
+
+
+def _apart(
+    x: chex.Array, factor: chex.Array, precision: jax.lax.PrecisionLike, W_is_transposed: bool
+) -> chex.Array:
+    """``x factor``, which is not joined with the product with ``W``, and nor is its gradient.
+
+    It contracts other axes, behind a barrier, as XLA would transpose the factor to have the same.
+    What layers with a transposed ``W`` compute XLA turns around itself: there it is ``x`` that is
+    not the same array.
+    """
+    if W_is_transposed:
+        return contract(jax.lax.optimization_barrier(x), factor, -2, precision)
+    return contract(x, jax.lax.optimization_barrier(factor.swapaxes(-1, -2)), -1, precision)
 
 
 def contract(

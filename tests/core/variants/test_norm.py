@@ -133,3 +133,18 @@ def test_norm_of_a_kernel_of_16_bits(stack):
     got = factored_norm(W, U, V, 0.5)
     assert got.dtype == jnp.float32
     assert relative_error(got, factored_norm(W.astype(jnp.float32), U, V, 0.5)) < 1e-6
+
+
+@pytest.mark.parametrize("huge", [jnp.inf, -jnp.inf, 3.4e38, jnp.nan])
+def test_what_is_not_finite_stays_what_it_is(huge):
+    W = jnp.array([[1.0], [2.0]], jnp.bfloat16)
+    A = jnp.array([[huge, 0.5], [0.25, 0.5]])
+    got, expected = on_an_accelerator(A, W), wide_product(A, W)
+    if abs(huge) < jnp.inf:  # rounded to 16 bits it is infinite
+        expected = expected.at[0].set(jnp.inf)
+    assert jnp.array_equal(got, expected, equal_nan=True)
+
+
+def test_products_of_nothing_can_be_mapped():
+    A, W = jnp.ones((2, 3, 0)), jnp.ones((0, 4), jnp.bfloat16)
+    assert jnp.array_equal(jax.vmap(on_an_accelerator, (0, None))(A, W), jnp.zeros((2, 3, 4)))
