@@ -15,7 +15,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -49,7 +49,7 @@ class Options:
     """What was counted before."""
     accelerators: tuple[str, ...] = ("h100", "v5e:2x2")
     """Compilers to ask, where they are there: of a GPU, and of topologies of TPUs."""
-    meshes: tuple[str, ...] = ()
+    meshes: tuple[Literal["data", "model", "both"], ...] = ()
     """How 16 chips share a step, by the TPU's compiler: data, model, both."""
     topology: str = "v5e:4x4"
     """Of the 16."""
@@ -123,6 +123,11 @@ def count(options: Options) -> dict[str, Any]:
             costs[f"{LAYER.name}, {accelerator}"] = counted_for(accelerator)
         else:
             print(f"not counted: there is no compiler for {accelerator}")
+    if options.meshes and not compilers.has(options.topology):
+        raise SystemExit(
+            f"There is no compiler for {options.topology}, which --meshes needs: install libtpu, "
+            f"or run make guard-accelerators."
+        )
     for layout in options.meshes:
         costs[f"{LAYERS.name}, {options.topology}, {layout}"] = counted_on(options.topology, layout)
     return {"costs": costs, "traces": traces()}

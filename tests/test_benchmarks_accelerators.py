@@ -112,6 +112,8 @@ def test_the_guard_says_what_it_could_not_count(monkeypatch, capsys):
     monkeypatch.setattr(guard, "traces", lambda: 1)
     assert guard.count(guard.Options()) == {"costs": {}, "traces": 1}
     assert "there is no compiler for h100" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"no compiler for v5e:4x4, which --meshes needs: install"):
+        guard.count(guard.Options(meshes=("model",)))
 
 
 def test_the_guard_counts_copies_beyond_the_floor(monkeypatch):

@@ -1,1 +1,1 @@
-"""Running contenders in turn: processes, rounds, ratios of medians, and files of results."""
+"""Running contenders in turn: processes, rounds, ratios, files of results; what compilers count."""

@@ -3,6 +3,7 @@
 Nothing here knows a Flax module. From the ground up:
 
 - ``_numerics.py``: column norms, exact products, dtypes, broadcasting.
+- ``_split_product.py``: exact products with a kernel of 16 bits, as it is stored.
 - ``variants/``: LoRA and DoRA as the papers write them, the reference for all the rest; and what a
   variant is.
 - ``_meshes.py``: arrays whose sharding is a part of their type.
