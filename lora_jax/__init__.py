@@ -39,14 +39,14 @@ from lora_jax.core.variants._registry import register_variant
 from lora_jax.core.variants._variant import NormalForm, Variant
 from lora_jax.files._load import load
 from lora_jax.files._save import save
-from lora_jax.linen._apply import lora_apply
-from lora_jax.linen._handlers import Handlers, register
-from lora_jax.linen._init_model import lora_init_model
-from lora_jax.linen._kernel_axes import kernel_axes
+from lora_jax.layers._handlers import Handlers, register
 from lora_jax.many._cache_norm import cache_norm
 from lora_jax.many._optimizer import per_adapter
 from lora_jax.many._pool import AdapterPool
 from lora_jax.many._stack import stack, unstack
+from lora_jax.models._apply import lora_apply
+from lora_jax.models._init_model import lora_init_model
+from lora_jax.models._kernel_axes import kernel_axes
 from lora_jax.peft._export import export
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init

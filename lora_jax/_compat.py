@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from flax import nnx
 
 # --- arrays without a value ---
 
@@ -407,8 +408,13 @@ def is_intercepted_inside(
 
 
 def is_module(value: Any) -> bool:
-    """Whether something is a module of Flax Linen, for streets that know none."""
-    return isinstance(value, nn.Module)
+    """Whether something is a module of Flax, for streets that know none."""
+    return isinstance(value, nn.Module | nnx.Module)
+
+
+def is_module_class(value: Any) -> bool:
+    """Whether something is a class of such modules."""
+    return isinstance(value, type) and issubclass(value, nn.Module | nnx.Module)
 
 
 def key_aside(module: nn.Module, stream: str) -> chex.PRNGKey:
@@ -441,3 +447,16 @@ GPT2_CONV1D = "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D.__call__"
 GEMMA_EINSUM = "gemma.gm.nn._layers.Einsum.__call__"
 GEMMA_ENCODE = "gemma.gm.nn._modules.Embedder.encode"
 GEMMA_DECODE = "gemma.gm.nn._modules.Embedder.decode"
+
+
+# --- NNX ---
+
+
+def nnx_class_options(cls: type[Any]) -> dict[str, Any]:
+    """What a subclass must say to be of the same kind: whether its objects are pytrees.
+
+    Why: Flax asks for it anew in each subclass, and says of a class in a private attribute only.
+    Gone: a subclass is what Flax makes by default, and a class that says otherwise is an error of
+    Flax.
+    """
+    return {} if getattr(cls, "_pytree__is_pytree", True) else {"pytree": False}

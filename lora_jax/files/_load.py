@@ -19,7 +19,7 @@ from lora_jax.files._fingerprint import fingerprint
 from lora_jax.files._fingerprint import verify as verify_base
 from lora_jax.files._read_folder import read
 from lora_jax.trees._pair import base_of, check_pair
-from lora_jax.trees._paths import path_of, unflatten
+from lora_jax.trees._paths import path_of, unflatten, unflatten_adapters
 
 
 @overload
@@ -115,7 +115,7 @@ def load(
     if verify:
         left = {path_of(k): v for k, v in frozen.items() if v is not empty_node}
         verify_base(stored.base, left, path)
-    split = unflatten(frozen, params), unflatten(adapters, params)
+    split = unflatten(frozen, params), unflatten_adapters(adapters, params)
     if collections is None:
         return split
     others = {

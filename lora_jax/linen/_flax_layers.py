@@ -21,8 +21,8 @@ from lora_jax._compat import only_converts
 from lora_jax.core._boxes import unbox
 from lora_jax.core._numerics import along
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
-from lora_jax.core.products._einsum_equation import Equation
-from lora_jax.linen._handler_entry import Entry, MethodKey, body
+from lora_jax.core.products._einsum_equation import Equation, of_dot_general
+from lora_jax.layers._entry import Entry, MethodKey, body
 
 Kernels = tuple[AdaptedKernel, ...]
 Method = Callable[..., Any]
@@ -38,7 +38,7 @@ def _dense(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwa
             # An injected dot_general quantizes, as a rule: it is for the base, not the factors.
             plain = own_dot is jax.lax.dot_general and kwargs.keys() <= {"precision"}
             return kernel.einsum(
-                _equation(x.ndim, W.ndim, dims),
+                of_dot_general(x.ndim, W.ndim, dims),
                 x,
                 W,
                 base=None if plain else lambda x, W: own_dot(x, W, dims, **kwargs),
@@ -49,19 +49,6 @@ def _dense(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwa
 
     adapted = _injected(layer, "dot_general", jax.lax.dot_general, with_adapter)
     return method(adapted, *args, **kwargs)
-
-
-def _equation(x_ndim: int, W_ndim: int, dims: Any) -> str:
-    """The einsum of a ``dot_general``."""
-    (x_in, W_in), (x_batch, W_batch) = dims
-    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    x = [next(letters) for _ in range(x_ndim)]
-    shared = dict(zip((*W_in, *W_batch), (*x_in, *x_batch), strict=True))
-    W = [x[shared[i]] if i in shared else next(letters) for i in range(W_ndim)]
-    batch = [x[i] for i in x_batch]
-    free = [c for c in x if c not in W]
-    out = [c for c in W if c not in x]
-    return f"{''.join(x)},{''.join(W)}->{''.join(batch + free + out)}"
 
 
 def _conv(layer: nn.Module, kernels: Kernels, method: Method, *args: Any, **kwargs: Any) -> Any:

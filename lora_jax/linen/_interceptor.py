@@ -25,8 +25,10 @@ from lora_jax.core._boxes import unbox
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
 from lora_jax.core.products._shared_input import SharedInputs
-from lora_jax.linen._handlers import Handlers, entry_of
-from lora_jax.linen._place_adapters import SUFFIX, Placed
+from lora_jax.layers._handlers import Handlers, entry_of
+from lora_jax.layers._place_adapters import Placed
+from lora_jax.linen._layer_output import layer_output
+from lora_jax.linen._params import SUFFIX
 from lora_jax.linen._refuse_mapped import refuse_mapped
 from lora_jax.trees._paths import Key, path_of
 
@@ -90,7 +92,7 @@ class Interceptor:
         if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
             return self._inside(next_fun, args, kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
-        return entry.output(kernels, next_fun, args, kwargs, context)
+        return layer_output(entry, kernels, next_fun, args, kwargs, context)
 
     def _inside(
         self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

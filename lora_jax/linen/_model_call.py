@@ -11,8 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 
-from lora_jax.tracing._map_rows import gives_variables
-
 
 def check_model(model: Any, variables: Any, name: str) -> None:
     """Checks that the first two arguments are a model and its variables.
@@ -58,6 +56,11 @@ def name_of_call(kwargs: Mapping[str, Any]) -> str:
     method = kwargs.get("method") or "__call__"
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     return f"{name}, with variables" if gives_variables(kwargs) else name
+
+
+def gives_variables(kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``apply`` gives a result and variables, by its arguments."""
+    return kwargs.get("mutable", False) is not False or bool(kwargs.get("capture_intermediates"))
 
 
 def _is_hugging_face(model: Any) -> bool:

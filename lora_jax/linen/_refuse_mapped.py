@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 
-from lora_jax.linen._place_adapters import SUFFIX
+from lora_jax.linen._params import SUFFIX
 from lora_jax.trees._paths import flatten, path_of
 
 MAPPED = (

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lora_jax import _compat as compat
 from lora_jax.core._numerics import along
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
-from lora_jax.linen._handler_entry import Entry, MethodKey
+from lora_jax.layers._entry import Entry, MethodKey
 
 Kernels = tuple[AdaptedKernel, ...]
 

@@ -31,7 +31,7 @@ from lora_jax.many._stack import nodes_of_each
 from lora_jax.many._stack_adapters import check_alike
 from lora_jax.many._stack_fully_trained import check_kinds, fully_trained
 from lora_jax.trees._pair import base_of, check_pair, near, nodes_of
-from lora_jax.trees._paths import Key, path_of, unflatten
+from lora_jax.trees._paths import Key, path_of, unflatten_adapters
 
 _MAKE = "make the pool with an adapter like it in `like`"
 
@@ -96,7 +96,8 @@ class AdapterStructure:
 
     def base_alone(self) -> chex.ArrayTree:
         """An adapter that adds nothing, with this structure."""
-        return unflatten({k: node.as_leaf() for k, node in self._nodes.items()}, self._params)
+        nodes = {key: node.as_leaf() for key, node in self._nodes.items()}
+        return unflatten_adapters(nodes, self._params)
 
     def fit(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
         """Adapters with this structure, as arrays of NumPy.
@@ -125,7 +126,7 @@ class AdapterStructure:
             raise TypeError(f"Adapter {name!r} does not fit the pool: {error}") from error
         except ValueError as error:
             raise ValueError(f"Adapter {name!r} does not fit the pool: {error}") from error
-        return unflatten(out, self._params)
+        return unflatten_adapters(out, self._params)
 
     def _conform(self, key: Key, node: Any) -> Any:
         like, path = self._nodes[key], path_of(key)

@@ -17,7 +17,7 @@ from lora_jax.peft.names._families import as_names
 from lora_jax.peft.names._key_mapping import KeyMapping
 from lora_jax.peft.torch._torch_model import TorchModel
 from lora_jax.trees._pair import base_of, check_pair
-from lora_jax.trees._paths import path_of, unflatten
+from lora_jax.trees._paths import path_of, unflatten, unflatten_adapters
 
 
 def load(
@@ -75,4 +75,4 @@ def load(
         if not node.in_base:
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
         adapters[key] = node.as_leaf()
-    return unflatten(frozen, params), unflatten(adapters, params)
+    return unflatten(frozen, params), unflatten_adapters(adapters, params)

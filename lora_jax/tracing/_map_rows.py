@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import chex
@@ -23,9 +23,6 @@ from jax.sharding import PartitionSpec
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.tracing._row_inputs import Call, RowInputs
 from lora_jax.tracing._row_results import RowResult
-
-# Arguments with keys of random numbers: each row gets its own keys.
-_KEYS = ("rngs", "dropout_rng")
 
 
 def over_rows(
@@ -39,6 +36,8 @@ def over_rows(
     out_axes: Any,
     variable_axes: Mapping[str, Any],
     spmd_axis_name: Any,
+    keys: Collection[str],
+    gives_variables: bool,
 ) -> Any:
     """``call`` for every row with its id, as by ``jax.vmap``.
 
@@ -52,18 +51,20 @@ def over_rows(
       out_axes: as there.
       variable_axes: as there.
       spmd_axis_name: as there.
+      keys: names of arguments with keys of random numbers: each row gets its own keys.
+      gives_variables: whether ``call`` gives a result and collections.
     """
-    keys = {name: kwargs[name] for name in _KEYS if kwargs.get(name) is not None}
-    plain = {name: value for name, value in kwargs.items() if name not in keys}
+    of_rows = {name: kwargs[name] for name in keys if kwargs.get(name) is not None}
+    plain = {name: value for name, value in kwargs.items() if name not in of_rows}
     rest = {name: flax.core.unfreeze(tree) for name, tree in rest.items()}
     inputs = RowInputs.of(ids.shape[0], rest, args, plain, in_axes, variable_axes)
-    keys = jax.tree.map(lambda key: jax.random.split(key, ids.shape[0]), keys)
+    of_rows = jax.tree.map(lambda key: jax.random.split(key, ids.shape[0]), of_rows)
     results: list[RowResult] = []
 
     def one(id_: Any, mapped: list[Any], keys: Any) -> list[Any]:
         rest, args, kwargs = inputs.of_row(mapped)
         out = call(id_, rest, args, {**kwargs, **keys})
-        y, variables = out if gives_variables(kwargs) else (out, {})
+        y, variables = out if gives_variables else (out, {})
         if unknown := variable_axes.keys() - rest.keys() - variables.keys():
             raise ValueError(
                 f"variable_axes names the collection {min(unknown)!r}, which is neither given nor "
@@ -74,17 +75,12 @@ def over_rows(
         results[:] = [dataclasses.replace(result, treedef=jax.tree.structure(out))]
         return arrays
 
-    mapped, ids, keys = _sharded_alike(inputs.mapped, inputs.axes, ids, keys)
-    arrays = jax.vmap(one, (0, inputs.axes, 0), spmd_axis_name=spmd_axis_name)(ids, mapped, keys)
+    mapped, ids, of_rows = _sharded_alike(inputs.mapped, inputs.axes, ids, of_rows)
+    arrays = jax.vmap(one, (0, inputs.axes, 0), spmd_axis_name=spmd_axis_name)(ids, mapped, of_rows)
     out = results[0].joined(arrays)
     if ids.ndim > 1:
-        inputs.check_tokens(call, ids, keys)
+        inputs.check_tokens(call, ids, of_rows)
     return out
-
-
-def gives_variables(kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``apply`` gives a result and variables, by its arguments."""
-    return kwargs.get("mutable", False) is not False or bool(kwargs.get("capture_intermediates"))
 
 
 def _sharded_alike(mapped: list[Any], axes: list[int], *others: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from lora_jax.core.rules._match_paths import assign
 from lora_jax.trees._base_hash import UNKNOWN, base_hash
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
-from lora_jax.trees._paths import Key, path_of, unflatten
+from lora_jax.trees._paths import Key, path_of, unflatten, unflatten_adapters
 from lora_jax.trees._resolve_axes import check_read, resolve_axes
 from lora_jax.trees._rounding import key_for
 
@@ -124,7 +124,7 @@ def lora_init(
             adapters[key_] = adapter
         elif path in trainable:
             adapters[key_] = raise_precision(path, frozen.pop(key_))
-    return unflatten(frozen, params), unflatten(adapters, params)
+    return unflatten(frozen, params), unflatten_adapters(adapters, params)
 
 
 def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:

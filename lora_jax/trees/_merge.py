@@ -55,7 +55,7 @@ def lora_merge(
         node.check_merges(path)
         return {key_: merged_leaf(leaf, node, None if key is None else key_for(key, path))}
 
-    return join(frozen, adapters, merge)
+    return unflatten(join(frozen, adapters, merge), frozen)
 
 
 def merged_leaf(leaf: Any, node: Node, key: chex.PRNGKey | None = None) -> Any:
@@ -76,8 +76,8 @@ def join(
     adapt: Callable[[Key, Any, Any], Mapping[Key, Any]],
     count: int | None = None,
     replace: Callable[[Key, Any, Any], Mapping[Key, Any]] | None = None,
-) -> chex.ArrayTree:
-    """Puts base and adapters together into one tree of parameters.
+) -> dict[Key, Any]:
+    """Puts base and adapters together: the parameters by their keys.
 
     Args:
       frozen: the base.
@@ -99,4 +99,4 @@ def join(
             flat |= replace(key, flat.get(key), node)
         else:
             flat[key] = node.as_parameter()
-    return unflatten(flat, frozen)
+    return flat

@@ -7,6 +7,7 @@ import functools
 import math
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -195,3 +196,21 @@ def _transposed(array: chex.Array, order: Sequence[int]) -> chex.Array:
 
 def _reshaped(array: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     return array if array.shape == shape else jnp.reshape(array, shape)
+
+
+def of_dot_general(x_ndim: int, W_ndim: int, dims: Any) -> str:
+    """The einsum of a ``dot_general``.
+
+    Example:
+      >>> of_dot_general(3, 2, (((2,), (0,)), ((), ())))
+      'abc,cd->abd'
+    """
+    (x_in, W_in), (x_batch, W_batch) = dims
+    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    x = [next(letters) for _ in range(x_ndim)]
+    shared = dict(zip((*W_in, *W_batch), (*x_in, *x_batch), strict=True))
+    W = [x[shared[i]] if i in shared else next(letters) for i in range(W_ndim)]
+    batch = [x[i] for i in x_batch]
+    free = [c for c in x if c not in W]
+    out = [c for c in W if c not in x]
+    return f"{''.join(x)},{''.join(W)}->{''.join(batch + free + out)}"

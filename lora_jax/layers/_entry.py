@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
-
-from lora_jax._compat import is_intercepted_inside
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 
 # How a method is found again: by the function in the class body, so that a subclass that calls
@@ -34,41 +31,34 @@ class Entry:
     """
 
     layer: str
-    kernels: tuple[str, ...] | Callable[[nn.Module], tuple[str, ...]]
+    kernels: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
     handler: Handler
     built_in: bool = True
 
-    def names(self, layer: nn.Module) -> tuple[str, ...]:
+    def names(self, layer: Any) -> tuple[str, ...]:
         """The names of the kernels of a layer."""
         return self.kernels(layer) if callable(self.kernels) else self.kernels
 
     def output(
         self,
+        layer: Any,
         kernels: tuple[AdaptedKernel | None, ...],
-        next_fun: Callable[..., Any],
+        method: Callable[..., Any],
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
+        kwargs: Mapping[str, Any],
     ) -> Any:
         """The output of a layer, in the place of its method.
 
         Args:
-          kernels: one for each name; ``None`` where the module does not have it.
-          next_fun: as an interceptor of Flax has it; so the others.
+          layer: the layer.
+          kernels: one for each name; ``None`` where the layer does not have it.
+          method: the layer's own, as a function of a layer.
           args: of the method.
           kwargs: of the method.
-          context: says which layer, and which method.
-
-        Raises:
-          ValueError: if the model intercepts the method too, which would be skipped.
         """
-        for kernel in kernels if is_intercepted_inside(next_fun, context) else ():
-            if kernel is not None:
-                kernel.refuse("the model intercepts its calls itself, by nn.intercept_methods")
         if self.built_in:
-            method = getattr(context.orig_method, "func", context.orig_method)
-            return self.handler(context.module, kernels, method, *args, **kwargs)
-        return self.handler(context.module, *kernels, *args, **kwargs)
+            return self.handler(layer, kernels, method, *args, **kwargs)
+        return self.handler(layer, *kernels, *args, **kwargs)
 
 
 def body(method: Callable[..., Any]) -> Callable[..., Any]:

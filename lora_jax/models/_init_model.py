@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import chex
 
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._hints import key_comes_first, look_first
-from lora_jax.linen._handlers import Handlers
-from lora_jax.linen._kernel_axes import kernel_axes
+from lora_jax.layers._handlers import Handlers, handlers_of_call
+from lora_jax.models._front_end import front_end
 from lora_jax.trees._init import lora_init
 
 
@@ -18,7 +17,7 @@ from lora_jax.trees._init import lora_init
 def lora_init_model(
     key: chex.PRNGKey,
     model: Any,
-    variables: Mapping[str, Any],
+    variables: Any,
     config: LoraConfig,
     /,
     *args: Any,
@@ -37,15 +36,16 @@ def lora_init_model(
       key: a JAX random key.
       model: as for :func:`lora_jax.lora_apply`.
       variables: its variables, ``{"params": params}`` and other collections that the call needs,
-        such as ``batch_stats`` and ``cache``.
+        such as ``batch_stats`` and ``cache``; of an NNX model its ``nnx.State``.
       config: which leaves are adapted and how, and which are fully trained.
-      *args: for ``model.apply``: a sample input, arrays or ``jax.ShapeDtypeStruct``.
+      *args: for the model: a sample input, arrays or ``jax.ShapeDtypeStruct``.
       handlers: as for :func:`lora_jax.lora_apply`; give both the same.
-      **kwargs: for ``model.apply``: ``train=True``, ``rngs``, ``mutable``, ``method``. The call
+      **kwargs: for the model: ``train=True``, ``rngs``, ``mutable``, ``method``. The call
         must read every kernel that is adapted.
 
     Returns:
-      ``(frozen, adapters)``, both nested like ``variables["params"]``; see
+      ``(frozen, adapters)``, both nested like ``variables["params"]``, or, of an NNX model, a state
+      and nested dicts; see
       :func:`lora_jax.lora_init`.
 
     Raises:
@@ -68,10 +68,6 @@ def lora_init_model(
       (1, 5, 3)
     """
     check_config(config)
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError(
-            f"The third argument is the model's variables, which have the collection 'params' and "
-            f"others beside it; got {type(variables).__name__}. Pass {{'params': params}}."
-        )
-    axes = kernel_axes(model, variables, *args, handlers=handlers, **kwargs)
-    return lora_init(key, variables["params"], config, axes=axes)
+    called = front_end(model, variables, "lora_init_model")
+    axes = called.axes(args, kwargs, handlers_of_call(handlers))
+    return lora_init(key, called.params, config, axes=axes)

@@ -8,13 +8,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
+from lora_jax._compat import is_module_class
+from lora_jax.layers._entry import Entry, Handler, MethodKey, body, keys_of
 
-from lora_jax.linen._flax_layers import LAYERS
-from lora_jax.linen._handler_entry import Entry, Handler, MethodKey, body, keys_of
-from lora_jax.linen._third_party_layers import PACKAGES
-
-BUILT_IN: Mapping[MethodKey, Entry] = types.MappingProxyType({**LAYERS, **PACKAGES})
+# The layers that this library knows: each front end adds its own when it is imported.
+_BUILT_IN: dict[MethodKey, Entry] = {}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -55,7 +53,7 @@ class Handlers:
     """
 
     _entries: Mapping[MethodKey, Entry] = dataclasses.field(
-        default_factory=lambda: BUILT_IN, init=False
+        default_factory=lambda: types.MappingProxyType(_BUILT_IN), init=False
     )
 
     @staticmethod
@@ -72,7 +70,7 @@ class Handlers:
 
     def with_handler(
         self,
-        cls: type[nn.Module],
+        cls: type[Any],
         *kernels: str,
         handler: Handler,
         method: str = "__call__",
@@ -92,13 +90,14 @@ class Handlers:
           Other handlers; these are as they were.
 
         Raises:
-          TypeError: if ``cls`` is not a ``flax.linen`` module class, or ``handler`` not callable.
+          TypeError: if ``cls`` is not a module class of ``flax.linen`` or ``flax.nnx``, or
+            ``handler`` not callable.
           ValueError: if there are no kernels, if the class inherits the method or does not have
             it, or if the method has a handler already.
         """
         return self._with("with_handler", cls, kernels, handler, method, override)
 
-    def without(self, cls: type[nn.Module], *, method: str = "__call__") -> Handlers:
+    def without(self, cls: type[Any], *, method: str = "__call__") -> Handlers:
         """These handlers without that of a method, whose layer then cannot be adapted.
 
         Args:
@@ -106,7 +105,7 @@ class Handlers:
           method: the method.
 
         Raises:
-          TypeError: if ``cls`` is not a ``flax.linen`` module class.
+          TypeError: if ``cls`` is not a module class of ``flax.linen`` or ``flax.nnx``.
           ValueError: if the class inherits the method or does not have it, or if the method has no
             handler.
 
@@ -137,7 +136,7 @@ class Handlers:
     def _with(
         self,
         caller: str,
-        cls: type[nn.Module],
+        cls: type[Any],
         kernels: tuple[str, ...],
         handler: Handler,
         method: str,
@@ -161,7 +160,7 @@ class Handlers:
     def _check_free(
         self,
         caller: str,
-        cls: type[nn.Module],
+        cls: type[Any],
         kernels: tuple[str, ...],
         method: str,
         override: bool,
@@ -189,7 +188,7 @@ _REGISTERING = threading.Lock()  # two threads that register at once both count
 
 
 def register(
-    cls: type[nn.Module],
+    cls: type[Any],
     *kernels: str,
     method: str = "__call__",
     override: bool = False,
@@ -212,7 +211,7 @@ def register(
       A decorator, which returns the handler unchanged.
 
     Raises:
-      TypeError: if ``cls`` is not a ``flax.linen`` module class.
+      TypeError: if ``cls`` is not a module class of ``flax.linen`` or ``flax.nnx``.
       ValueError: if there are no kernels, if the class inherits the method or does not have it,
         or if the method has a handler already.
 
@@ -271,16 +270,27 @@ def entry_of(handlers: Handlers, method: Callable[..., Any]) -> Entry | None:
     return handlers._entries.get(function) or handlers._entries.get(name)
 
 
-def entries_of(handlers: Handlers, cls: type[nn.Module]) -> list[Entry]:
+def entries_of(handlers: Handlers, cls: type[Any]) -> list[Entry]:
     """The entries for methods of a class and of those that it derives from."""
     methods = [value for base in cls.__mro__ for value in vars(base).values()]
     entries = [entry_of(handlers, method) for method in methods if callable(method)]
     return [entry for entry in entries if entry is not None]
 
 
-def known_layers(handlers: Handlers) -> str:
-    """The layers that have a handler, for messages."""
-    return ", ".join(dict.fromkeys(entry.layer for entry in handlers._entries.values()))
+def known_layers(handlers: Handlers, *, other_than: str = "") -> str:
+    """The layers that have a handler, for messages.
+
+    Args:
+      handlers: the handlers.
+      other_than: the prefix of the layers of the other front end.
+    """
+    names = dict.fromkeys(entry.layer for entry in handlers._entries.values())
+    return ", ".join(name for name in names if not (other_than and name.startswith(other_than)))
+
+
+def add_built_in(layers: Mapping[MethodKey, Entry]) -> None:
+    """Adds the layers of a front end to those that this library knows."""
+    _BUILT_IN.update(layers)
 
 
 def _handlers(entries: Mapping[MethodKey, Entry]) -> Handlers:
@@ -290,11 +300,11 @@ def _handlers(entries: Mapping[MethodKey, Entry]) -> Handlers:
 
 
 def _check_class(caller: str, cls: Any) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"{caller} is for flax.linen module classes, got {cls!r}.")
+    if not is_module_class(cls):
+        raise TypeError(f"{caller} is for classes of flax.linen and flax.nnx modules, got {cls!r}.")
 
 
-def _own_method(caller: str, cls: type[nn.Module], method: str) -> Callable[..., Any]:
+def _own_method(caller: str, cls: type[Any], method: str) -> Callable[..., Any]:
     """The function of a method that a class defines itself."""
     if method not in vars(cls):
         owners = [base.__name__ for base in cls.__mro__ if method in vars(base)]

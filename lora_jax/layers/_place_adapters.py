@@ -1,9 +1,8 @@
-"""Adapter nodes in the ``params`` collection, each next to the leaf of the base that it is for.
+"""Adapter nodes for one call of a model, each for the place next to the leaf that it is for.
 
-There they go through every lifted transform (``nn.scan``, ``nn.vmap``, ``nn.remat``, ``nn.jit``)
-just as the kernels do, and all that decides what a layer computes is in the structure of the
-variables, where the cache of ``nn.jit`` sees it. What is done to a node depends on its kind and on
-the call; each has one function here:
+There they go through every transform of Flax just as the kernels do, and all that decides what a
+layer computes is in the structure of the variables, where caches of traces see it. What is done to
+a node depends on its kind and on the call; each has one function here:
 
     fully trained           the leaf itself, of the adapter that the id is of
     not in the layer        W' in the place of the parameter
@@ -33,12 +32,9 @@ from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._row_ids import BASE, Ids, taken
 from lora_jax.core.products._stack_normal_forms import normalized_member, normalized_stack
-from lora_jax.linen._handlers import Handlers
+from lora_jax.layers._handlers import Handlers
 from lora_jax.trees._merge import join, merged_leaf
-from lora_jax.trees._paths import Key, flatten, path_of, unflatten
-
-# The name of an adapter is that of its parameter and this.
-SUFFIX = "@lora"
+from lora_jax.trees._paths import Key, path_of
 
 
 @flax.struct.dataclass
@@ -55,6 +51,8 @@ class Placed:
       handlers: of the call.
       product: what the call says of the product of its layer.
       ids: of one row of a mixed batch.
+      rng: a key for dropout, with the axes of the kernel that stack it; ``None`` where the module
+        has one.
       cut: whether the layer shall compute with zeros in the place of the kernel.
     """
 
@@ -63,6 +61,7 @@ class Placed:
     handlers: Handlers = flax.struct.field(pytree_node=False)
     product: str = flax.struct.field(pytree_node=False, default="auto")
     ids: Ids | None = None
+    rng: Any = None
     cut: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -83,11 +82,6 @@ class CallIds:
     of_row: bool
 
 
-def key_of_adapter(key: Key) -> Key:
-    """The key of an adapter, from that of its kernel."""
-    return (*key[:-1], key[-1] + SUFFIX)
-
-
 def place(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
@@ -96,8 +90,8 @@ def place(
     dropout: bool,
     handlers: Handlers,
     product: str,
-) -> tuple[chex.ArrayTree, dict[Key, Placed]]:
-    """The parameters for a call of the adapted model.
+) -> tuple[dict[Key, Any], dict[Key, Placed]]:
+    """The parameters for a call of the adapted model, and the adapters for the places next to them.
 
     Args:
       frozen: the base.
@@ -108,7 +102,7 @@ def place(
       product: how layers compute products of two matrices.
 
     Returns:
-      The base with the adapters in it, and those that are next to a kernel, by the kernel's key.
+      The parameters by their keys, and the adapters that are next to a kernel, by the kernel's key.
 
     Raises:
       TypeError: if a tree is not a nested dict, or a node is not one of an adapter.
@@ -121,28 +115,12 @@ def place(
             return {key: _materialized(path_of(key), leaf, node, ids)}
         adapter, of_row = _in_layer(path_of(key), unbox(leaf), node, ids, dropout)
         placed[key] = Placed(adapter, path_of(key), handlers, product, of_row)
-        return {key: leaf, key_of_adapter(key): placed[key]}
+        return {key: leaf}
 
     if ids is None:
         return join(frozen, adapters, place_node), placed
     fully_trained = functools.partial(_fully_trained, ids)
     return join(frozen, adapters, place_node, ids.count, fully_trained), placed
-
-
-def restored(params: chex.ArrayTree, frozen: chex.ArrayTree, placed: Any) -> chex.ArrayTree:
-    """The parameters that a call with ``mutable`` gives back, without what was placed in them.
-
-    Args:
-      params: what the call gives back.
-      frozen: the base, which is given back where ``W'`` stood in its place, and still does.
-      placed: what the call was given.
-    """
-    base, given = flatten(frozen, "frozen"), flatten(placed, "params")
-    kept = {}
-    for key, leaf in flatten(params, "params").items():
-        if not key[-1].endswith(SUFFIX):
-            kept[key] = base[key] if key in base and leaf is given.get(key) else leaf
-    return unflatten(kept, params)
 
 
 def is_complete(base: Mapping[Key, Any], nodes: Mapping[Key, Any], ids: Any) -> bool:

@@ -1,0 +1,20 @@
+"""The front end for Flax NNX: a model with adapters in its layers.
+
+Using a model:
+
+- ``_model.py``: a graphdef and a state, as ``lora_apply`` calls them.
+- ``_kernel_axes.py``: an abstract call, in which it is seen which axes the kernels have.
+- ``_lora_model.py``: ``lora_model``, a model object that has its adapters as variables;
+  ``lora_state`` and ``lora_update`` take them out and put them back.
+
+Which layers can be adapted, and how they compute:
+
+- ``_flax_layers.py``: the handlers of Flax's own layers.
+
+Inside of these:
+
+- ``_variables.py``: variables and their values, modules and what they have.
+- ``_adapted_class.py``: a class for each layer's class, whose methods ask for the adapter.
+- ``_in_layers.py``: adapters in layers, next to their kernels.
+- ``_calls.py``: what the call that is under way has to do with the kernels of a layer.
+"""

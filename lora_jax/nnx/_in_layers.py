@@ -1,0 +1,52 @@
+"""Something next to the kernels of a model's layers, and the classes that look there.
+
+What is put next to a kernel is a variable of the kernel's own type, so that transforms of NNX
+slice, carry and broadcast it as they do with the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from lora_jax.layers._handlers import Handlers
+from lora_jax.nnx._adapted_class import adapted_class, own_class, set_class
+from lora_jax.nnx._calls import SUFFIX
+from lora_jax.nnx._variables import modules_of, variables_in, variables_of
+from lora_jax.trees._paths import Key
+
+
+def put_beside(model: Any, beside: Mapping[Key, Any], handlers: Handlers) -> None:
+    """Puts something next to kernels, in every layer that has the kernel.
+
+    Args:
+      model: is changed.
+      beside: what to put there, by the keys of the kernels.
+      handlers: say which layers can compute with it.
+    """
+    variables = variables_of(model)
+    by_variable = {id(variables[key]): value for key, value in beside.items()}
+    classes: dict[type[Any], Any] = {}
+    for _, module in list(modules_of(model)):
+        for name, variable in list(variables_in(module)):
+            if id(variable) not in by_variable:
+                continue
+            setattr(module, name + SUFFIX, _of_type(type(variable), by_variable[id(variable)]))
+            cls = own_class(module)
+            if cls not in classes:
+                classes[cls] = adapted_class(cls, handlers)
+            if classes[cls] is not None:
+                set_class(module, classes[cls])
+
+
+def parents_of(model: Any) -> dict[Key, Any]:
+    """The modules of a model by their keys."""
+    return dict(modules_of(model))
+
+
+def _of_type(cls: type[Any], value: Any) -> nnx.Variable[Any]:
+    """A variable of the type of a kernel, without what else the kernel's own says of itself."""
+    does_more = any(hasattr(cls, f"on_{verb}_value") for verb in ("get", "set", "create"))
+    return nnx.Param(value) if does_more else cls(value)

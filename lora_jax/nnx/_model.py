@@ -1,0 +1,273 @@
+"""An NNX model with adapters in its layers: what ``lora_apply`` needs to know of it.
+
+For a call the model is made anew from its graphdef and a copy of its state, so that no object of
+the user's is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_jax.core._boxes import unbox
+from lora_jax.core._model_axes import ModelAxes
+from lora_jax.layers._check_use import check_ties, check_used, not_called, not_computed
+from lora_jax.layers._handlers import Handlers
+from lora_jax.layers._place_adapters import CallIds, Placed, place
+from lora_jax.nnx._adapted_class import adapted_class, own_class
+from lora_jax.nnx._calls import SUFFIX, AdaptedCall, under_way
+from lora_jax.nnx._in_layers import parents_of, put_beside
+from lora_jax.nnx._kernel_axes import axes_of_call
+from lora_jax.nnx._model_call import call_model, name_of_call
+from lora_jax.nnx._variables import copied, value_of, variables_of
+from lora_jax.tracing._arrays_in import arrays_in
+from lora_jax.trees._paths import Key, flatten, path_of, unflatten
+from lora_jax.trees._rounding import key_for
+from lora_jax.trees._states import is_parameter
+
+# The argument in which keys travel: that of adapters' dropout, and those of the model.
+_KEYS = "lora_jax: keys"
+
+
+def is_nnx(value: Any) -> bool:
+    """Whether something is a model of NNX, its graphdef or its state."""
+    return isinstance(value, nnx.GraphDef | nnx.Module | nnx.State)
+
+
+@dataclasses.dataclass(frozen=True)
+class NnxModel:
+    """A graphdef and a state.
+
+    Attributes:
+      graphdef: says what the model is.
+      state: its state.
+      base: the frozen base: the parameters in it.
+      rest: the other variables by the names of their types, and their paths.
+    """
+
+    graphdef: Any
+    state: Any
+    base: chex.ArrayTree
+    rest: Mapping[str, Any]
+
+    KEYS = (_KEYS,)
+
+    @classmethod
+    def of(cls, model: Any, variables: Any, name: str) -> NnxModel:
+        """The first two arguments of a function, checked.
+
+        Raises:
+          TypeError: if they are not a graphdef, or a model, and a state.
+        """
+        if isinstance(model, nnx.Module):
+            if not isinstance(variables, nnx.State):
+                raise _not_a_state(variables, name, type(model).__name__)
+            model = nnx.graphdef(model)
+        if not isinstance(model, nnx.GraphDef):
+            raise TypeError(
+                f"{name} got an nnx.State as variables, and {type(model).__name__} as the model: "
+                f"pass the model's graphdef, graphdef, state = nnx.split(model). A flax.linen "
+                f"module takes {{'params': params}}."
+            )
+        if not isinstance(variables, nnx.State):
+            raise _not_a_state(variables, name, "an nnx.GraphDef")
+        flat = flatten(variables, "state")
+        rest: dict[str, dict[str, Any]] = {}
+        for key, leaf in flat.items():
+            if not (is_parameter(leaf) or isinstance(leaf, nnx.RngKey)):
+                rest.setdefault(type(leaf).__name__, {})[path_of(key)] = leaf
+        base = unflatten({k: leaf for k, leaf in flat.items() if is_parameter(leaf)}, variables)
+        return cls(model, variables, base, rest)
+
+    @property
+    def params(self) -> chex.ArrayTree:
+        """What ``lora_init`` splits."""
+        return self.state
+
+    def axes(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], handlers: Handlers
+    ) -> ModelAxes:
+        """The axes of the kernels, from one abstract call."""
+        return axes_of_call(self.graphdef, self.state, args, kwargs, handlers)
+
+    def with_keys(self, key: chex.PRNGKey | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments, with all keys of random numbers among them."""
+        of_model = {
+            path_of(key): leaf
+            for key, leaf in flatten(self.state, "state").items()
+            if isinstance(leaf, nnx.RngKey)
+        }
+        return {**kwargs, _KEYS: (key, of_model)}
+
+    def has_dropout(
+        self, wanted: bool | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Whether adapters have their dropout in a call.
+
+        Raises:
+          ValueError: if it is wanted, and the call has no key for it.
+        """
+        has_key = kwargs[_KEYS][0] is not None
+        if wanted and not has_key:
+            raise ValueError("adapter_dropout=True needs a key: pass dropout_key=key.")
+        return has_key if wanted is None else wanted
+
+    def apply(
+        self,
+        rest: Mapping[str, Any],
+        adapters: chex.ArrayTree,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        ids: CallIds | None = None,
+        *,
+        dropout: bool,
+        allow_unused: bool,
+        handlers: Handlers,
+        product: str,
+    ) -> Any:
+        """A call of the model with one adapter, or of one row of the batch.
+
+        Args:
+          rest: the variables that are not parameters, by the names of their types.
+          adapters: the adapters, stacked if there are ids.
+          args: of the model.
+          kwargs: of the model, and ``method`` and ``mutable``.
+          ids: which of the adapters the call has.
+          dropout: whether adapters have their dropout.
+          allow_unused: allow adapters that the call does not use.
+          handlers: of the call.
+          product: how layers compute products of two matrices.
+        """
+        kwargs = dict(kwargs)
+        dropout_key, keys = kwargs.pop(_KEYS)
+        mutable = self.gives_variables(kwargs)
+        kwargs.pop("mutable", None)
+        method = kwargs.pop("method", None)
+        others = {
+            tuple(path.split("/")): leaf
+            for leaves in (*rest.values(), keys)
+            for path, leaf in leaves.items()
+        }
+        params, placed = place(
+            self.base, adapters, ids, dropout=dropout, handlers=handlers, product=product
+        )
+        if dropout:
+            placed = {
+                key: _with_key(node, unbox(params[key]), dropout_key)
+                for key, node in placed.items()
+            }
+
+        def call(
+            params: Mapping[Key, Any], placed: Mapping[Key, Placed], seen: AdaptedCall, given: Any
+        ) -> tuple[Any, Any]:
+            state = unflatten(copied({**params, **others}), self.state)
+            model = nnx.merge(self.graphdef, state)
+            variables = variables_of(model)
+            seen.given = {path_of(key): value_of(variables[key]) for key in placed}
+            put_beside(model, placed, handlers)
+            args, kwargs = given
+            with under_way(seen):
+                return call_model(model, method, args, kwargs), model
+
+        def results(params: Mapping[Key, Any], placed: Mapping[Key, Placed]) -> list[Any]:
+            y, model = call(params, placed, AdaptedCall(handlers, {}), copied((args, kwargs)))
+            changed = _after(model) if mutable else {}
+            return list(arrays_in((y, {k: v for k, v in changed.items() if not is_parameter(v)})))
+
+        seen = AdaptedCall(handlers, {})
+        y, model = call(params, placed, seen, (args, kwargs))
+        if not allow_unused:
+
+            def message(key: Key, more: str) -> str:
+                module = parents_of(model).get(key[:-1])
+                cls = nnx.Module if module is None else own_class(module)
+                known = adapted_class(cls, handlers) is not None
+                if known and path_of(key) not in seen.reached and _inherits_call(cls, handlers):
+                    reached = getattr(method, "__name__", method or "__call__")
+                    return not_called(key, more, f"{own_class(model).__name__}.{reached}")
+                return not_computed(key, more, cls, handlers, other_than="nn.")
+
+            check_used(results, params, placed, seen.used, message)
+        name = name_of_call({"method": method, "mutable": mutable})
+        given = params, placed, rest, args, kwargs, method
+        check_ties(results, params, placed, name, self.graphdef, given)
+        if not mutable:
+            return y
+        return y, self._collections(model, params, rows=ids is not None and ids.of_row)
+
+    def gives_variables(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call gives a result and variables, by its arguments."""
+        return kwargs.get("mutable", False) is not False
+
+    def result(self, out: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What ``lora_apply`` returns, from what :meth:`apply` gives."""
+        if not self.gives_variables(kwargs):
+            return out
+        y, collections = out
+        changed = {
+            tuple(path.split("/")): leaf
+            for leaves in collections.values()
+            for path, leaf in leaves.items()
+        }
+        state = unflatten({**flatten(self.state, "state"), **changed}, self.state)
+        mutable = kwargs["mutable"]
+        return y, state if mutable is True else nnx.filter_state(state, mutable)
+
+    def axes_by_name(self, variable_axes: Mapping[Any, Any]) -> dict[str, Any]:
+        """Axes of variables by the names of their types."""
+        return {getattr(of, "__name__", of): axes for of, axes in variable_axes.items()}
+
+    def _collections(
+        self, model: Any, params: Mapping[Key, Any], *, rows: bool
+    ) -> dict[str, dict[str, Any]]:
+        """What the call has changed, by the names of the types and the paths.
+
+        Args:
+          model: after the call.
+          params: that it was given.
+          rows: whether this is one row of many: then parameters and keys are as they were given.
+        """
+        base = flatten(self.base, "state")
+        found: dict[str, dict[str, Any]] = {}
+        for key, variable in _after(model).items():
+            if key in params:
+                changed = unbox(variable) is not unbox(params[key])
+                if not changed or key not in base:
+                    continue
+            if not (rows and (is_parameter(variable) or isinstance(variable, nnx.RngKey))):
+                found.setdefault(type(variable).__name__, {})[path_of(key)] = variable
+        return found
+
+
+def _after(model: Any) -> dict[Key, Any]:
+    """The variables of a model after a call, without what was put next to kernels."""
+    return {k: v for k, v in variables_of(model).items() if not k[-1].endswith(SUFFIX)}
+
+
+def _with_key(placed: Placed, kernel: Any, dropout_key: chex.PRNGKey) -> Placed:
+    """An adapter with a key for each of the matrices that are stacked in its kernel."""
+    if not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
+        dropout_key = jax.random.wrap_key_data(dropout_key)
+    batch = placed.adapter.axes.batch
+    shape = tuple(n if axis in batch else 1 for axis, n in enumerate(kernel.shape))
+    keys = jax.random.split(key_for(dropout_key, placed.path), shape if batch else (1,))
+    return dataclasses.replace(placed, rng=keys)
+
+
+def _inherits_call(cls: type[Any], handlers: Handlers) -> bool:
+    """Whether the class calls its layer's method as it is."""
+    method = getattr(adapted_class(cls, handlers), "__call__", None)  # noqa: B004
+    return hasattr(method, "__wrapped__")
+
+
+def _not_a_state(variables: Any, name: str, model: str) -> TypeError:
+    return TypeError(
+        f"{name} got {model}, and {type(variables).__name__} as its variables: pass its nnx.State, "
+        f"graphdef, state = nnx.split(model), or the frozen state that lora_init returned."
+    )

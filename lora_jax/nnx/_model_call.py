@@ -1,0 +1,28 @@
+"""Calling an NNX model, and what it is that is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def call_model(model: Any, method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """``model(*args, **kwargs)``, or another method by its name or as a function."""
+    function: Callable[..., Any]
+    if method is None or isinstance(method, str):
+        function = getattr(model, method or "__call__")
+        return function(*args, **kwargs)
+    function = getattr(method, "__func__", method)
+    return function(model, *args, **kwargs)
+
+
+def name_of_call(kwargs: Mapping[str, Any]) -> str:
+    """What is called, as far as what a model reads depends on it.
+
+    Example:
+      >>> name_of_call({}), name_of_call({"method": "encode", "mutable": True})
+      ('__call__', 'encode, with variables')
+    """
+    method = kwargs.get("method") or "__call__"
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    return f"{name}, with variables" if kwargs.get("mutable", False) is not False else name

@@ -1,0 +1,51 @@
+"""Variables of NNX and their values, modules and what they have, in all versions of Flax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lora_jax.trees._paths import Key
+
+
+def value_of(variable: Any) -> Any:
+    """The value of a variable, as the layer sees it."""
+    if hasattr(type(variable), "get_value"):
+        return variable.get_value()
+    return variable.value
+
+
+def copied(tree: Any) -> Any:
+    """A copy with the same arrays, whose variables and modules are other objects."""
+
+    def copy(leaf: Any) -> Any:
+        return nnx.clone(leaf) if isinstance(leaf, nnx.Object | nnx.Variable) else leaf
+
+    is_object = lambda leaf: isinstance(leaf, nnx.Object | nnx.Variable)  # noqa: E731
+    return jax.tree.map(copy, tree, is_leaf=is_object)
+
+
+def modules_of(model: Any) -> Iterator[tuple[Key, nnx.Module]]:
+    """The modules of a model, each once, with the paths of their variables in its state."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            yield tuple(map(str, path)), node
+
+
+def variables_in(module: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """The variables that are a module's own attributes, by their names."""
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Variable):
+            yield name, value
+
+
+def variables_of(model: Any) -> dict[Key, Any]:
+    """The variables of a model by their keys in its state, each once."""
+    found: dict[Key, Any] = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable):
+            found[tuple(map(str, path))] = node
+    return found
