@@ -47,6 +47,7 @@ from lora_jax.many._stack import stack, unstack
 from lora_jax.models._apply import lora_apply
 from lora_jax.models._init_model import lora_init_model
 from lora_jax.models._kernel_axes import kernel_axes
+from lora_jax.nnx._lora_model import AdapterParam, lora_model, lora_state, lora_update
 from lora_jax.peft._export import export
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init
@@ -58,6 +59,7 @@ from lora_jax.trees._summary_report import Summary
 __all__ = [
     "AdaptedKernel",
     "Adapter",
+    "AdapterParam",
     "AdapterPool",
     "AdapterStack",
     "Approximation",
@@ -87,6 +89,9 @@ __all__ = [
     "lora_init",
     "lora_init_model",
     "lora_merge",
+    "lora_model",
+    "lora_state",
+    "lora_update",
     "peft",
     "per_adapter",
     "register",

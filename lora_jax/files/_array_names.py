@@ -11,6 +11,7 @@ from flax.traverse_util import empty_node
 from lora_jax.files._tensors import check_name
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import Key, path_of
+from lora_jax.trees._states import parameters_in
 
 
 def named(leaves: Mapping[Key, Any], name: str) -> dict[str, Any]:
@@ -35,4 +36,4 @@ def named_pair(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A base and its nodes, as ``pair`` gives them, by paths; no two may be the same."""
     base, nodes = pair(frozen, adapters, either=either)
-    return named(base, "frozen"), named(nodes, "adapters")
+    return named(parameters_in(base), "frozen"), named(nodes, "adapters")

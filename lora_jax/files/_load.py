@@ -20,6 +20,7 @@ from lora_jax.files._fingerprint import verify as verify_base
 from lora_jax.files._read_folder import read
 from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, unflatten, unflatten_adapters
+from lora_jax.trees._states import parameters_in
 
 
 @overload
@@ -113,7 +114,7 @@ def load(
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
         adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node).as_leaf()
     if verify:
-        left = {path_of(k): v for k, v in frozen.items() if v is not empty_node}
+        left = {path_of(k): v for k, v in parameters_in(frozen).items() if v is not empty_node}
         verify_base(stored.base, left, path)
     split = unflatten(frozen, params), unflatten_adapters(adapters, params)
     if collections is None:

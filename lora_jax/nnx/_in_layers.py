@@ -48,5 +48,8 @@ def parents_of(model: Any) -> dict[Key, Any]:
 
 def _of_type(cls: type[Any], value: Any) -> nnx.Variable[Any]:
     """A variable of the type of a kernel, without what else the kernel's own says of itself."""
-    does_more = any(hasattr(cls, f"on_{verb}_value") for verb in ("get", "set", "create"))
+    does_more = any(hasattr(cls, f"on_{verb}_value") for verb in ("get", "set", "create")) or any(
+        getattr(cls, name, None) is not getattr(nnx.Variable, name, None)
+        for name in ("get_value", "set_value")
+    )
     return nnx.Param(value) if does_more else cls(value)

@@ -11,11 +11,29 @@ from flax import nnx
 from lora_jax.trees._paths import Key
 
 
+def has_own_get_value(cls: type[Any]) -> bool:
+    """Whether a type of variables says by a method what a layer sees; older ones have hooks."""
+    return hasattr(cls, "get_value")
+
+
 def value_of(variable: Any) -> Any:
     """The value of a variable, as the layer sees it."""
-    if hasattr(type(variable), "get_value"):
-        return variable.get_value()
-    return variable.value
+    return variable.get_value() if has_own_get_value(type(variable)) else variable.value
+
+
+def set_value(variable: Any, value: Any) -> None:
+    """Gives a variable another value, as it is stored."""
+    if hasattr(type(variable), "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value
+
+
+def raw_value_of(variable: Any) -> Any:
+    """The value of a variable as it is stored."""
+    if hasattr(type(variable), "get_raw_value"):
+        return variable.get_raw_value()
+    return variable.raw_value
 
 
 def copied(tree: Any) -> Any:

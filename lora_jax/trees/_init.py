@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
+from lora_jax._compat import is_module
 from lora_jax.core._adapter import Adapter, base_at_start, init_adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import rebox, unbox
@@ -25,6 +26,7 @@ from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unflatten, unflatten_adapters
 from lora_jax.trees._resolve_axes import check_read, resolve_axes
 from lora_jax.trees._rounding import key_for
+from lora_jax.trees._states import is_parameter, parameters_in
 
 
 @look_first(key_comes_first("lora_init(key, params, config)"))
@@ -43,8 +45,9 @@ def lora_init(
 
     Args:
       key: a JAX random key. The start of an adapter depends on it and on the kernel's path only.
-      params: the ``params`` collection of a Flax model: nested dicts or a ``FrozenDict``, of
-        arrays, which may be boxed (``nn.Partitioned``).
+      params: the ``params`` collection of a Flax Linen model: nested dicts or a ``FrozenDict``, of
+        arrays, which may be boxed (``nn.Partitioned``). Or the ``nnx.State`` of an NNX model: its
+        ``nnx.Param`` are the parameters, and its other variables are left as they are.
       config: which leaves are adapted and how, and which are fully trained.
       axes: which axes of each kernel are inputs, outputs and stacks, from
         :func:`lora_jax.kernel_axes`; :func:`lora_jax.lora_init_model` finds them for you. Without
@@ -52,7 +55,8 @@ def lora_init(
         checked here whether the model reads a leaf, and only in its layer, but by ``lora_apply``.
 
     Returns:
-      ``(frozen, adapters)``, both nested like ``params``. Where a kernel is adapted,
+      ``(frozen, adapters)``, both nested like ``params``; for a state, a state and nested dicts.
+      Where a kernel is adapted,
       ``adapters`` has an :class:`Adapter`, with ``U`` of shape ``(d, r)``, ``V`` of shape
       ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32; ``m`` of a float64
       kernel is float64, as its norm is.
@@ -74,6 +78,12 @@ def lora_init(
       ((5, 2), (2, 3))
     """
     check_config(config)
+    if is_module(params):
+        raise TypeError(
+            f"params must be parameters, got the model itself, {type(params).__name__}: of an NNX "
+            f"model pass its state, graphdef, state = nnx.split(model), of a Linen model "
+            f"variables['params']."
+        )
     if not isinstance(params, Mapping) and hasattr(params, "params"):
         raise TypeError(
             f"params must be a nested dict of arrays, got {type(params).__name__}: pass its "
@@ -86,7 +96,8 @@ def lora_init(
             "them: jax.eval_shape(lambda params: lora_jax.lora_init(key, params, config), params)."
         )
     _check_lists(flat, config)
-    arrays = {key_: leaf for key_, leaf in flat.items() if leaf is not empty_node}
+    _check_parameters(flat, config)
+    arrays = {k: leaf for k, leaf in parameters_in(flat).items() if leaf is not empty_node}
     paths = {path_of(key_): key_ for key_ in arrays}
     rules, trainable = assign(config, list(paths), axes)
     if len(paths) < len(arrays):
@@ -140,6 +151,21 @@ def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
                 f"go through dicts. Make dicts of lists, params = "
                 f"flax.serialization.to_state_dict(params), where the path is "
                 f"{lists[0] + '/0/...'!r}."
+            )
+
+
+def _check_parameters(flat: Mapping[Key, Any], config: LoraConfig) -> None:
+    """Raises ValueError if a pattern is for statistics, caches or keys of a state only."""
+    parameters = [path_of(key) for key in parameters_in(flat)]
+    others = {path_of(k): type(leaf).__name__ for k, leaf in flat.items() if not is_parameter(leaf)}
+    patterns = (*(rule.pattern for rule in config.rules), *config.trainable)
+    for pattern in patterns if others else ():
+        fits = re.compile(pattern).fullmatch
+        found = next(filter(fits, others), None)
+        if found is not None and not any(map(fits, parameters)):
+            raise ValueError(
+                f"{pattern!r} matches {found!r}, which is an nnx.{others[found]}, and no "
+                f"parameter: what is trained is an nnx.Param. Make another pattern, or leave it out."
             )
 
 

@@ -61,6 +61,11 @@ def state_of(flat: Mapping[Key, Any], like: Any) -> Any:
     return nnx.from_flat_state([(path_of_key(key), leaf) for key, leaf in flat.items()])
 
 
+def parameters_in(flat: Mapping[Key, Any]) -> dict[Key, Any]:
+    """The leaves that may be adapted or trained."""
+    return {key: leaf for key, leaf in flat.items() if is_parameter(leaf)}
+
+
 def is_parameter(leaf: Any) -> bool:
     """Whether a leaf may be adapted or trained: not the statistics, caches and keys of a state."""
     return isinstance(leaf, nnx.Param) or not isinstance(leaf, nnx.Variable)

@@ -24,6 +24,7 @@ from lora_jax.core.rules._match_paths import assign, matched_by
 from lora_jax.core.variants._dora import DoRA
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of
+from lora_jax.trees._states import parameters_in
 from lora_jax.trees._summary_report import Row, RuleReport, Summary
 
 
@@ -75,7 +76,11 @@ def summary(
     if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
     flat, found = pair(frozen, adapters)
-    base = {path_of(k): unbox(leaf) for k, leaf in flat.items() if leaf is not empty_node}
+    base = {
+        path_of(key): unbox(leaf)
+        for key, leaf in parameters_in(flat).items()
+        if leaf is not empty_node
+    }
     nodes = {path_of(key): node for key, node in sorted(found.items())}
     rows = tuple(_row(path, node, base.get(path)) for path, node in nodes.items())
     batch_axes = axes.batch if isinstance(axes, ModelAxes) else {}

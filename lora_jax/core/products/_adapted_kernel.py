@@ -18,6 +18,7 @@ from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._factored import Product
 from lora_jax.core.products._layer_factors import LayerFactors, layer_factors
 from lora_jax.core.products._mixed_product import mixed_einsum, mixed_linear
+from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._observer import Observer
 from lora_jax.core.products._product import adapted_einsum, adapted_linear
 from lora_jax.core.products._row_ids import BASE, Ids, repeat_ids
@@ -269,6 +270,8 @@ class AdaptedKernel:
             )
         adapter = self._sliced(layer, W)
         ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
+        if ids is None:
+            adapter = normalized(self.value, adapter)  # as it is, where it was before its layer
         return layer_factors(self.value, adapter, self._product, self._path), ids
 
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
