@@ -44,7 +44,8 @@ _ORIGIN = "lora_jax_origin"  # the metadata of a variable that was fully trained
 class AdapterParam(nnx.LoRAParam[Any]):
     """A variable that is trained, in a model of :func:`lora_jax.lora_model`.
 
-    It is an array of an adapter, or a leaf that is fully trained. It is a kind of ``nnx.LoRAParam``, so trainers that look for that find it.
+    It is an array of an adapter, or a leaf that is fully trained. It is a kind of
+    ``nnx.LoRAParam``, so trainers that look for that find it.
 
     Example:
       >>> import optax

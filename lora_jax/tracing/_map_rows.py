@@ -18,6 +18,7 @@ from typing import Any
 import chex
 import flax.core
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.core._meshes import left_to_compiler, spec_of
@@ -58,7 +59,7 @@ def over_rows(
     plain = {name: value for name, value in kwargs.items() if name not in of_rows}
     rest = {name: flax.core.unfreeze(tree) for name, tree in rest.items()}
     inputs = RowInputs.of(ids.shape[0], rest, args, plain, in_axes, variable_axes)
-    of_rows = jax.tree.map(lambda key: jax.random.split(key, ids.shape[0]), of_rows)
+    of_rows = jax.tree.map(functools.partial(_keys_of_rows, rows=ids.shape[0]), of_rows)
     results: list[RowResult] = []
 
     def one(id_: Any, mapped: list[Any], keys: Any) -> list[Any]:
@@ -81,6 +82,14 @@ def over_rows(
     if ids.ndim > 1:
         inputs.check_tokens(call, ids, of_rows)
     return out
+
+
+def _keys_of_rows(key: chex.PRNGKey, rows: int) -> chex.PRNGKey:
+    """Keys for rows, on an axis in front; of stacked keys those of each."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim == 0:
+        return jax.random.split(key, rows)
+    each = jax.vmap(lambda one: jax.random.split(one, rows), out_axes=1)(jnp.ravel(key))
+    return jnp.reshape(each, (rows, *key.shape))
 
 
 def _sharded_alike(mapped: list[Any], axes: list[int], *others: Any) -> tuple[Any, ...]:

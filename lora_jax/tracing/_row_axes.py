@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-# Flax's collections that have no rows.
-_WITHOUT_ROWS = ("params", "batch_stats")
+# Flax's collections that have no rows; and the types of variables in NNX.
+_WITHOUT_ROWS = ("params", "batch_stats", "Param", "BatchStat", "RngCount")
 
 # What to do where a model cannot be mapped over its rows.
 MAP_ROWS = (

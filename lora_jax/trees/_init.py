@@ -165,7 +165,7 @@ def _check_parameters(flat: Mapping[Key, Any], config: LoraConfig) -> None:
         if found is not None and not any(map(fits, parameters)):
             raise ValueError(
                 f"{pattern!r} matches {found!r}, which is an nnx.{others[found]}, and no "
-                f"parameter: what is trained is an nnx.Param. Make another pattern, or leave it out."
+                f"parameter: what is trained is an nnx.Param. Make another pattern."
             )
 
 
