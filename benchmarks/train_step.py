@@ -35,6 +35,9 @@ PAIRS = (
     ("qwix", "lora"),
     ("gemma-peft", "lora"),
     ("nnx-lora", "lora"),
+    ("nnx-lora", "lora-in-nnx"),
+    ("lora-in-nnx", "lora"),
+    ("dora-in-nnx", "dora"),
     ("peft-lora", "lora"),
     ("dora", "lora"),
     ("peft-dora", "dora"),
@@ -44,7 +47,8 @@ PAIRS = (
 # Those of a CPU: what only differs on GPUs, or cannot be in float32, is left out.
 CONTENDERS = (
     *("floor", "full", "torch-full", "lora", "lora-plain", "merge", "qwix", "gemma-peft"),
-    *("nnx-lora", "peft-lora", "dora", "dora-detached", "peft-dora"),
+    *("nnx-lora", "lora-in-nnx", "dora-in-nnx"),
+    *("peft-lora", "dora", "dora-detached", "peft-dora"),
 )
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 LOGS = Path("runs/benchmarks")

@@ -17,24 +17,32 @@ def lora(case: Case) -> Problem:
     """
     from flax import nnx
 
-    from benchmarks.models.nnx import linen_path, make
+    from benchmarks.models.nnx import make
 
-    graph, abstract, rest = nnx.split(nnx.eval_shape(lambda: make(case)), nnx.LoRAParam, ...)
+    graph, abstract, rest = nnx.split(
+        nnx.eval_shape(lambda: make(case, with_lora=True)), nnx.LoRAParam, ...
+    )
     base = flatten_dict(arrays.params(case), sep="/")
     factors = {}
     for path, (u, v) in arrays.factors(case).items():
         factors[f"{path}/lora/lora_a"] = u
         factors[f"{path}/lora/lora_b"] = case.scale * v
 
-    def fill(state: Any, values: dict[str, Any]) -> Any:
-        flat = dict(nnx.to_flat_state(state))
-        check_paths(values, {linen_path(path) for path in flat})
-        return nnx.from_flat_state(
-            {path: leaf.replace(values[linen_path(path)]) for path, leaf in flat.items()}
-        )
-
     def loss(adapters: Any, frozen: Any, batch: Any) -> jax.Array:
         ids, labels = batch
         return cross_entropy(nnx.merge(graph, adapters, frozen)(ids), labels)
 
-    return Problem(loss, fill(abstract, factors), fill(rest, base))
+    return Problem(loss, filled(abstract, factors), filled(rest, base))
+
+
+def filled(state: Any, values: dict[str, Any]) -> Any:
+    """A state with these arrays, by the paths that the model has in Linen."""
+    from flax import nnx
+
+    from benchmarks.models.nnx import linen_path
+
+    flat = dict(nnx.to_flat_state(state))
+    check_paths(values, {linen_path(path) for path in flat})
+    return nnx.from_flat_state(
+        {path: leaf.replace(values[linen_path(path)]) for path, leaf in flat.items()}
+    )

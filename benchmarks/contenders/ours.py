@@ -6,6 +6,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax
+from benchmarks.contenders.nnx import filled
 from benchmarks.contenders.training import Problem, cross_entropy
 from benchmarks.models import arrays, linen
 from benchmarks.models.cases import Case, kernel_names
@@ -29,6 +30,25 @@ def library(case: Case, *, variant: str, product: str = "auto", **options: Any) 
         return cross_entropy(logits, labels)
 
     return Problem(loss, made, params, lora_jax.lora_merge)
+
+
+def library_nnx(case: Case, *, variant: str) -> Problem:
+    """This library with the model in Flax NNX."""
+    from flax import nnx
+
+    from benchmarks.models.nnx import make
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(case)))
+    params = arrays.params(case)
+    state = filled(abstract, flatten_dict(params, sep="/"))
+    made = adapters(case, config(case, variant=variant), params)
+    layers = {str(i): made[f"layers_{i}"] for i in range(case.layers)}
+
+    def loss(adapters: Any, frozen: Any, batch: Any) -> jax.Array:
+        ids, labels = batch
+        return cross_entropy(lora_jax.lora_apply(graphdef, frozen, adapters, ids), labels)
+
+    return Problem(loss, {"layers": layers}, state, lora_jax.lora_merge)
 
 
 def adapters(case: Case, config: lora_jax.LoraConfig, params: Any, count: int | None = None) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from benchmarks.contenders import gemma, nnx, qwix
 from benchmarks.contenders.baselines import floor, full
 from benchmarks.contenders.by_hand import lora_plain, merge
-from benchmarks.contenders.ours import library
+from benchmarks.contenders.ours import library, library_nnx
 from benchmarks.contenders.training import Problem
 from benchmarks.models.cases import Case
 
@@ -20,6 +20,8 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "dora": functools.partial(library, variant="dora"),
     "dora-outer": functools.partial(library, variant="dora", product="outer"),
     "dora-detached": functools.partial(library, variant="dora", detach_norm=True),
+    "lora-in-nnx": functools.partial(library_nnx, variant="lora"),
+    "dora-in-nnx": functools.partial(library_nnx, variant="dora"),
     "lora-plain": lora_plain,
     "merge": merge,
     "qwix": qwix.lora,

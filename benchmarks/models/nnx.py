@@ -1,4 +1,4 @@
-"""The models of `benchmarks.models.linen` in Flax NNX, with `nnx.LoRALinear` in the layers."""
+"""The models of `benchmarks.models.linen` in Flax NNX; if wanted with `nnx.LoRALinear` in them."""
 
 import functools
 from typing import Any
@@ -14,18 +14,18 @@ from benchmarks.models.cases import EPSILON, Case
 class Layer(nnx.Module):
     """A layer of either model; the decoder's has a gate."""
 
-    def __init__(self, case: Case, rngs: nnx.Rngs) -> None:
+    def __init__(self, case: Case, rngs: nnx.Rngs, with_lora: bool) -> None:
         self.causal = case.model == "decoder"
         dtype, width, ff = jnp.dtype(case.dtype), case.width, case.ff
         # Adapters are float32, as by default, and computed with in the dtype of the layer.
+        lora = {"lora_rank": case.rank, "lora_dtype": dtype} if with_lora else {}
         dense = functools.partial(
-            nnx.LoRALinear,
-            lora_rank=case.rank,
+            nnx.LoRALinear if with_lora else nnx.Linear,
             use_bias=not self.causal,
             dtype=dtype,
             param_dtype=dtype,
-            lora_dtype=dtype,
             rngs=rngs,
+            **lora,
         )
         norm = functools.partial(
             nnx.RMSNorm if self.causal else nnx.LayerNorm,
@@ -59,12 +59,12 @@ class Layer(nnx.Module):
 class Model(nnx.Module):
     """Either model."""
 
-    def __init__(self, case: Case, rngs: nnx.Rngs) -> None:
+    def __init__(self, case: Case, rngs: nnx.Rngs, with_lora: bool) -> None:
         self.causal = case.model == "decoder"
         dtype = jnp.dtype(case.dtype)
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(case.vocab, case.width, **options)
-        self.layers = nnx.List([Layer(case, rngs) for _ in range(case.layers)])
+        self.layers = nnx.List([Layer(case, rngs, with_lora) for _ in range(case.layers)])
         norm = nnx.RMSNorm if self.causal else nnx.LayerNorm
         self.norm = norm(case.width, epsilon=EPSILON, **options)
         if not self.causal:
@@ -82,9 +82,9 @@ class Model(nnx.Module):
         return self.head(self.norm(x) if self.causal else x.mean(1))
 
 
-def make(case: Case) -> Model:
+def make(case: Case, with_lora: bool = False) -> Model:
     """The model of a case."""
-    return Model(case, nnx.Rngs(0))
+    return Model(case, nnx.Rngs(0), with_lora)
 
 
 def linen_path(path: tuple[Any, ...]) -> str:

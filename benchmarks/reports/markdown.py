@@ -16,6 +16,8 @@ TITLES = {
     "qwix": "qwix",
     "qwix-float32": "qwix, adapters in float32",
     "gemma-peft": "gemma.peft",
+    "lora-in-nnx": "**lora_jax, LoRA, the model in NNX**",
+    "dora-in-nnx": "**lora_jax, DoRA, the model in NNX**",
     "nnx-lora": "Flax NNX, `LoRALinear`",
     "lora-factored": '**lora_jax, LoRA, `product="factored"`**',
     "lora-merged": '**lora_jax, LoRA, `product="dense"`**',

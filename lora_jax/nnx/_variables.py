@@ -11,6 +11,15 @@ from flax import nnx
 from lora_jax.trees._paths import Key
 
 
+# What NNX has that is not a plain pytree; nnx.Pytree is not in older versions.
+_OBJECTS: tuple[type[Any], ...] = (
+    nnx.Variable,
+    nnx.Module,
+    nnx.Object,
+    *([nnx.Pytree] if hasattr(nnx, "Pytree") else []),
+)
+
+
 def has_own_get_value(cls: type[Any]) -> bool:
     """Whether a type of variables says by a method what a layer sees; older ones have hooks."""
     return hasattr(cls, "get_value")
@@ -39,10 +48,12 @@ def raw_value_of(variable: Any) -> Any:
 def copied(tree: Any) -> Any:
     """A copy with the same arrays, whose variables and modules are other objects."""
 
-    def copy(leaf: Any) -> Any:
-        return nnx.clone(leaf) if isinstance(leaf, nnx.Object | nnx.Variable) else leaf
+    def is_object(leaf: Any) -> bool:
+        return isinstance(leaf, _OBJECTS)
 
-    is_object = lambda leaf: isinstance(leaf, nnx.Object | nnx.Variable)  # noqa: E731
+    def copy(leaf: Any) -> Any:
+        return nnx.clone(leaf) if is_object(leaf) else leaf
+
     return jax.tree.map(copy, tree, is_leaf=is_object)
 
 
