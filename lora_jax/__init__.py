@@ -47,7 +47,8 @@ from lora_jax.many._stack import stack, unstack
 from lora_jax.models._apply import lora_apply
 from lora_jax.models._init_model import lora_init_model
 from lora_jax.models._kernel_axes import kernel_axes
-from lora_jax.nnx._lora_model import AdapterParam, lora_model, lora_state, lora_update
+from lora_jax.nnx._adapter_param import AdapterParam
+from lora_jax.nnx._lora_model import lora_model, lora_state, lora_update
 from lora_jax.peft._export import export
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init

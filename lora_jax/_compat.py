@@ -447,6 +447,10 @@ GPT2_CONV1D = "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D.__call__"
 GEMMA_EINSUM = "gemma.gm.nn._layers.Einsum.__call__"
 GEMMA_ENCODE = "gemma.gm.nn._modules.Embedder.encode"
 GEMMA_DECODE = "gemma.gm.nn._modules.Embedder.decode"
+TUNIX_EINSUM = tuple(
+    f"tunix.models.{model}.model.Einsum.__call__"
+    for model in ("gemma", "gemma3", "llama3", "qwen2", "qwen3")
+)
 
 
 # --- NNX ---

@@ -193,8 +193,9 @@ def _refuse_ties(
         )
 
 
-# The calls that were checked for ties, and had none that matter, by their models.
-_CHECKED: dict[Any, tuple[Callable[[], Any], set[Any]]] = {}
+# The calls that were checked for ties, and had none that matter, by their models: by the identity
+# of one that can be referred to, which may have no hash, or else by the model, as a graphdef.
+_CHECKED: dict[Any, tuple[weakref.ref[Any] | None, set[Any]]] = {}
 _MOST = 1024
 
 
@@ -202,18 +203,18 @@ def _checked_calls(model: Any, given: Any) -> tuple[set[Any], Hashable]:
     """The calls of this model that were checked, and this one: with arrays of these shapes."""
     leaves, structure = jax.tree.flatten(given)
     each = tuple((x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves)
-    try:
-        hash(this := (structure, each))
-    except TypeError:  # an argument has none
-        return set(), None
-    key: Any = id(model)  # models may have no hash
-    reference: Callable[[], Any]
+    key: Any = id(model)
+    reference: weakref.ref[Any] | None = None
     try:
         reference = weakref.ref(model)
-    except TypeError:  # a graphdef has one
-        key, reference = model, lambda: model
-    checked = _CHECKED.get(key)
-    if checked is None or checked[0]() is not model:
+    except TypeError:
+        key = model
+    try:
+        hash(this := (structure, each))
+        checked = _CHECKED.get(key)
+    except TypeError:  # an argument has none, or something in the graphdef
+        return set(), None
+    if checked is None or (checked[0] is not None and checked[0]() is not model):
         if len(_CHECKED) >= _MOST:
             _CHECKED.clear()
         checked = _CHECKED[key] = (reference, set())

@@ -7,11 +7,12 @@ from typing import Any
 from lora_jax.layers._handlers import add_built_in
 from lora_jax.linen._flax_layers import LAYERS as LINEN
 from lora_jax.linen._model import LinenModel
-from lora_jax.linen._third_party_layers import PACKAGES
+from lora_jax.linen._third_party_layers import PACKAGES as LINEN_PACKAGES
 from lora_jax.nnx._flax_layers import LAYERS as NNX
 from lora_jax.nnx._model import NnxModel, is_nnx
+from lora_jax.nnx._third_party_layers import PACKAGES as NNX_PACKAGES
 
-add_built_in({**LINEN, **PACKAGES, **NNX})
+add_built_in({**LINEN, **LINEN_PACKAGES, **NNX, **NNX_PACKAGES})
 
 
 def front_end(model: Any, variables: Any, name: str) -> LinenModel | NnxModel:

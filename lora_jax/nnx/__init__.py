@@ -6,10 +6,13 @@ Using a model:
 - ``_kernel_axes.py``: an abstract call, in which it is seen which axes the kernels have.
 - ``_lora_model.py``: ``lora_model``, a model object that has its adapters as variables;
   ``lora_state`` and ``lora_update`` take them out and put them back.
+- ``_adapter_param.py``: the type of these variables.
+- ``_model_call.py``: calling a model, and what it is that is called.
 
 Which layers can be adapted, and how they compute:
 
 - ``_flax_layers.py``: the handlers of Flax's own layers.
+- ``_third_party_layers.py``: the handlers of layers of other packages.
 
 Inside of these:
 

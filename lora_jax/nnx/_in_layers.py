@@ -23,11 +23,12 @@ def put_beside(model: Any, beside: Mapping[Key, Any], handlers: Handlers) -> Non
 
     Args:
       model: is changed.
-      beside: what to put there, by the keys of the kernels.
+      beside: what to put there, by the keys of the kernels. An array that is in the model as it is,
+        and no variable, has no place next to it.
       handlers: say which layers can compute with it.
     """
     variables = variables_of(model)
-    by_variable = {id(variables[key]): value for key, value in beside.items()}
+    by_variable = {id(variables[key]): beside[key] for key in beside if key in variables}
     classes: dict[type[Any], Any] = {}
     for _, module in list(modules_of(model)):
         for name, variable in list(variables_in(module)):

@@ -24,6 +24,7 @@ from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, handlers_of_call
 from lora_jax.nnx._adapted_class import OWN_CALL, adapted_class, own_class, set_class
+from lora_jax.nnx._adapter_param import AdapterParam
 from lora_jax.nnx._model import NnxModel
 from lora_jax.nnx._variables import (
     copied,
@@ -39,22 +40,6 @@ from lora_jax.trees._pair import nodes_of, pair
 from lora_jax.trees._paths import Key, path_of, unflatten
 
 _ORIGIN = "lora_jax_origin"  # the metadata of a variable that was fully trained
-
-
-class AdapterParam(nnx.LoRAParam[Any]):
-    """A variable that is trained, in a model of :func:`lora_jax.lora_model`.
-
-    It is an array of an adapter, or a leaf that is fully trained. It is a kind of
-    ``nnx.LoRAParam``, so trainers that look for that find it.
-
-    Example:
-      >>> import optax
-      >>> from flax import nnx
-      >>> import lora_jax
-      >>> optimizer_of = lambda model: nnx.Optimizer(
-      ...     model, optax.adam(1e-3), wrt=lora_jax.AdapterParam
-      ... )
-    """
 
 
 class _InPrecision(AdapterParam):

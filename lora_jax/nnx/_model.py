@@ -21,6 +21,7 @@ from lora_jax.layers._check_use import check_ties, check_used, not_called, not_c
 from lora_jax.layers._handlers import Handlers
 from lora_jax.layers._place_adapters import CallIds, Placed, place
 from lora_jax.nnx._adapted_class import adapted_class, own_class
+from lora_jax.nnx._adapter_param import AdapterParam
 from lora_jax.nnx._calls import SUFFIX, AdaptedCall, under_way
 from lora_jax.nnx._in_layers import parents_of, put_beside
 from lora_jax.nnx._kernel_axes import axes_of_call
@@ -78,6 +79,12 @@ class NnxModel:
         if not isinstance(variables, nnx.State):
             raise _not_a_state(variables, name, "an nnx.GraphDef")
         flat = flatten(variables, "state")
+        if any(isinstance(leaf, AdapterParam) for leaf in flat.values()):
+            raise TypeError(
+                f"{name} got the state of a model of lora_model, which has its adapters in it. "
+                f"Call that model itself; or take them apart, lora_jax.lora_state(model) and "
+                f"nnx.state(model, nnx.Not(lora_jax.AdapterParam)), for the graphdef without them."
+            )
         rest: dict[str, dict[str, Any]] = {}
         for key, leaf in flat.items():
             if not (is_parameter(leaf) or isinstance(leaf, nnx.RngKey)):
@@ -169,7 +176,7 @@ class NnxModel:
             state = unflatten(copied({**params, **others}), self.state)
             model = nnx.merge(self.graphdef, state)
             variables = variables_of(model)
-            seen.given = {path_of(key): value_of(variables[key]) for key in placed}
+            seen.given = {path_of(k): value_of(variables[k]) for k in placed if k in variables}
             put_beside(model, placed, handlers)
             args, kwargs = given
             with under_way(seen):

@@ -10,7 +10,6 @@ from flax import nnx
 
 from lora_jax.trees._paths import Key
 
-
 # What NNX has that is not a plain pytree; nnx.Pytree is not in older versions.
 _OBJECTS: tuple[type[Any], ...] = (
     nnx.Variable,

@@ -8,6 +8,32 @@ from typing import Any
 from lora_jax.core._axes import KernelAxes
 from lora_jax.peft.names._key_mapping import KeyMapping
 
+_LAYER = "model.layers.{i}."
+
+
+def _decoder(kernel: str, embedding: str) -> tuple[KeyMapping, ...]:
+    """The names of decoders in NNX that are built like Llama and Qwen.
+
+    Args:
+      kernel: the name of the kernels in attention, ``(d, heads, head)``.
+      embedding: that of the embeddings.
+    """
+    split, joined = KernelAxes((0,), (1, 2)), KernelAxes((0, 1), (2,))
+    return (
+        *(
+            KeyMapping(
+                f"layers/{{i}}/attn/{name}/{kernel}",
+                f"{_LAYER}self_attn.{name}.weight",
+                axes=joined if name == "o_proj" else split,
+            )
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ),
+        KeyMapping("layers/{i}/mlp/{name}/kernel", _LAYER + "mlp.{name}.weight"),
+        KeyMapping(f"embedder/{embedding}", "model.embed_tokens.weight", "embedding"),
+        KeyMapping(f"lm_head/{kernel}", "lm_head.weight"),
+    )
+
+
 _GEMMA = "model.layers.{i}.self_attn."
 _GEMMA_MLP = "model.layers.{i}.mlp."
 
@@ -48,6 +74,9 @@ FAMILIES: Mapping[str, tuple[KeyMapping, ...]] = {
         KeyMapping("layer_{i}/mlp/linear", _GEMMA_MLP + "down_proj.weight"),
         KeyMapping("embedder/input_embedding", "model.embed_tokens.weight", "embedding"),
     ),
+    # Llama and Qwen in NNX, to the models of Hugging Face.
+    "tunix": _decoder("w", "input_embedding"),
+    "bonsai": _decoder("kernel", "embedding"),
 }
 """Names by family: each of them a value of ``names``."""
 

@@ -1,0 +1,187 @@
+"""``lora_model``: adapters as variables in a model object, trained by the idiom of NNX."""
+
+import copy
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import lora_jax
+from lora_jax import AdapterParam, LoraConfig, Rule
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(8, 12, rngs=rngs), nnx.Linear(12, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Model(nnx.Module):
+    """Two layers in a scan, statistics, dropout, and a head."""
+
+    def __init__(self, rngs, dtype=jnp.float32):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        stacked = nnx.vmap(Block, in_axes=0, out_axes=0)
+        self.blocks = nnx.split_rngs(splits=2)(stacked)(rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.head = nnx.Linear(8, 3, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids):
+        run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.head(self.dropout(self.norm(run(self.embed(ids), self.blocks))))
+
+
+IDS = jnp.arange(6).reshape(2, 3)
+
+
+def made(variant="lora", dtype=jnp.float32, **rule):
+    model = Model(nnx.Rngs(0), dtype)
+    graphdef, state = nnx.split(model)
+    config = LoraConfig([Rule("all-linear", rank=2, variant=variant, **rule)], ["head/.*"])
+    frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, IDS)
+    leaves, structure = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return graphdef, frozen, jax.tree.unflatten(structure, moved)
+
+
+def loss_of(model):
+    return jnp.mean(model(IDS).astype(jnp.float32) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_it_computes_and_trains_like_lora_apply(variant, dtype):
+    graphdef, frozen, adapters = made(variant, dtype)
+    before = jax.tree.map(jnp.copy, frozen)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    wrt = nnx.DiffState(0, AdapterParam)
+    loss, grads = nnx.value_and_grad(loss_of, argnums=wrt)(model)
+
+    def functional(adapters):
+        y = lora_jax.lora_apply(graphdef, frozen, adapters, IDS)
+        return jnp.mean(y.astype(jnp.float32) ** 2)
+
+    expected, by_tree = jax.value_and_grad(functional)(adapters)
+    chex.assert_trees_all_close(loss, expected, rtol=1e-5)
+    # The gradients in the places of their variables are those of the tree.
+    ours = nnx.merge(*nnx.split(model))
+    nnx.update(ours, grads)
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    chex.assert_trees_all_close(lora_jax.lora_state(ours), by_tree, atol=tolerance)
+
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=AdapterParam)
+
+    @nnx.jit
+    @chex.assert_max_traces(1)
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(loss_of, argnums=wrt)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    chex.clear_trace_counter()
+    losses = [step(model, optimizer) for _ in range(3)]
+    assert losses[2] < losses[0]
+    base = nnx.state(model, nnx.Not(AdapterParam))
+    same, after = (nnx.filter_state(tree, nnx.Param) for tree in (before, base))
+    chex.assert_trees_all_equal(same, after)
+    chex.assert_trees_all_equal(before, frozen)  # the caller's state, statistics as well
+    assert jax.tree.structure(base) == jax.tree.structure(frozen)
+
+    # Serving another use case compiles nothing: the same step, with other numbers.
+    lora_jax.lora_update(model, adapters)
+    chex.assert_trees_all_equal(lora_jax.lora_state(model), adapters)
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_the_tree_comes_out_as_it_went_in(variant):
+    graphdef, frozen, adapters = made(variant, jnp.bfloat16)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    back = lora_jax.lora_state(copy.deepcopy(model))
+    assert jax.tree.structure(back) == jax.tree.structure(adapters)
+    chex.assert_trees_all_equal(back, adapters)
+    model.norm.use_running_average = True
+    merged = nnx.merge(graphdef, lora_jax.lora_merge(frozen, back))
+    merged.norm.use_running_average = True
+    chex.assert_trees_all_close(model(IDS), merged(IDS), atol=1e-2)
+
+
+def test_each_variable_is_a_lora_param_and_no_other_is():
+    graphdef, frozen, adapters = made("dora")
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    trained = dict(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
+    names = {"/".join(map(str, path)) for path in trained}
+    assert {
+        "head/kernel",
+        "head/bias",
+        "blocks/up/kernel_lora_U",
+        "blocks/up/kernel_lora_m",
+    } < names
+    count = len(jax.tree.leaves(adapters))
+    assert len(names) == count
+    assert nnx.split(model)[0] == nnx.split(lora_jax.lora_model(graphdef, frozen, adapters))[0]
+
+
+def test_dropout_follows_train_and_eval():
+    graphdef, state = nnx.split(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    config, x = LoraConfig([Rule("kernel", rank=4, dropout=0.5)]), jnp.ones((3, 8))
+    frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, x)
+    adapters = jax.tree.map(lambda x: x + 0.3, adapters)
+    with pytest.raises(ValueError, match=r"has dropout: pass rngs=nnx\.Rngs\(dropout=0\)"):
+        lora_jax.lora_model(graphdef, frozen, adapters)
+    model = lora_jax.lora_model(graphdef, frozen, adapters, rngs=nnx.Rngs(dropout=0))
+    assert not jnp.array_equal(model(x), model(x))
+    model.eval()
+    plain = lora_jax.lora_apply(graphdef, frozen, adapters, x)
+    chex.assert_trees_all_close(model(x), plain, rtol=1e-6)
+    model.train()
+    assert not jnp.array_equal(model(x), plain)
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed, self.unused = nnx.Embed(11, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.embed(ids) @ self.embed.embedding[...].T
+
+
+def test_what_lora_apply_refuses_is_refused():
+    graphdef, state = nnx.split(Tied(nnx.Rngs(0)))
+    for pattern, match in (
+        ("embed/.*", "also reads 'embed/embedding'"),
+        ("unused/kernel", "not us"),
+    ):
+        config = LoraConfig([Rule(pattern, rank=2)])
+        frozen, adapters = lora_jax.lora_init(jax.random.key(0), state, config)
+        with pytest.raises(ValueError, match="pass a sample input"):
+            lora_jax.lora_model(graphdef, frozen, adapters)
+        with pytest.raises(ValueError, match=match):
+            lora_jax.lora_model(graphdef, frozen, adapters, IDS)
+
+
+def test_other_mistakes_are_named():
+    graphdef, frozen, adapters = made()
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    with pytest.raises(TypeError, match="lora_state is for a model of lora_model"):
+        lora_jax.lora_state(nnx.merge(graphdef, lora_jax.lora_merge(frozen, adapters)))
+    with pytest.raises(ValueError, match="another rank, scale, variant or dtype"):
+        lora_jax.lora_update(model, made("dora")[2])
+    with pytest.raises(ValueError, match="Only the model has an adapter for 'head/bias'"):
+        lora_jax.lora_update(model, {"blocks": adapters["blocks"]})
+    with pytest.raises(ValueError, match="is a stack of 2"):
+        lora_jax.lora_model(graphdef, frozen, lora_jax.stack([adapters, adapters]))
+    materialized = made(materialize=True)
+    with pytest.raises(ValueError, match="has materialize=True"):
+        lora_jax.lora_model(*materialized)
+    with pytest.raises(TypeError, match="has its adapters in it"):
+        lora_jax.lora_apply(model, nnx.state(model), adapters, IDS)
