@@ -412,6 +412,11 @@ def is_module(value: Any) -> bool:
     return isinstance(value, nn.Module | nnx.Module)
 
 
+def is_nnx_in_linen(module: nn.Module) -> bool:
+    """Whether a module of Flax Linen is one of NNX inside."""
+    return isinstance(module, nnx.bridge.ToLinen)
+
+
 def is_module_class(value: Any) -> bool:
     """Whether something is a class of such modules."""
     return isinstance(value, type) and issubclass(value, nn.Module | nnx.Module)

@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from lora_jax._compat import Maps, Probe
+from lora_jax._compat import Maps, Probe, is_nnx_in_linen
 from lora_jax.core._boxes import unbox
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.layers._axes_seen import AxesSeen
@@ -42,6 +42,8 @@ class AxesObserver:
         """Runs the handler of a known layer, and notes what it does with its kernels."""
         module, seen = context.module, self.seen
         if module.scope is None or isinstance(module, Probe):
+            return next_fun(*args, **kwargs)
+        if is_nnx_in_linen(module):
             return next_fun(*args, **kwargs)
         seen.modules.add(module.path)
         labels = {

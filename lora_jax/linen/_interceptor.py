@@ -29,7 +29,7 @@ from lora_jax.layers._handlers import Handlers, entry_of
 from lora_jax.layers._place_adapters import Placed
 from lora_jax.linen._layer_output import layer_output
 from lora_jax.linen._params import SUFFIX
-from lora_jax.linen._refuse_mapped import refuse_mapped
+from lora_jax.linen._refuse_mapped import OF_NNX, refuse_mapped
 from lora_jax.trees._paths import Key, path_of
 
 
@@ -84,6 +84,8 @@ class Interceptor:
             return next_fun(*args, **kwargs)
         if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             refuse_mapped(module.layer_instance)
+        if compat.is_nnx_in_linen(module):
+            refuse_mapped(module, OF_NNX)
         classes = self.classes.setdefault(module.path, [])
         if type(module) not in classes:
             classes.append(type(module))

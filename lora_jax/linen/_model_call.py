@@ -26,8 +26,9 @@ def check_model(model: Any, variables: Any, name: str) -> None:
     """
     if not isinstance(model, nn.Module) and not _is_hugging_face(model):
         raise TypeError(
-            f"{name} is for flax.linen modules, and for Flax models of Hugging Face, which have "
-            f"one as model.module; got {type(model).__name__}."
+            f"{name} is for flax.linen modules, for Flax models of Hugging Face, which have one as "
+            f"model.module, and for NNX models, by graphdef, state = nnx.split(model); got "
+            f"{type(model).__name__}."
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise ValueError("variables must have the collection 'params': pass {'params': frozen}.")

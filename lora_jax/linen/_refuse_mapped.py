@@ -12,9 +12,15 @@ MAPPED = (
     "an adapter would be mapped as well"
 )
 
+OF_NNX = "its module is one of NNX, by nnx.bridge.ToLinen"
 
-def refuse_mapped(module: nn.Module) -> None:
-    """Refuses the adapters in a module whose parameters are mapped.
+
+def refuse_mapped(module: nn.Module, why: str = MAPPED) -> None:
+    """Refuses the adapters in a module whose parameters are mapped, or which has no layers.
+
+    Args:
+      module: the module.
+      why: the reason, for the message.
 
     Raises:
       ValueError: if there is one.
@@ -24,6 +30,6 @@ def refuse_mapped(module: nn.Module) -> None:
     if found:
         path = path_of((*module.path, *found[0])).removesuffix(SUFFIX)
         raise ValueError(
-            f"The adapter of {path!r} cannot be used: {MAPPED}. Give it a rule with "
-            f"materialize=True, so that W' is mapped."
+            f"The adapter of {path!r} cannot be used: {why}. Give it a rule with "
+            f"materialize=True, so that W' stands in the place of the parameter."
         )

@@ -192,8 +192,12 @@ class NnxModel:
         if not allow_unused:
 
             def message(key: Key, more: str) -> str:
-                module = parents_of(model).get(key[:-1])
-                cls = nnx.Module if module is None else own_class(module)
+                modules = parents_of(model)
+                module = modules.get(key[:-1])
+                if module is None:
+                    above = next(m for n in range(len(key)) if (m := modules.get(key[: -n - 1])))
+                    return _of_no_module(key, more, above)
+                cls = own_class(module)
                 known = adapted_class(cls, handlers) is not None
                 if known and path_of(key) not in seen.reached and _inherits_call(cls, handlers):
                     reached = getattr(method, "__name__", method or "__call__")
@@ -271,6 +275,24 @@ def _inherits_call(cls: type[Any], handlers: Handlers) -> bool:
     """Whether the class calls its layer's method as it is."""
     method = getattr(adapted_class(cls, handlers), "__call__", None)  # noqa: B004
     return hasattr(method, "__wrapped__")
+
+
+def _of_no_module(key: Key, more: str, above: nnx.Module) -> str:
+    """The message for an adapter of a parameter that is in no module of its own.
+
+    Args:
+      key: of the kernel.
+      more: words for how many more there are.
+      above: the module that it is somewhere in.
+    """
+    cls = own_class(above)
+    reason = f"it is in a container of {cls.__module__}.{cls.__qualname__}, and no layer's own"
+    if isinstance(above, nnx.bridge.ToNNX):
+        reason = "it is of a flax.linen module, inside of an NNX one by nnx.bridge.ToNNX"
+    return (
+        f"The adapter of {path_of(key)!r}{more} was not used: {reason}. Give the parameter a rule "
+        f"with materialize=True, or narrow the rule."
+    )
 
 
 def _not_a_state(variables: Any, name: str, model: str) -> TypeError:

@@ -19,7 +19,10 @@ def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:
     if is_state(tree):
         return leaves_of_state(tree, name)
     if not isinstance(tree, Mapping):
-        raise TypeError(f"{name} must be a nested dict of arrays, got {type(tree).__name__}.")
+        raise TypeError(
+            f"{name} must be a nested dict of arrays, or the nnx.State of an NNX model, got "
+            f"{type(tree).__name__}."
+        )
     flat: dict[Key, Any] = flatten_dict(flax.core.unfreeze(dict(tree)), keep_empty_nodes=True)
     return flat
 

@@ -192,7 +192,12 @@ def test_handlers_are_values():
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "match"),
     [
-        ((once, "w"), {}, TypeError, "with_handler is for flax.linen module classes"),
+        (
+            (once, "w"),
+            {},
+            TypeError,
+            "with_handler is for classes of flax.linen and flax.nnx modules",
+        ),
         ((Own,), {}, ValueError, r"with_handler\(Own, ...\): name the parameters"),
         ((Own, "w"), {"method": "encode"}, ValueError, "does not define encode itself"),
         ((nn.Conv, "kernel"), {}, ValueError, "It inherits it from _Conv"),
