@@ -33,7 +33,7 @@ from lora_jax.nnx._model_call import call_model, name_of_call
 from lora_jax.nnx._variables import copied, modules_of, value_of, variables_in, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
-from lora_jax.trees._states import is_parameter
+from lora_jax.trees._states import parameters_in
 
 # Sizes of the axes of a probe that no transform slices, if it is right: no model has them.
 _SIZES = itertools.count(1_000_003, 2)
@@ -192,7 +192,7 @@ class _AbstractCall:
         at = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
         flat = flatten(state, "state")
         variables, inputs = jax.tree.map(abstract, (flat, [leaves[i] for i in at]))
-        params = {key: leaf for key, leaf in variables.items() if is_parameter(leaf)}
+        params = parameters_in(variables)
         return cls(
             graphdef=graphdef,
             handlers=handlers,
@@ -270,7 +270,7 @@ class _AbstractCall:
             changed = [
                 leaf
                 for key, leaf in variables_of(model).items()
-                if not is_parameter(leaf) and not key[-1].endswith(SUFFIX)
+                if not isinstance(leaf, nnx.Param) and not key[-1].endswith(SUFFIX)
             ]
             return list(arrays_in((y, changed)))
 

@@ -30,7 +30,7 @@ from lora_jax.nnx._variables import copied, value_of, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 from lora_jax.trees._rounding import key_for
-from lora_jax.trees._states import is_parameter
+from lora_jax.trees._states import parameters_in
 
 # The argument in which keys travel: that of adapters' dropout, and those of the model.
 _KEYS = "lora_jax: keys"
@@ -86,10 +86,11 @@ class NnxModel:
                 f"nnx.state(model, nnx.Not(lora_jax.AdapterParam)), for the graphdef without them."
             )
         rest: dict[str, dict[str, Any]] = {}
+        params = parameters_in(flat)
         for key, leaf in flat.items():
-            if not (is_parameter(leaf) or isinstance(leaf, nnx.RngKey)):
-                rest.setdefault(type(leaf).__name__, {})[path_of(key)] = leaf
-        base = unflatten({k: leaf for k, leaf in flat.items() if is_parameter(leaf)}, variables)
+            if not (key in params or isinstance(leaf, nnx.RngKey)):
+                rest.setdefault(_kind(leaf), {})[path_of(key)] = leaf
+        base = unflatten(params, variables)
         return cls(model, variables, base, rest)
 
     @property
@@ -185,7 +186,8 @@ class NnxModel:
         def results(params: Mapping[Key, Any], placed: Mapping[Key, Placed]) -> list[Any]:
             y, model = call(params, placed, AdaptedCall(handlers, {}), copied((args, kwargs)))
             changed = _after(model) if mutable else {}
-            return list(arrays_in((y, {k: v for k, v in changed.items() if not is_parameter(v)})))
+            others = {k: v for k, v in changed.items() if not isinstance(v, nnx.Param)}
+            return list(arrays_in((y, others)))
 
         seen = AdaptedCall(handlers, {})
         y, model = call(params, placed, seen, (args, kwargs))
@@ -251,8 +253,8 @@ class NnxModel:
                 changed = unbox(variable) is not unbox(params[key])
                 if not changed or key not in base:
                     continue
-            if not (rows and (is_parameter(variable) or isinstance(variable, nnx.RngKey))):
-                found.setdefault(type(variable).__name__, {})[path_of(key)] = variable
+            if not (rows and isinstance(variable, nnx.Param | nnx.RngKey)):
+                found.setdefault(_kind(variable), {})[path_of(key)] = variable
         return found
 
 
@@ -293,6 +295,11 @@ def _of_no_module(key: Key, more: str, above: nnx.Module) -> str:
         f"The adapter of {path_of(key)!r}{more} was not used: {reason}. Give the parameter a rule "
         f"with materialize=True, or narrow the rule."
     )
+
+
+def _kind(leaf: Any) -> str:
+    """The name of the type of a variable; of an array without one ``"data"``."""
+    return type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "data"
 
 
 def _not_a_state(variables: Any, name: str, model: str) -> TypeError:

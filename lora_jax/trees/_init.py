@@ -26,7 +26,7 @@ from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unflatten, unflatten_adapters
 from lora_jax.trees._resolve_axes import check_read, resolve_axes
 from lora_jax.trees._rounding import key_for
-from lora_jax.trees._states import is_parameter, parameters_in
+from lora_jax.trees._states import parameters_in
 
 
 @look_first(key_comes_first("lora_init(key, params, config)"))
@@ -156,15 +156,16 @@ def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
 
 def _check_parameters(flat: Mapping[Key, Any], config: LoraConfig) -> None:
     """Raises ValueError if a pattern is for statistics, caches or keys of a state only."""
-    parameters = [path_of(key) for key in parameters_in(flat)]
-    others = {path_of(k): type(leaf).__name__ for k, leaf in flat.items() if not is_parameter(leaf)}
+    of_model = parameters_in(flat)
+    parameters = [path_of(key) for key in of_model]
+    others = {path_of(k): type(leaf).__name__ for k, leaf in flat.items() if k not in of_model}
     patterns = (*(rule.pattern for rule in config.rules), *config.trainable)
     for pattern in patterns if others else ():
         fits = re.compile(pattern).fullmatch
         found = next(filter(fits, others), None)
         if found is not None and not any(map(fits, parameters)):
             raise ValueError(
-                f"{pattern!r} matches {found!r}, which is an nnx.{others[found]}, and no "
+                f"{pattern!r} matches {found!r}, which is {others[found]}, and no "
                 f"parameter: what is trained is an nnx.Param. Make another pattern."
             )
 

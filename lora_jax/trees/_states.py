@@ -62,10 +62,10 @@ def state_of(flat: Mapping[Key, Any], like: Any) -> Any:
 
 
 def parameters_in(flat: Mapping[Key, Any]) -> dict[Key, Any]:
-    """The leaves that may be adapted or trained."""
-    return {key: leaf for key, leaf in flat.items() if is_parameter(leaf)}
+    """The leaves that may be adapted or trained: not the statistics, caches and keys of a state.
 
-
-def is_parameter(leaf: Any) -> bool:
-    """Whether a leaf may be adapted or trained: not the statistics, caches and keys of a state."""
-    return isinstance(leaf, nnx.Param) or not isinstance(leaf, nnx.Variable)
+    Where there are variables, arrays without one are data of the model.
+    """
+    has_variables = any(isinstance(leaf, nnx.Variable) for leaf in flat.values())
+    kind = nnx.Param if has_variables else object
+    return {key: leaf for key, leaf in flat.items() if isinstance(leaf, kind)}
