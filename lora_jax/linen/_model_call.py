@@ -31,7 +31,11 @@ def check_model(model: Any, variables: Any, name: str) -> None:
             f"{type(model).__name__}."
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError("variables must have the collection 'params': pass {'params': frozen}.")
+        raise ValueError(
+            f"{name} takes the model's variables, which have the collection 'params' and others "
+            f"beside it; got {type(variables).__name__}. Pass {{'params': params}}, where params "
+            f"may be the frozen base."
+        )
 
 
 def call_model(
