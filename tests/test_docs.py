@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from helpers import relative_error
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
@@ -167,7 +168,7 @@ class Dropout(nn.Module):
 )
 def test_recipe(model, adapted):
     """The front page, for models of every kind: adapted are all layers but the head."""
-    commands, setting, recipe = examples(README)
+    commands, setting, recipe, _ = examples(README)
     commands.evaluate()
     setting.evaluate()
     setting.namespace["model"] = model
@@ -181,3 +182,18 @@ def test_recipe(model, adapted):
     y = lora_jax.lora_apply(model, {**variables, "params": frozen}, state.params, x)
     assert relative_error(y, model.apply(merged, x)) < 1e-5
     assert relative_error(y, model.apply(variables, x)) > 1e-4
+
+
+def test_recipe_of_nnx():
+    """The front page's loop with a model of NNX: adapted are all layers but the head."""
+    for example in examples(README):
+        example.evaluate()
+    model, frozen, adapters, x = map(example.namespace.get, ("model", "frozen", "adapters", "x"))
+    trained = lora_jax.lora_state(model)
+    assert list(trained["layers"]) == list(adapters["layers"]) == ["0"]
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained, adapters)
+    assert jax.tree.all(changed)
+    rngs = nnx.Rngs(0)  # other numbers: all come from the merged state
+    plain = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), nnx.tanh, nnx.Linear(8, 3, rngs=rngs))
+    nnx.update(plain, lora_jax.lora_merge(frozen, trained))
+    assert relative_error(model(x), plain(x)) < 1e-5

@@ -66,6 +66,7 @@ def check_ties(
     name: str,
     model: Any,
     given: Any,
+    look: Callable[[Any, Mapping[Key, Any]], None] | None = None,
 ) -> None:
     """Checks that a call reads the adapted kernels in their layers only.
 
@@ -79,6 +80,8 @@ def check_ties(
       name: of the call, as :class:`lora_jax.ModelAxes` has it.
       model: the model.
       given: all that the call depends on.
+      look: gets the jaxpr of a call that is not known, with zeros for the kernels in their layers,
+        and the kernels, which are its first inputs. It may refuse them.
 
     Raises:
       ValueError: if a kernel is read elsewhere too.
@@ -94,7 +97,7 @@ def check_ties(
     if unknown:
         checked, this = _checked_calls(model, given)
         if this not in checked:
-            _refuse_ties(call, params, placed, unknown)
+            _refuse_ties(call, params, placed, unknown, look)
             checked.add(this)
 
 
@@ -166,6 +169,7 @@ def _refuse_ties(
     params: Mapping[Key, Any],
     placed: Mapping[Key, Placed],
     unknown: Mapping[Key, Placed],
+    look: Callable[[Any, Mapping[Key, Any]], None] | None,
 ) -> None:
     """Refuses kernels that the model reads outside of their layers too.
 
@@ -180,6 +184,8 @@ def _refuse_ties(
         ).jaxpr
     except _UNTRACEABLE:
         return
+    if look is not None:
+        look(jaxpr, kernels)
     read = live_inputs(jaxpr, [True] * len(jaxpr.outvars), effects=False)
     uses = jax.tree.unflatten(jax.tree.structure(kernels), read)
     tied = [path_of(key) for key in kernels if any(jax.tree.leaves(uses[key]))]

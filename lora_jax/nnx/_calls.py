@@ -17,6 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax._compat import trace_state
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
@@ -26,13 +27,23 @@ from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers
 from lora_jax.layers._place_adapters import Placed
 from lora_jax.nnx._variables import value_of
+from lora_jax.tracing._as_given import changed_marks
+from lora_jax.trees._paths import Key, path_of
 
 # Something next to a kernel is called as its parameter and this.
 SUFFIX = "@lora"
 
+# The name of the kernel that a layer has is this and its path.
+KERNEL = "lora_jax: the kernel "
+
 CHANGED = (
     "its value is another one when its layer is called, as nnx.WeightNorm and nnx.SpectralNorm "
     "change it, and an adapter would not be changed alike"
+)
+
+FOUND = (
+    "the model computes with all variables that it finds in its layer, as one that sums up their "
+    "squares, and would find the adapter among them"
 )
 
 
@@ -82,17 +93,14 @@ class AdaptedCall:
 
     Attributes:
       handlers: of the call.
-      given: the kernels as the model was given them, by their paths.
       reached: the paths of the kernels whose layer was called.
       used: the paths of the kernels that a handler has computed with.
     """
 
     handlers: Handlers
-    given: Mapping[str, Any]
     reached: set[str] = dataclasses.field(default_factory=set)
     used: set[str] = dataclasses.field(default_factory=set)
     _draws: dict[str, int] = dataclasses.field(default_factory=dict)
-    _state: Any = dataclasses.field(default_factory=trace_state)
     _inputs: tuple[Any, SharedInputs] | None = None
 
     def called(self, module: nnx.Module, entry: Entry) -> None:
@@ -115,12 +123,8 @@ class AdaptedCall:
         placed: Placed = value_of(beside)
         path, adapter = placed.path, placed.adapter
         if placed.cut:
+            checkpoint_name(value, KERNEL + path)
             return AdaptedKernel(path, value, observer=Unseen())
-        if changed_by_model(self.given.get(path), value, self._state):
-            raise ValueError(
-                f"The kernel {path!r} cannot be adapted in its layer: {CHANGED}. Give it a rule "
-                f"with materialize=True."
-            )
         return AdaptedKernel(
             path,
             value,
@@ -148,21 +152,36 @@ class AdaptedCall:
         return jax.random.fold_in(key, zlib.crc32(f"{placed.path}{draws}".encode()))
 
 
-def changed_by_model(given: Any, value: Any, state: Any) -> bool:
-    """Whether the model has changed a kernel before its layer is called, as far as it is known.
+def refuse_changed(jaxpr: Any, kernels: Mapping[Key, Any]) -> None:
+    """Refuses kernels that the model has changed before their layers are called.
 
     Args:
-      given: the kernel as the model was given it.
-      value: as the layer has it.
-      state: of JAX's traces where the model was called. Inside of a transform that has begun since
-        every array is another one.
+      jaxpr: of a call with zeros in the place of kernels, which are its first inputs.
+      kernels: them.
+
+    Raises:
+      ValueError: if there is one.
     """
-    return (
-        given is not None
-        and value is not given
-        and value.shape == given.shape
-        and trace_state() == state
-    )
+    for path in changed_kernels(jaxpr, kernels):
+        raise ValueError(
+            f"The kernel {path!r} cannot be adapted in its layer: {CHANGED}. Give it a rule "
+            f"with materialize=True."
+        )
+
+
+def changed_kernels(jaxpr: Any, kernels: Mapping[Key, Any]) -> list[str]:
+    """The paths of kernels that the model has changed before their layers are called.
+
+    Args:
+      jaxpr: of a call, in which the kernels of layers are marked.
+      kernels: its first inputs.
+    """
+    name = {
+        key: jax.tree.map(lambda _, k=key: KERNEL + path_of(k), kernels[key]) for key in kernels
+    }
+    names = jax.tree.leaves(name)
+    changed = changed_marks(jaxpr, [*names, *[None] * (len(jaxpr.invars) - len(names))])
+    return [name.removeprefix(KERNEL) for name in sorted(changed)]
 
 
 def _value_in(module: nnx.Module, name: str) -> Any:

@@ -6,12 +6,14 @@ slice, carry and broadcast it as they do with the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from lora_jax.layers._handlers import Handlers
+from lora_jax.layers._place_adapters import Placed
 from lora_jax.nnx._adapted_class import adapted_class, own_class, set_class
 from lora_jax.nnx._calls import SUFFIX
 from lora_jax.nnx._variables import modules_of, variables_in, variables_of
@@ -40,6 +42,29 @@ def put_beside(model: Any, beside: Mapping[Key, Any], handlers: Handlers) -> Non
                 classes[cls] = adapted_class(cls, handlers)
             if classes[cls] is not None:
                 set_class(module, classes[cls])
+
+
+@contextlib.contextmanager
+def explained(beside: type[Any] = Placed) -> Iterator[None]:
+    """For the time of a call of a model: says what it means if it computes with what we put there.
+
+    Args:
+      beside: the class of what was put next to kernels.
+
+    Raises:
+      ValueError: if the model does.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if beside.__name__ not in str(error):
+            raise
+        raise ValueError(
+            "The model computes with all variables that it finds in a layer, as nnx.SpectralNorm "
+            "does, and next to a kernel there is what lora_jax has put there. Such kernels cannot "
+            "be adapted in their layer: make the adapters by lora_jax.lora_init, without axes, and "
+            "give these kernels a rule with materialize=True."
+        ) from error
 
 
 def parents_of(model: Any) -> dict[Key, Any]:

@@ -17,8 +17,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax._compat import trace_state
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
@@ -27,11 +27,12 @@ from lora_jax.layers._entry import Entry
 from lora_jax.layers._find_axes import abstract, find_axes, is_array
 from lora_jax.layers._handlers import Handlers
 from lora_jax.nnx._adapted_class import own_class
-from lora_jax.nnx._calls import CHANGED, SUFFIX, changed_by_model, under_way
-from lora_jax.nnx._in_layers import put_beside
+from lora_jax.nnx._calls import CHANGED, FOUND, KERNEL, SUFFIX, changed_kernels, under_way
+from lora_jax.nnx._in_layers import explained, put_beside
 from lora_jax.nnx._model_call import call_model, name_of_call
 from lora_jax.nnx._variables import copied, modules_of, value_of, variables_in, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
+from lora_jax.tracing._liveness import live_inputs
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 from lora_jax.trees._states import parameters_in
 
@@ -95,7 +96,6 @@ class ObservingCall:
     handlers: Handlers
     seen: AxesSeen
     unknown: dict[str, list[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
-    _state: Any = dataclasses.field(default_factory=trace_state)
 
     def called(self, module: nnx.Module, entry: Entry) -> None:
         """Notes the parameters of the module."""
@@ -116,8 +116,8 @@ class ObservingCall:
             return None
         label, value = self._label(value_of(probe)), value_of(vars(module)[name])
         kernel = self.seen.kernel(module, method, entry.layer, label, value)
-        if changed_by_model(self.seen.given[label.path], value, self._state):
-            self.seen.refused[label.path] = CHANGED
+        if not self.seen.cuts:  # then the inputs of products alone are marked
+            checkpoint_name(value, KERNEL + label.path)
         return kernel
 
     def _label(self, probe: Probe) -> _Label:
@@ -219,6 +219,10 @@ class _AbstractCall:
     def trace(self, cuts: bool) -> tuple[AxesSeen, Any]:
         """What is seen in the call, and its jaxpr."""
         call, jaxpr = self._observed(cuts)
+        call.seen.refused |= dict.fromkeys(changed_kernels(jaxpr, self.params), CHANGED)
+        call.seen.refused |= dict.fromkeys(
+            self._found_beside(jaxpr) & call.seen.kernels.keys(), FOUND
+        )
         return call.seen, jaxpr
 
     def classes(self) -> dict[str, str]:
@@ -263,7 +267,7 @@ class _AbstractCall:
             }
             put_beside(model, probes, self.handlers)
             method = kwargs.pop("method", None)
-            with under_way(one):
+            with under_way(one), explained(Probe):
                 y = call_model(model, method, args, kwargs)
             one.seen.given = {}  # what is traced must not outlive the trace
             one.seen.results = [(x.shape, x.dtype) for x in arrays_in(y)]
@@ -276,6 +280,15 @@ class _AbstractCall:
 
         jaxpr = jax.make_jaxpr(call)(self.params, self.rest, probes, self.inputs).jaxpr
         return observing[0], jaxpr
+
+    def _found_beside(self, jaxpr: Any) -> set[str]:
+        """The paths of the parameters next to which the model has found our probe, and read it."""
+        live = live_inputs(jaxpr, [True] * len(jaxpr.outvars), effects=False)
+        before = len(jax.tree.leaves((self.params, self.rest)))
+        # Each has one array, and they are in the order of their keys.
+        of_probes = live[before : before + len(self.params)]
+        keys = zip(sorted(self.params), of_probes, strict=True)
+        return {path_of(key) for key, is_read in keys if is_read}
 
     def _probes(self) -> dict[Key, Probe]:
         nonce, probes = next(_NONCES), {}

@@ -134,7 +134,7 @@ def lora_model(
     adapters: chex.ArrayTree,
     /,
     *args: Any,
-    rngs: nnx.Rngs | None = None,
+    dropout_rngs: nnx.Rngs | None = None,
     handlers: Handlers | None = None,
     product: str = "auto",
     **kwargs: Any,
@@ -156,8 +156,8 @@ def lora_model(
         :func:`lora_jax.lora_apply` checks them: that the model uses each, and reads no adapted
         kernel elsewhere. It can be left out where :func:`lora_jax.lora_init_model`, or
         ``lora_init(..., axes=axes)``, has made them.
-      rngs: a stream ``dropout`` for adapters with dropout: ``nnx.Rngs(dropout=0)``. It is active
-        between ``model.train()`` and ``model.eval()``, and at the start.
+      dropout_rngs: a stream ``dropout`` for adapters with dropout: ``nnx.Rngs(dropout=0)``. It is
+        active between ``model.train()`` and ``model.eval()``, and at the start.
       handlers: as for :func:`lora_jax.lora_apply`.
       product: as for :func:`lora_jax.lora_apply`.
       **kwargs: for the abstract call.
@@ -198,7 +198,7 @@ def lora_model(
     handlers = handlers_of_call(handlers)
     flat, nodes = pair(given.state, adapters)
     for key, node in nodes.items():
-        _check_node(path_of(key), node, bool(args or kwargs), rngs)
+        _check_node(path_of(key), node, bool(args or kwargs), dropout_rngs)
     if args or kwargs:
         _check_call(given, adapters, handlers, product, args, kwargs)
     whole = {key: _trained(node) for key, node in nodes.items() if isinstance(node, FullyTrained)}
@@ -221,7 +221,7 @@ def lora_model(
         cls = adapted_class(own_class(module), handlers) if specs else None
         if cls is not None:
             if any(nodes[_key(spec)].dropout for spec in specs.values()):  # type: ignore[attr-defined]
-                setattr(module, f"{OWN_CALL}_dropout", _DropoutKey(rngs))  # type: ignore[arg-type]
+                setattr(module, f"{OWN_CALL}_dropout", _DropoutKey(dropout_rngs))  # type: ignore[arg-type]
             setattr(module, OWN_CALL, LayerAdapters(handlers, product, tuple(specs.items())))
             set_class(module, cls)
         elif specs:
@@ -342,7 +342,8 @@ def _check_node(path: str, node: Node, is_checked: bool, rngs: nnx.Rngs | None) 
         )
     if node.dropout and rngs is None:
         raise ValueError(
-            f"The adapter of {path!r} has dropout: pass rngs=nnx.Rngs(dropout=0), or another key."
+            f"The adapter of {path!r} has dropout: pass dropout_rngs=nnx.Rngs(dropout=0), or "
+            f"another key."
         )
     if node.dropout and node.axes.batch:
         raise ValueError(

@@ -7,6 +7,7 @@ the user's is changed.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +23,11 @@ from lora_jax.layers._handlers import Handlers
 from lora_jax.layers._place_adapters import CallIds, Placed, place
 from lora_jax.nnx._adapted_class import adapted_class, own_class
 from lora_jax.nnx._adapter_param import AdapterParam
-from lora_jax.nnx._calls import SUFFIX, AdaptedCall, under_way
-from lora_jax.nnx._in_layers import parents_of, put_beside
+from lora_jax.nnx._calls import SUFFIX, AdaptedCall, refuse_changed, under_way
+from lora_jax.nnx._in_layers import explained, parents_of, put_beside
 from lora_jax.nnx._kernel_axes import axes_of_call
 from lora_jax.nnx._model_call import call_model, name_of_call
-from lora_jax.nnx._variables import copied, value_of, variables_of
+from lora_jax.nnx._variables import arrays_of, copied, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 from lora_jax.trees._rounding import key_for
@@ -176,20 +177,27 @@ class NnxModel:
         ) -> tuple[Any, Any]:
             state = unflatten(copied({**params, **others}), self.state)
             model = nnx.merge(self.graphdef, state)
-            variables = variables_of(model)
-            seen.given = {path_of(k): value_of(variables[k]) for k in placed if k in variables}
             put_beside(model, placed, handlers)
             args, kwargs = given
-            with under_way(seen):
-                return call_model(model, method, args, kwargs), model
+            before = arrays_of(given)
+            with under_way(seen), explained():
+                y = call_model(model, method, args, kwargs)
+            changed = any(map(operator.is_not, before, arrays_of(given)))
+            if ids is not None and ids.of_row and changed:
+                raise ValueError(
+                    "The model changes a variable of its arguments, such as a cache, which is lost "
+                    "where each row is called by itself: return it with the result, as by "
+                    "method=lambda model, x, cache: (model(x, cache), cache)."
+                )
+            return y, model
 
         def results(params: Mapping[Key, Any], placed: Mapping[Key, Placed]) -> list[Any]:
-            y, model = call(params, placed, AdaptedCall(handlers, {}), copied((args, kwargs)))
+            y, model = call(params, placed, AdaptedCall(handlers), copied((args, kwargs)))
             changed = _after(model) if mutable else {}
             others = {k: v for k, v in changed.items() if not isinstance(v, nnx.Param)}
             return list(arrays_in((y, others)))
 
-        seen = AdaptedCall(handlers, {})
+        seen = AdaptedCall(handlers)
         y, model = call(params, placed, seen, (args, kwargs))
         if not allow_unused:
 
@@ -209,7 +217,7 @@ class NnxModel:
             check_used(results, params, placed, seen.used, message)
         name = name_of_call({"method": method, "mutable": mutable})
         given = params, placed, rest, args, kwargs, method
-        check_ties(results, params, placed, name, self.graphdef, given)
+        check_ties(results, params, placed, name, self.graphdef, given, refuse_changed)
         if not mutable:
             return y
         return y, self._collections(model, params, rows=ids is not None and ids.of_row)

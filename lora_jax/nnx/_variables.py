@@ -56,6 +56,18 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(copy, tree, is_leaf=is_object)
 
 
+def arrays_of(tree: Any) -> list[Any]:
+    """The arrays of the modules and variables in a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, _OBJECTS))
+    found: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, nnx.Variable):
+            found.append(raw_value_of(leaf))
+        elif isinstance(leaf, _OBJECTS):
+            found += [raw_value_of(variable) for variable in variables_of(leaf).values()]
+    return found
+
+
 def modules_of(model: Any) -> Iterator[tuple[Key, nnx.Module]]:
     """The modules of a model, each once, with the paths of their variables in its state."""
     for path, node in nnx.iter_graph(model):

@@ -53,12 +53,16 @@ def marked_inputs(jaxpr: Any) -> tuple[list[bool], set[str]]:
       >>> import jax
       >>> from jax.ad_checkpoint import checkpoint_name
       >>> def product(x, y, z):
-      ...     checkpoint_name(x + y, "input")
+      ...     checkpoint_name(x + y, "lora_jax: input")
       ...     return z
       >>> marked_inputs(jax.make_jaxpr(jax.jit(product))(1.0, 2.0, 3.0).jaxpr)
-      ([True, True, False], {'input'})
+      ([True, True, False], {'lora_jax: input'})
     """
     return _inputs(jaxpr, [False] * len(jaxpr.outvars), _Dead.MARKED), set(_marks(jaxpr))
+
+
+# How names of marks begin.
+OURS = "lora_jax: "
 
 
 class _Dead(enum.Enum):
@@ -79,7 +83,7 @@ def _inputs(jaxpr: Any, live_outputs: Sequence[bool], dead: _Dead) -> list[bool]
         looked_into = (
             dead is _Dead.ALL
             or (dead in (_Dead.IN_JIT, _Dead.MARKED) and how is not None)
-            or (dead is _Dead.MARKED and mark_of(eqn) is not None)
+            or (dead is _Dead.MARKED and _mark(eqn) is not None)
         )
         has_effects = bool(eqn.effects) and dead not in (_Dead.NOT_EVEN_EFFECTS, _Dead.MARKED)
         if any(given) or has_effects or looked_into:
@@ -124,9 +128,15 @@ def _join(a: Sequence[bool], b: Sequence[bool]) -> list[bool]:
     return [x or y for x, y in zip(a, b, strict=True)]
 
 
+def _mark(eqn: Any) -> str | None:
+    """The name of a mark: one of ours, as a model may have names of its own."""
+    name = mark_of(eqn)
+    return name if name is not None and name.startswith(OURS) else None
+
+
 def _marks(jaxpr: Any) -> Iterator[str]:
     for eqn in jaxpr.eqns:
-        if name := mark_of(eqn):
+        if name := _mark(eqn):
             yield name
         match written(eqn):
             case Branches(functions):

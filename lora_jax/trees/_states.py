@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 # A key as adapters have it: the numbers of lists are words there, as in files.
@@ -58,7 +59,9 @@ def state_of(flat: Mapping[Key, Any], like: Any) -> Any:
             path = (*path, part if is_word else int(part))
         return path
 
-    return nnx.from_flat_state([(path_of_key(key), leaf) for key, leaf in flat.items()])
+    # As other variables: nnx.merge takes those of a state into the model, which may change them.
+    own = {key: jax.tree.map(lambda array: array, leaf) for key, leaf in flat.items()}
+    return nnx.from_flat_state([(path_of_key(key), leaf) for key, leaf in own.items()])
 
 
 def parameters_in(flat: Mapping[Key, Any]) -> dict[Key, Any]:

@@ -328,8 +328,18 @@ def test_materialized_parameters(model, variant):
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "match"),
     [
-        ((lambda x: x, "w"), {}, TypeError, "for classes of flax.linen and flax.nnx modules, got <function"),
-        ((Unknown(), "w"), {}, TypeError, "for classes of flax.linen and flax.nnx modules, got Unknown"),
+        (
+            (lambda x: x, "w"),
+            {},
+            TypeError,
+            "for classes of flax.linen and flax.nnx modules, got <function",
+        ),
+        (
+            (Unknown(), "w"),
+            {},
+            TypeError,
+            "for classes of flax.linen and flax.nnx modules, got Unknown",
+        ),
         ((Unknown,), {}, ValueError, "name the parameters"),
         ((Unknown, "w"), {"method": "encode"}, ValueError, "does not define encode"),
         ((zoo.MoreActivated, "kernel"), {"method": "setup"}, ValueError, "does not define setup"),

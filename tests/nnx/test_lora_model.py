@@ -136,9 +136,9 @@ def test_dropout_follows_train_and_eval():
     config, x = LoraConfig([Rule("kernel", rank=4, dropout=0.5)]), jnp.ones((3, 8))
     frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, x)
     adapters = jax.tree.map(lambda x: x + 0.3, adapters)
-    with pytest.raises(ValueError, match=r"has dropout: pass rngs=nnx\.Rngs\(dropout=0\)"):
+    with pytest.raises(ValueError, match=r"has dropout: pass dropout_rngs=nnx\.Rngs\(dropout=0\)"):
         lora_jax.lora_model(graphdef, frozen, adapters)
-    model = lora_jax.lora_model(graphdef, frozen, adapters, rngs=nnx.Rngs(dropout=0))
+    model = lora_jax.lora_model(graphdef, frozen, adapters, dropout_rngs=nnx.Rngs(dropout=0))
     assert not jnp.array_equal(model(x), model(x))
     model.eval()
     plain = lora_jax.lora_apply(graphdef, frozen, adapters, x)

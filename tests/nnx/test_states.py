@@ -115,7 +115,10 @@ def test_many_and_sums(split, tmp_path):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (LoraConfig([Rule("layers/.*kernel", rank=2)], ["norm/mean"]), "which is BatchStat, and no"),
+        (
+            LoraConfig([Rule("layers/.*kernel", rank=2)], ["norm/mean"]),
+            "which is BatchStat, and no",
+        ),
         (LoraConfig([Rule("dropout/rngs/key", rank=2)]), "is RngKey, and no parameter"),
         (LoraConfig([Rule("layers/7/kernel", rank=2)]), "matches nothing|matches no"),
     ],

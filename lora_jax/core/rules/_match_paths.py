@@ -69,7 +69,8 @@ def matched_by(rule: Rule, paths: Sequence[str], axes: object = None) -> list[st
             heads = ", ".join(sorted(axes.heads)) or "none"
             raise ValueError(
                 f"{where} matches nothing: the model has no linear layer that is known here, but "
-                f"output heads: {heads}. Write a pattern for what shall be adapted."
+                f"output heads: {heads}. Write a pattern for what shall be adapted; for a layer of "
+                f"your own register a handler, lora_jax.register."
             )
     else:
         matched = _matches(rule.pattern, paths)
