@@ -22,6 +22,7 @@ from lora_jax.trees._base_hash import UNKNOWN, base_hash
 from lora_jax.trees._leaves import check_floating, dtype_of
 from lora_jax.trees._paths import Key, flatten, path_of
 from lora_jax.trees._refuse_plain_arrays import check_has_nodes
+from lora_jax.trees._states import is_state
 
 # Names that Flax gives to collections other than "params".
 _COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
@@ -98,6 +99,12 @@ def nodes_of(
         as files have it, of arrays only.
       ValueError: if a node is not floating-point, or its fields do not fit each other.
     """
+    if is_state(adapters):
+        raise TypeError(
+            f"{name} got an nnx.State, but adapters are nested dicts, also those of an NNX model: "
+            f"the frozen state comes first. Those of a model of lora_model are "
+            f"lora_jax.lora_state(model)."
+        )
     leaves = {key: leaf for key, leaf in flatten(adapters, name).items() if leaf is not empty_node}
     check_has_nodes(leaves, name, base)
     nodes: dict[Key, Node] = {}

@@ -79,7 +79,7 @@ def test_wrong_arguments():
     variables = model.init(KEY, x)
     with pytest.raises(TypeError, match=r"kernel_axes is for flax\.linen modules.*got function"):
         lora_jax.kernel_axes(model.apply.__func__, variables, x)
-    with pytest.raises(ValueError, match=r"\{'params': frozen\}"):
+    with pytest.raises(ValueError, match=r"\{'params': params\}"):
         lora_jax.kernel_axes(model, variables["params"], x)
 
 

@@ -128,6 +128,15 @@ def test_patterns_are_for_parameters(split, config, match):
         lora_jax.lora_init(jax.random.key(0), split[1], config)
 
 
+def test_a_state_is_no_adapters(split):
+    _, _, frozen, adapters = split
+    for function in (lora_jax.lora_merge, lora_jax.summary):
+        with pytest.raises(TypeError, match="adapters are nested dicts"):
+            function(frozen, frozen)
+    with pytest.raises(TypeError, match="The base has adapters in it"):
+        lora_jax.lora_merge(adapters, frozen)
+
+
 def test_the_model_is_not_its_parameters(split):
     with pytest.raises(TypeError, match=r"graphdef, state = nnx\.split\(model\)"):
         lora_jax.lora_init(jax.random.key(0), Model(nnx.Rngs(0)), CONFIG)
