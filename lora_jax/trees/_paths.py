@@ -20,7 +20,7 @@ def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:
         return leaves_of_state(tree, name)
     if not isinstance(tree, Mapping):
         raise TypeError(
-            f"{name} must be a nested dict of arrays, or the state of an NNX model, "
+            f"{name} must be a nested dict of arrays, or the nnx.State of an NNX model, "
             f"graphdef, state = nnx.split(model); got {type(tree).__name__}."
         )
     flat: dict[Key, Any] = flatten_dict(flax.core.unfreeze(dict(tree)), keep_empty_nodes=True)

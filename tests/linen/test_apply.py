@@ -444,7 +444,7 @@ def test_batch_axes_that_are_not_those_of_the_scan(batch_axes):
 def test_arguments_in_the_wrong_place():
     model, x = zoo.Parts(), jnp.ones((2, 6))
     variables, adapters = init(model, x)
-    with pytest.raises(ValueError, match=r"\{'params': frozen\}"):
+    with pytest.raises(ValueError, match=r"\{'params': params\}"):
         lora_jax.lora_apply(model, variables["params"], adapters, x)
     with pytest.raises(TypeError, match=r"flax\.linen.*model\.module; got function"):
         lora_jax.lora_apply(model.apply.__func__, variables, adapters, x)
