@@ -113,10 +113,11 @@ package:
 # Alone in an empty folder, with what a wheel has of lora_jax and nothing else of the repository. The
 # notebooks with their results stay there.
 ALONE = $(abspath $(CACHE))/notebook
+NOTEBOOKS ?= notebooks/*.ipynb
 notebook: $(VENV)/.notebooks
 	@rm -rf $(ALONE) && mkdir -p $(ALONE)/run
 	@$(BIN)/python $(PIP_INSTALL) --no-deps --target $(ALONE)/installed .
-	cp notebooks/*.ipynb $(ALONE)/run
+	cp $(NOTEBOOKS) $(ALONE)/run
 	cd $(ALONE)/run && PYTHONPATH=$(ALONE)/installed $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
 guard: $(VENV)/.dev
@@ -153,7 +154,7 @@ ci: test test-slow lint
 	$(MAKE) guard-accelerators ARGS="--accelerators h100"
 	$(MAKE) demo ARGS=--quick
 	$(MAKE) package
-	$(MAKE) notebook
+	$(MAKE) notebook NOTEBOOKS=notebooks/finetune.ipynb
 	$(MAKE) docs
 	$(MAKE) test-oldest
 	$(MAKE) test-newest

@@ -15,6 +15,7 @@ FAMILIES = {
     "lora-factored": "lora",
     "lora-outer": "lora",
     "lora-merged": "lora",
+    "lora-in-nnx": "lora",
     "lora-plain": "lora",
     "merge": "lora",
     "qwix": "lora",
@@ -24,6 +25,7 @@ FAMILIES = {
     "peft-lora-autocast": "lora",
     "peft-lora-compiled": "lora",
     "dora": "dora",
+    "dora-in-nnx": "dora",
     "dora-outer": "dora",
     "dora-detached": "dora",
     "peft-dora": "dora",
@@ -43,8 +45,9 @@ FAMILIES = {
 # nnx and gemma know no scale, and so their V learns at another rate.
 TRAJECTORIES = (
     ("full", "torch-full"),
-    ("lora", "lora-plain", "merge", "qwix", "peft-lora"),
+    ("lora", "lora-in-nnx", "lora-plain", "merge", "qwix", "peft-lora"),
     ("nnx-lora", "gemma-peft"),
+    ("dora", "dora-in-nnx"),
     ("dora-detached", "peft-dora"),
 )
 

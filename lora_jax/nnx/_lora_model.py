@@ -163,7 +163,8 @@ def lora_model(
       **kwargs: for the abstract call.
 
     Returns:
-      The model. ``nnx.state(model, nnx.Not(lora_jax.AdapterParam))`` is its frozen state.
+      The model. What it learns beside its adapters, such as statistics, goes into the frozen state
+      by ``nnx.merge_state(frozen, nnx.state(model, nnx.BatchStat))``.
 
     Raises:
       TypeError: if the arguments are not what they should be.

@@ -68,6 +68,8 @@ class NnxModel:
           TypeError: if they are not a graphdef, or a model, and a state.
         """
         if isinstance(model, nnx.Module):
+            if any(isinstance(v, AdapterParam) for v in variables_of(model).values()):
+                raise _has_adapters(name)
             if not isinstance(variables, nnx.State):
                 raise _not_a_state(variables, name, type(model).__name__)
             model = nnx.graphdef(model)
@@ -81,11 +83,7 @@ class NnxModel:
             raise _not_a_state(variables, name, "an nnx.GraphDef")
         flat = flatten(variables, "state")
         if any(isinstance(leaf, AdapterParam) for leaf in flat.values()):
-            raise TypeError(
-                f"{name} got the state of a model of lora_model, which has its adapters in it. "
-                f"Call that model itself; or take them apart, lora_jax.lora_state(model) and "
-                f"nnx.state(model, nnx.Not(lora_jax.AdapterParam)), for the graphdef without them."
-            )
+            raise _has_adapters(name)
         rest: dict[str, dict[str, Any]] = {}
         params = parameters_in(flat)
         for key, leaf in flat.items():
@@ -308,6 +306,14 @@ def _of_no_module(key: Key, more: str, above: nnx.Module) -> str:
 def _kind(leaf: Any) -> str:
     """The name of the type of a variable; of an array without one ``"data"``."""
     return type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "data"
+
+
+def _has_adapters(name: str) -> TypeError:
+    return TypeError(
+        f"{name} got a model of lora_model, or its state, which has its adapters in it. Call that "
+        f"model itself; or pass the graphdef and the frozen state that it was made of, and "
+        f"lora_jax.lora_state(model)."
+    )
 
 
 def _not_a_state(variables: Any, name: str, model: str) -> TypeError:
