@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from flax import nnx
 from helpers import random_like, random_variables, relative_error
 from jax.extend.core import Literal, Primitive
 
@@ -368,3 +369,41 @@ def test_a_layer_of_a_package_that_has_moved_is_unknown(moved):
     if moved:
         with pytest.raises(ValueError, match=r"'w'.*there is no handler for .*Einsum"):
             lora_jax.lora_apply(Einsum(), {"params": frozen}, adapters, "bd,dk->bk", X)
+
+
+# --- NNX ---
+
+
+class Scanned(nnx.Module):
+    """Layers that are stacked in the second axis of their kernel."""
+
+    def __init__(self):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0, out_axes=1)
+        def make(rngs):
+            return nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+
+        self.layers = make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 1), out_axes=nnx.Carry)
+        def run(x, layer):
+            return layer(x)
+
+        return run(x, self.layers)
+
+
+def test_a_kernel_counts_as_changed_where_what_slices_it_has_another_name(monkeypatch):
+    graphdef, state = nnx.split(Scanned())
+    assert list(lora_jax.kernel_axes(graphdef, state, jnp.ones((2, 4)))) == ["layers/kernel"]
+    monkeypatch.setattr(compat, "_PASS_ON", set())
+    axes = lora_jax.kernel_axes(graphdef, state, jnp.ones((2, 4)))
+    assert "an adapter would not be changed alike" in axes.refused["layers/kernel"]
+
+
+def test_a_class_that_does_not_say_whether_it_is_a_pytree_is_as_flax_makes_it():
+    assert compat.nnx_class_options(nnx.Linear) == {}
+    assert compat.nnx_class_options(type("Silent", (), {})) == {}
+    assert compat.nnx_class_options(type("No", (), {"_pytree__is_pytree": False})) == {
+        "pytree": False
+    }

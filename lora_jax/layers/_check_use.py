@@ -63,7 +63,7 @@ def check_ties(
     call: Call,
     params: Mapping[Key, Any],
     placed: Mapping[Key, Placed],
-    name: str,
+    name: str | None,
     model: Any,
     given: Any,
     look: Callable[[Any, Mapping[Key, Any]], None] | None = None,
@@ -77,7 +77,7 @@ def check_ties(
       call: the call.
       params: the parameters.
       placed: the adapters next to kernels.
-      name: of the call, as :class:`lora_jax.ModelAxes` has it.
+      name: of the call, as :class:`lora_jax.ModelAxes` has it; ``None`` where it has none.
       model: the model.
       given: all that the call depends on.
       look: gets the jaxpr of a call that is not known, with zeros for the kernels in their layers,
@@ -91,7 +91,11 @@ def check_ties(
         key: node
         for key, node in placed.items()
         if not (
-            node.adapter.untied or (node.adapter.axes.alone == name and node.handlers == registered)
+            node.adapter.untied
+            or (
+                (name is not None and node.adapter.axes.alone == name)
+                and node.handlers == registered
+            )
         )
     }
     if unknown:
@@ -99,6 +103,28 @@ def check_ties(
         if this not in checked:
             _refuse_ties(call, params, placed, unknown, look)
             checked.add(this)
+
+
+def name_of_call(method: Any, with_variables: bool) -> str | None:
+    """What is called, as far as what a model reads depends on it; ``None`` where it has no name.
+
+    A method of a class has one. Other functions do not: two may be called alike.
+
+    Args:
+      method: its name, or the function; ``None`` for ``__call__``.
+      with_variables: whether the call gives variables too.
+
+    Example:
+      >>> name_of_call(None, False), name_of_call("encode", True), name_of_call(lambda m: m, False)
+      ('__call__', 'encode, with variables', None)
+    """
+    name: str | None = method or "__call__"
+    if not isinstance(name, str):
+        of_class = "." in getattr(method, "__qualname__", "").rpartition("<locals>.")[2]
+        name = getattr(method, "__name__", "<") if of_class else "<"
+        if name.startswith("<"):  # <lambda>
+            return None
+    return f"{name}, with variables" if with_variables else name
 
 
 def not_called(key: Key, more: str, reached: str) -> str:

@@ -16,11 +16,12 @@ from flax.traverse_util import empty_node
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.layers._axes_seen import AxesSeen
+from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._find_axes import abstract, find_axes, is_array
 from lora_jax.layers._handlers import Handlers
 from lora_jax.linen._axes_observer import AxesObserver
 from lora_jax.linen._axis_labels import Label, labels_of, renewed
-from lora_jax.linen._model_call import call_model, name_of_call
+from lora_jax.linen._model_call import call_model, gives_variables
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unflatten
@@ -35,7 +36,11 @@ def axes_of_call(
 ) -> ModelAxes:
     """The axes of the kernels of a Linen model."""
     call = _AbstractCall.of(model, variables, args, kwargs, handlers)
-    name = name_of_call(kwargs) if handlers == Handlers.registered() else None
+    name = (
+        name_of_call(kwargs.get("method"), gives_variables(kwargs))
+        if handlers == Handlers.registered()
+        else None
+    )
     try:
         return find_axes(call, name)
     except Exception:

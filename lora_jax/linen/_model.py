@@ -9,7 +9,13 @@ from typing import Any
 import chex
 
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.layers._check_use import check_ties, check_used, not_called, not_computed
+from lora_jax.layers._check_use import (
+    check_ties,
+    check_used,
+    name_of_call,
+    not_called,
+    not_computed,
+)
 from lora_jax.layers._handlers import Handlers
 from lora_jax.layers._place_adapters import CallIds, Placed, place
 from lora_jax.linen._dropout_is_active import dropout_is_active, has_dropout_rng
@@ -19,7 +25,6 @@ from lora_jax.linen._model_call import (
     call_model,
     check_model,
     gives_variables,
-    name_of_call,
 )
 from lora_jax.linen._params import restored, with_adapters
 from lora_jax.tracing._arrays_in import arrays_in
@@ -147,7 +152,8 @@ class LinenModel:
 
             check_used(results, params, placed, interceptor.used, message)
         given = tree, rest, args, kwargs
-        check_ties(results, params, placed, name_of_call(kwargs), self.model, given)
+        name = name_of_call(kwargs.get("method"), gives_variables(kwargs))
+        check_ties(results, params, placed, name, self.model, given)
         if not gives_variables(kwargs):
             return out
         y, changed = out

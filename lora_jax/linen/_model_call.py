@@ -51,18 +51,6 @@ def call_model(
     return bound(*args, params=params, **kwargs)
 
 
-def name_of_call(kwargs: Mapping[str, Any]) -> str:
-    """What is called, as far as what a model reads depends on it.
-
-    Example:
-      >>> name_of_call({}), name_of_call({"method": "encode", "mutable": ["cache"]})
-      ('__call__', 'encode, with variables')
-    """
-    method = kwargs.get("method") or "__call__"
-    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    return f"{name}, with variables" if gives_variables(kwargs) else name
-
-
 def gives_variables(kwargs: Mapping[str, Any]) -> bool:
     """Whether ``apply`` gives a result and variables, by its arguments."""
     return kwargs.get("mutable", False) is not False or bool(kwargs.get("capture_intermediates"))

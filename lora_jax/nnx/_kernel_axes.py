@@ -23,13 +23,14 @@ from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.layers._axes_seen import AxesSeen
+from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._find_axes import abstract, find_axes, is_array
 from lora_jax.layers._handlers import Handlers
 from lora_jax.nnx._adapted_class import own_class
 from lora_jax.nnx._calls import CHANGED, FOUND, KERNEL, SUFFIX, changed_kernels, under_way
 from lora_jax.nnx._in_layers import explained, put_beside
-from lora_jax.nnx._model_call import call_model, name_of_call
+from lora_jax.nnx._model_call import call_model
 from lora_jax.nnx._variables import copied, modules_of, value_of, variables_in, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.tracing._liveness import live_inputs
@@ -144,7 +145,8 @@ def axes_of_call(
     """The axes of the kernels of an NNX model."""
     call = _AbstractCall.of(graphdef, state, args, kwargs, handlers)
     call = call.with_known_axes()
-    found = find_axes(call, name_of_call(kwargs) if handlers == Handlers.registered() else None)
+    name = name_of_call(kwargs.get("method"), kwargs.get("mutable", False) is not False)
+    found = find_axes(call, name if handlers == Handlers.registered() else None)
     layers = {**call.classes(), **found.layers}
     return dataclasses.replace(found, layers=layers)
 

@@ -21,6 +21,7 @@ from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, handlers_of_call
 from lora_jax.nnx._adapted_class import OWN_CALL, adapted_class, own_class, set_class
@@ -54,12 +55,12 @@ class _InPrecision(AdapterParam):
 class _Spec:
     """The adapter of one kernel of a layer, without its arrays."""
 
-    path: str
+    key: Key
     structure: Any
 
     @classmethod
-    def of(cls, path: str, adapter: Adapter) -> _Spec:
-        return cls(path, adapter.tree_flatten()[1])
+    def of(cls, key: Key, adapter: Adapter) -> _Spec:
+        return cls(key, adapter.tree_flatten()[1])
 
     def adapter(self, arrays: dict[str, Any]) -> Adapter:
         return Adapter.tree_unflatten(self.structure, [arrays.get(n) for n in self.names()])
@@ -101,7 +102,9 @@ class LayerAdapters:
         arrays = {field: value_of(v) for field, v in _arrays_of(module, name, spec)}
         adapter = spec.adapter(arrays)
         key = _dropout_key(module) if adapter.dropout else None
-        return AdaptedKernel(spec.path, value_of(variable), adapter, key, product=self.product)
+        return AdaptedKernel(
+            path_of(spec.key), value_of(variable), adapter, key, product=self.product
+        )
 
 
 class _DropoutKey(nnx.Module):
@@ -155,7 +158,8 @@ def lora_model(
       *args: a sample input of the model. With it the adapters are checked by an abstract call, as
         :func:`lora_jax.lora_apply` checks them: that the model uses each, and reads no adapted
         kernel elsewhere. It can be left out where :func:`lora_jax.lora_init_model`, or
-        ``lora_init(..., axes=axes)``, has made them.
+        ``lora_init(..., axes=axes)``, has made them for a call of the model itself. What other
+        methods of the model read is not checked.
       dropout_rngs: a stream ``dropout`` for adapters with dropout: ``nnx.Rngs(dropout=0)``. It is
         active between ``model.train()`` and ``model.eval()``, and at the start.
       handlers: as for :func:`lora_jax.lora_apply`.
@@ -199,7 +203,9 @@ def lora_model(
     handlers = handlers_of_call(handlers)
     flat, nodes = pair(given.state, adapters)
     for key, node in nodes.items():
-        _check_node(path_of(key), node, bool(args or kwargs), dropout_rngs)
+        is_checked = bool(args or kwargs)
+        is_known = handlers == Handlers.registered() and _is_alone(node)
+        _check_node(path_of(key), node, is_checked or is_known, dropout_rngs)
     if args or kwargs:
         _check_call(given, adapters, handlers, product, args, kwargs)
     whole = {key: _trained(node) for key, node in nodes.items() if isinstance(node, FullyTrained)}
@@ -216,17 +222,17 @@ def lora_model(
         for name, variable in list(variables_in(module)):
             if id(variable) in kernels:
                 key, adapter = kernels[id(variable)]
-                specs[name] = _Spec.of(path_of(key), adapter)
+                specs[name] = _Spec.of(key, adapter)
                 _put(module, name, adapter)
                 placed.add(key)
         cls = adapted_class(own_class(module), handlers) if specs else None
         if cls is not None:
-            if any(nodes[_key(spec)].dropout for spec in specs.values()):  # type: ignore[attr-defined]
+            if any(nodes[spec.key].dropout for spec in specs.values()):  # type: ignore[attr-defined]
                 setattr(module, f"{OWN_CALL}_dropout", _DropoutKey(dropout_rngs))  # type: ignore[arg-type]
             setattr(module, OWN_CALL, LayerAdapters(handlers, product, tuple(specs.items())))
             set_class(module, cls)
         elif specs:
-            placed -= {_key(spec) for spec in specs.values()}
+            placed -= {spec.key for spec in specs.values()}
     for key, node in nodes.items():
         if isinstance(node, Adapter) and key not in placed:
             raise ValueError(
@@ -266,7 +272,7 @@ def lora_state(model: nnx.Module) -> chex.ArrayTree:
     for spec, name, module in _specs(model, "lora_state"):
         arrays = {field: raw_value_of(v) for field, v in _arrays_of(module, name, spec)}
         adapter, shape = spec.adapter(arrays), value_of(vars(module)[name]).shape
-        found[_key(spec)] = _off_axes_of_kernel(adapter, shape)
+        found[spec.key] = _off_axes_of_kernel(adapter, shape)
     for key, variable, origin in _fully_trained(model):
         boxed = origin.type(raw_value_of(variable), **_metadata(variable))
         found[key] = boxed if origin.dtype is None else FullyTrained(boxed, origin.dtype)
@@ -311,7 +317,7 @@ def lora_update(model: nnx.Module, adapters: chex.ArrayTree) -> None:
                 f"rank, scale, variant or dtype. {_ANEW}"
             )
     for spec, name, module in list(_specs(model, "lora_update")):
-        adapter: Any = nodes[_key(spec)]
+        adapter: Any = nodes[spec.key]
         placed = _on_axes_of_kernel(adapter)
         for field, variable in _arrays_of(module, name, spec):
             set_value(variable, jnp.asarray(placed[field]))
@@ -322,7 +328,15 @@ def lora_update(model: nnx.Module, adapters: chex.ArrayTree) -> None:
 _ANEW = "Make another model for these adapters, lora_jax.lora_model(graphdef, frozen, adapters)."
 
 
-def _check_node(path: str, node: Node, is_checked: bool, rngs: nnx.Rngs | None) -> None:
+def _is_alone(node: Node) -> bool:
+    """Whether ``kernel_axes`` found that a call of the model reads the kernel in its layer only."""
+    if not isinstance(node, Adapter):
+        return False
+    of_call = {name_of_call(None, with_variables) for with_variables in (False, True)}
+    return node.untied or node.axes.alone in of_call
+
+
+def _check_node(path: str, node: Node, is_alone: bool, rngs: nnx.Rngs | None) -> None:
     """Raises ValueError if a layer cannot have a node in it."""
     if isinstance(node, FullyTrained):
         return
@@ -336,7 +350,7 @@ def _check_node(path: str, node: Node, is_checked: bool, rngs: nnx.Rngs | None) 
             f"The adapter of {path!r} has materialize=True: W' stands in the place of the "
             f"parameter, and is no variable. Call the model by lora_jax.lora_apply."
         )
-    if node.axes.alone is None and not is_checked and not node.untied:
+    if not is_alone:
         raise ValueError(
             f"Whether the model reads {path!r} in its layer only is not known: pass a sample "
             f"input, lora_model(graphdef, frozen, adapters, x)."
@@ -389,12 +403,12 @@ def _specs(model: Any, caller: str) -> Iterator[tuple[_Spec, str, Any]]:
     """The adapters in a model, the names of their kernels, and the modules, each adapter once."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"{caller} is for a model of lora_model, got {type(model).__name__}.")
-    seen: set[str] = set()
+    seen: set[Key] = set()
     for _, module in modules_of(model):
         beside = vars(module).get(OWN_CALL)
         for name, spec in () if beside is None else beside.specs:
-            if spec.path not in seen:
-                seen.add(spec.path)
+            if spec.key not in seen:
+                seen.add(spec.key)
                 yield spec, name, module
     if not seen and not any(True for _ in _fully_trained(model)):
         raise TypeError(
@@ -468,7 +482,3 @@ def _kind(node: Node) -> Any:
     arrays, structure = jax.tree.flatten(node.arrays)
     more = node.tree_flatten()[1] if isinstance(node, Adapter) else node.merged_dtype(None)
     return structure, [(jnp.shape(a), jnp.result_type(a)) for a in arrays], more
-
-
-def _key(spec: _Spec) -> Key:
-    return tuple(spec.path.split("/"))

@@ -18,7 +18,13 @@ from flax import nnx
 
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.layers._check_use import check_ties, check_used, not_called, not_computed
+from lora_jax.layers._check_use import (
+    check_ties,
+    check_used,
+    name_of_call,
+    not_called,
+    not_computed,
+)
 from lora_jax.layers._handlers import Handlers
 from lora_jax.layers._place_adapters import CallIds, Placed, place
 from lora_jax.nnx._adapted_class import adapted_class, own_class
@@ -26,7 +32,7 @@ from lora_jax.nnx._adapter_param import AdapterParam
 from lora_jax.nnx._calls import SUFFIX, AdaptedCall, refuse_changed, under_way
 from lora_jax.nnx._in_layers import explained, parents_of, put_beside
 from lora_jax.nnx._kernel_axes import axes_of_call
-from lora_jax.nnx._model_call import call_model, name_of_call
+from lora_jax.nnx._model_call import call_model
 from lora_jax.nnx._variables import arrays_of, copied, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
@@ -156,11 +162,7 @@ class NnxModel:
         mutable = self.gives_variables(kwargs)
         kwargs.pop("mutable", None)
         method = kwargs.pop("method", None)
-        others = {
-            tuple(path.split("/")): leaf
-            for leaves in (*rest.values(), keys)
-            for path, leaf in leaves.items()
-        }
+        others = self._by_key(*rest.values(), keys)
         params, placed = place(
             self.base, adapters, ids, dropout=dropout, handlers=handlers, product=product
         )
@@ -213,7 +215,7 @@ class NnxModel:
                 return not_computed(key, more, cls, handlers, other_than="nn.")
 
             check_used(results, params, placed, seen.used, message)
-        name = name_of_call({"method": method, "mutable": mutable})
+        name = name_of_call(method, mutable)
         given = params, placed, rest, args, kwargs, method
         check_ties(results, params, placed, name, self.graphdef, given, refuse_changed)
         if not mutable:
@@ -229,11 +231,7 @@ class NnxModel:
         if not self.gives_variables(kwargs):
             return out
         y, collections = out
-        changed = {
-            tuple(path.split("/")): leaf
-            for leaves in collections.values()
-            for path, leaf in leaves.items()
-        }
+        changed = self._by_key(*collections.values())
         state = unflatten({**flatten(self.state, "state"), **changed}, self.state)
         mutable = kwargs["mutable"]
         return y, state if mutable is True else nnx.filter_state(state, mutable)
@@ -241,6 +239,15 @@ class NnxModel:
     def axes_by_name(self, variable_axes: Mapping[Any, Any]) -> dict[str, Any]:
         """Axes of variables by the names of their types."""
         return {getattr(of, "__name__", of): axes for of, axes in variable_axes.items()}
+
+    def _by_key(self, *collections: Mapping[str, Any]) -> dict[Key, Any]:
+        """Variables by their keys, from those by their paths."""
+        keys = {path_of(key): key for key in flatten(self.state, "state")}
+        return {
+            keys.get(path, tuple(path.split("/"))): leaf
+            for leaves in collections
+            for path, leaf in leaves.items()
+        }
 
     def _collections(
         self, model: Any, params: Mapping[Key, Any], *, rows: bool

@@ -14,15 +14,3 @@ def call_model(model: Any, method: Any, args: tuple[Any, ...], kwargs: Mapping[s
         return function(*args, **kwargs)
     function = getattr(method, "__func__", method)
     return function(model, *args, **kwargs)
-
-
-def name_of_call(kwargs: Mapping[str, Any]) -> str:
-    """What is called, as far as what a model reads depends on it.
-
-    Example:
-      >>> name_of_call({}), name_of_call({"method": "encode", "mutable": True})
-      ('__call__', 'encode, with variables')
-    """
-    method = kwargs.get("method") or "__call__"
-    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    return f"{name}, with variables" if kwargs.get("mutable", False) is not False else name

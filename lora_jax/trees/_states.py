@@ -2,7 +2,7 @@
 
 Its leaves are ``nnx.Variable``, each a box around an array as ``nn.Partitioned`` is one in Linen.
 Parameters are those that are ``nnx.Param``: statistics, caches and keys are never adapted or
-trained. This file and the street ``nnx/`` are all that knows NNX.
+trained. Below the street ``nnx/`` this file and ``_compat.py`` are all that knows NNX.
 """
 
 from __future__ import annotations

@@ -185,3 +185,50 @@ def test_other_mistakes_are_named():
         lora_jax.lora_model(*materialized)
     with pytest.raises(TypeError, match="has its adapters in it"):
         lora_jax.lora_apply(model, nnx.state(model), adapters, IDS)
+
+
+class TwoWays(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x) @ self.layer.kernel[...].T
+
+    def once(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("method", ["once", TwoWays.once, lambda model, x: model.layer(x)])
+def test_what_one_call_reads_says_nothing_of_another(method):
+    graphdef, state = nnx.split(TwoWays(nnx.Rngs(0)))
+    x, config = jnp.ones((2, 8)), LoraConfig([Rule("layer/kernel", rank=2)])
+    frozen, adapters = lora_jax.lora_init_model(
+        jax.random.key(1), graphdef, state, config, x, method=method
+    )
+    lora_jax.lora_apply(graphdef, frozen, adapters, x, method=method)
+    for both_ways in (None, lambda model, x: model(x)):
+        with pytest.raises(ValueError, match="also reads 'layer/kernel' outside of its layer"):
+            lora_jax.lora_apply(graphdef, frozen, adapters, x, method=both_ways)
+    with pytest.raises(ValueError, match="pass a sample input"):
+        lora_jax.lora_model(graphdef, frozen, adapters)
+    with pytest.raises(ValueError, match="also reads 'layer/kernel' outside of its layer"):
+        lora_jax.lora_model(graphdef, frozen, adapters, x)
+
+
+def test_a_name_with_a_slash_is_one_part_of_a_path():
+    class Named(nnx.Module):
+        def __init__(self, rngs):
+            setattr(self, "a/b", nnx.Linear(8, 8, rngs=rngs))
+            setattr(self, "c/d", nnx.BatchNorm(8, rngs=rngs))
+
+        def __call__(self, x):
+            return getattr(self, "c/d")(getattr(self, "a/b")(x))
+
+    graphdef, state = nnx.split(Named(nnx.Rngs(0)))
+    x, config = jnp.arange(16.0).reshape(2, 8), LoraConfig([Rule("a/b/kernel", rank=2)])
+    frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, x)
+    y, after = lora_jax.lora_apply(graphdef, frozen, adapters, x, mutable=True)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    chex.assert_trees_all_close(model(x), y, rtol=1e-5)
+    chex.assert_trees_all_equal(lora_jax.lora_state(model), adapters)
