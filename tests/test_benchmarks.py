@@ -11,10 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import lora_jax
-from benchmarks import operations, report, tpu, train_step
+from benchmarks import guard, operations, report, tpu, train_step
 from benchmarks.contenders import mixed_products, ours, serving
 from benchmarks.contenders.families import FAMILIES, TRAJECTORIES, check_losses, trained
+from benchmarks.contenders.problems import PROBLEMS
 from benchmarks.contenders.table import build
+from benchmarks.contenders.training import make_step
 from benchmarks.many.process import PeftProcess
 from benchmarks.models import arrays, cases, data, linen
 from benchmarks.models.cases import CASES
@@ -265,3 +267,15 @@ def test_report(tmp_path):
     assert options.figure.stat().st_size > 1000
     report.main(options)
     assert options.page.read_text() == page
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_model_in_nnx_is_the_same_program(variant):
+    case = dataclasses.replace(CASES["tiny-decoder"], layers=1)
+
+    def counts(name):
+        step = make_step(PROBLEMS[name](case), case)
+        step.compile()
+        return {name: step.facts[name] for name in guard.COUNTS}
+
+    assert counts(f"{variant}-in-nnx") == counts(variant)
