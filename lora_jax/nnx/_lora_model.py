@@ -310,6 +310,7 @@ def lora_update(model: nnx.Module, adapters: chex.ArrayTree) -> None:
         which = "the model" if key in before else "these adapters"
         raise ValueError(f"Only {which} has an adapter for {path_of(key)!r}. {_ANEW}")
     for key, node in nodes.items():
+        node.check_alone(path_of(key))
         old = before[key]
         if _kind(old) != _kind(node):
             raise ValueError(
@@ -480,5 +481,6 @@ def _dropout_key(module: Any) -> chex.PRNGKey | None:
 def _kind(node: Node) -> Any:
     """All of a node but its numbers."""
     arrays, structure = jax.tree.flatten(node.arrays)
-    more = node.tree_flatten()[1] if isinstance(node, Adapter) else node.merged_dtype(None)
-    return structure, [(jnp.shape(a), jnp.result_type(a)) for a in arrays], more
+    more = node.tree_flatten()[1] if isinstance(node, Adapter) else node.kind
+    dtype = node.merged_dtype() if isinstance(node, FullyTrained) else None
+    return structure, [(jnp.shape(a), jnp.result_type(a)) for a in arrays], more, dtype

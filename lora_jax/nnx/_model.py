@@ -110,7 +110,16 @@ class NnxModel:
         return axes_of_call(self.graphdef, self.state, args, kwargs, handlers)
 
     def with_keys(self, key: chex.PRNGKey | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments, with all keys of random numbers among them."""
+        """The arguments, with all keys of random numbers among them.
+
+        Raises:
+          TypeError: if keys are given as to a Linen model.
+        """
+        if isinstance(kwargs.get("rngs"), dict):
+            raise TypeError(
+                "rngs={...} is for Linen models. An NNX model has its keys in its state, or takes "
+                "rngs=nnx.Rngs(...) itself; for the dropout of adapters pass dropout_key=key."
+            )
         of_model = {
             path_of(key): leaf
             for key, leaf in flatten(self.state, "state").items()

@@ -179,6 +179,10 @@ def test_other_mistakes_are_named():
     with pytest.raises(ValueError, match="Only the model has an adapter for 'head/bias'"):
         lora_jax.lora_update(model, {"blocks": adapters["blocks"]})
     with pytest.raises(ValueError, match="is a stack of 2"):
+        lora_jax.lora_update(model, lora_jax.stack([adapters, adapters]))
+    with pytest.raises(TypeError, match="pass dropout_key=key"):
+        lora_jax.lora_apply(graphdef, frozen, adapters, IDS, rngs={"dropout": jax.random.key(0)})
+    with pytest.raises(ValueError, match="is a stack of 2"):
         lora_jax.lora_model(graphdef, frozen, lora_jax.stack([adapters, adapters]))
     materialized = made(materialize=True)
     with pytest.raises(ValueError, match="has materialize=True"):
