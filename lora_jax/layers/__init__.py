@@ -12,6 +12,7 @@ In a call:
 
 In an abstract call:
 
+- ``_abstract_inputs.py``: the arguments, arrays without values among them.
 - ``_axes_seen.py``: handlers compute with zeros, and it is noted how.
 - ``_find_axes.py``: the axes of every kernel, from what was seen and what was traced.
 - ``_output_heads.py``: which layers are the output heads.

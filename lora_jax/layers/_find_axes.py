@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from lora_jax.core._boxes import unbox
-from lora_jax.core._meshes import explicit_sharding
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.layers._axes_seen import MARK, AxesSeen
 from lora_jax.layers._output_heads import output_heads
@@ -98,14 +96,3 @@ def _paths_of(params: Mapping[Key, Any], live: list[bool]) -> set[str]:
     leaves, structure = jax.tree.flatten(params)
     of_params = jax.tree.unflatten(structure, live[: len(leaves)])
     return {path_of(key) for key, leaf in of_params.items() if any(jax.tree.leaves(leaf))}
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether an argument is traced: a NumPy array may be what a model takes sizes from."""
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-
-
-def abstract(leaf: Any) -> Any:
-    """An array without its values. In a mesh with explicit axes the sharding is in its type."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
-    return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=explicit_sharding(leaf))

@@ -15,9 +15,10 @@ from flax.traverse_util import empty_node
 
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
+from lora_jax.layers._abstract_inputs import AbstractInputs, abstract
 from lora_jax.layers._axes_seen import AxesSeen
 from lora_jax.layers._check_use import name_of_call
-from lora_jax.layers._find_axes import abstract, find_axes, is_array
+from lora_jax.layers._find_axes import find_axes
 from lora_jax.layers._handlers import Handlers
 from lora_jax.linen._axes_observer import AxesObserver
 from lora_jax.linen._axis_labels import Label, labels_of, renewed
@@ -60,10 +61,7 @@ class _AbstractCall:
       params: the parameters without values, by their keys.
       like: an empty tree of the kind that the parameters are in.
       rest: the other collections, without values.
-      inputs: the arrays among the arguments, without values.
-      at: their places among all leaves of the arguments.
-      leaves: the leaves of the arguments, ``None`` for those.
-      treedef: the structure of the arguments.
+      inputs: the arguments, without values.
       labels: those of the parameters.
     """
 
@@ -72,10 +70,7 @@ class _AbstractCall:
     params: dict[Key, Any]
     like: chex.ArrayTree
     rest: dict[str, Any]
-    inputs: list[Any]
-    at: list[int]
-    leaves: list[Any]
-    treedef: Any
+    inputs: AbstractInputs
     labels: Mapping[Key, Label]
 
     @classmethod
@@ -94,19 +89,14 @@ class _AbstractCall:
             if leaf is not empty_node
         }
         rest = {name: value for name, value in variables.items() if name != "params"}
-        leaves, treedef = jax.tree.flatten((args, dict(kwargs)))
-        at = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        params, rest, inputs = jax.tree.map(abstract, (params, rest, [leaves[i] for i in at]))
+        params, rest = jax.tree.map(abstract, (params, rest))
         return cls(
             model=model,
             handlers=handlers,
             params=params,
             like=flax.core.freeze({}) if isinstance(variables["params"], FrozenDict) else {},
             rest=rest,
-            inputs=inputs,
-            at=at,
-            leaves=[None if is_array(leaf) else leaf for leaf in leaves],
-            treedef=treedef,
+            inputs=AbstractInputs.of((args, dict(kwargs))),
             labels=labels_of(params),
         )
 
@@ -116,10 +106,7 @@ class _AbstractCall:
         observer = AxesObserver(self.handlers, seen)
 
         def call(params: dict[Key, Any], rest: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
-            values = dict(zip(self.at, inputs, strict=True))
-            args, kwargs = jax.tree.unflatten(
-                self.treedef, [values.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-            )
+            args, kwargs = self.inputs.with_arrays(inputs)
             labelled = unflatten({**params, **labels}, self.like)
             seen.given = {path_of(key): unbox(leaf) for key, leaf in params.items()}
             with nn.intercept_methods(observer.intercept):
@@ -133,4 +120,4 @@ class _AbstractCall:
             seen.results = [(x.shape, x.dtype) for x in arrays_in(y)]
             return list(arrays_in(out))
 
-        return seen, jax.make_jaxpr(call)(self.params, self.rest, self.inputs).jaxpr
+        return seen, jax.make_jaxpr(call)(self.params, self.rest, self.inputs.arrays).jaxpr

@@ -22,10 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.layers._abstract_inputs import AbstractInputs, abstract
 from lora_jax.layers._axes_seen import AxesSeen
 from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._entry import Entry
-from lora_jax.layers._find_axes import abstract, find_axes, is_array
+from lora_jax.layers._find_axes import find_axes
 from lora_jax.layers._handlers import Handlers
 from lora_jax.nnx._adapted_class import own_class
 from lora_jax.nnx._calls import CHANGED, FOUND, KERNEL, SUFFIX, changed_kernels, under_way
@@ -161,10 +162,7 @@ class _AbstractCall:
       params: the parameters without values, by their keys.
       rest: the other variables, likewise.
       like: a state with the same keys.
-      inputs: the arrays among the arguments, without values.
-      at: their places among all leaves of the arguments.
-      leaves: the leaves of the arguments, ``None`` for those.
-      treedef: the structure of the arguments.
+      inputs: the arguments, without values.
       sliced: the axes that transforms slice off, where it had to be tried.
     """
 
@@ -173,10 +171,7 @@ class _AbstractCall:
     params: dict[Key, Any]
     rest: dict[Key, Any]
     like: Any
-    inputs: list[Any]
-    at: list[int]
-    leaves: list[Any]
-    treedef: Any
+    inputs: AbstractInputs
     sliced: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -190,10 +185,7 @@ class _AbstractCall:
     ) -> _AbstractCall:
         """The call with these arguments."""
         kwargs = {name: value for name, value in kwargs.items() if name != "mutable"}
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        at = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        flat = flatten(state, "state")
-        variables, inputs = jax.tree.map(abstract, (flat, [leaves[i] for i in at]))
+        variables = jax.tree.map(abstract, flatten(state, "state"))
         params = parameters_in(variables)
         return cls(
             graphdef=graphdef,
@@ -201,10 +193,7 @@ class _AbstractCall:
             params=params,
             rest={key: leaf for key, leaf in variables.items() if key not in params},
             like=unflatten(variables, state),
-            inputs=inputs,
-            at=at,
-            leaves=[None if is_array(leaf) else leaf for leaf in leaves],
-            treedef=treedef,
+            inputs=AbstractInputs.of((args, kwargs)),
         )
 
     def with_known_axes(self) -> _AbstractCall:
@@ -253,12 +242,7 @@ class _AbstractCall:
         def call(
             params: dict[Key, Any], rest: dict[Key, Any], probes: dict[Key, Any], inputs: list[Any]
         ) -> list[Any]:
-            values = dict(zip(self.at, inputs, strict=True))
-            args, kwargs = copied(
-                jax.tree.unflatten(
-                    self.treedef, [values.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-                )
-            )
+            args, kwargs = copied(self.inputs.with_arrays(inputs))
             model = nnx.merge(self.graphdef, unflatten(copied({**params, **rest}), self.like))
             one = ObservingCall(self.handlers, AxesSeen(cuts))
             observing[:] = [one]
@@ -280,7 +264,7 @@ class _AbstractCall:
             ]
             return list(arrays_in((y, changed)))
 
-        jaxpr = jax.make_jaxpr(call)(self.params, self.rest, probes, self.inputs).jaxpr
+        jaxpr = jax.make_jaxpr(call)(self.params, self.rest, probes, self.inputs.arrays).jaxpr
         return observing[0], jaxpr
 
     def _found_beside(self, jaxpr: Any) -> set[str]:

@@ -21,6 +21,7 @@ from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.layers._abstract_inputs import AbstractInputs
 from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, handlers_of_call
@@ -377,14 +378,10 @@ def _check_call(
     kwargs: dict[str, Any],
 ) -> None:
     """Calls the model abstractly, with all the checks of ``lora_apply``."""
-    leaves, treedef = jax.tree.flatten((given.rest, adapters, args, kwargs))
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
+    inputs = AbstractInputs.of((given.rest, adapters, args, kwargs))
 
     def call(arrays: list[Any]) -> int:
-        values = dict(zip(at, arrays, strict=True))
-        rest, nodes, args, kwargs = copied(
-            jax.tree.unflatten(treedef, [values.get(i, leaf) for i, leaf in enumerate(leaves)])
-        )
+        rest, nodes, args, kwargs = copied(inputs.with_arrays(arrays))
         given.apply(
             rest,
             nodes,
@@ -397,7 +394,7 @@ def _check_call(
         )
         return 0
 
-    jax.eval_shape(call, [leaves[i] for i in at])
+    jax.eval_shape(call, inputs.arrays)
 
 
 def _specs(model: Any, caller: str) -> Iterator[tuple[_Spec, str, Any]]:
