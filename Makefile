@@ -59,7 +59,7 @@ serve: $(VENV)/.examples $(VENV)/.smollm2
 	$(BIN)/python -m examples.serve $(ARGS)
 
 test: $(VENV)/.dev
-	@echo "the tests and doctests: about six minutes on two cores; 'make test-quick' takes one"
+	@echo "the tests and doctests: about nine minutes on two cores; 'make test-quick' takes one"
 	$(BIN)/python -m pytest --numprocesses 2
 
 # The mathematics, the trees, and how a model is called.
@@ -72,14 +72,14 @@ test-slow: $(VENV)/.dev $(VENV)/.model
 # Without what leans on other packages, or on what these test already.
 NOT_OLDEST = cli peft arithmetic core/rules trees/test_rounding.py linen/test_mixed_batch.py test_fuzz.py test_smollm2.py test_serve.py \
 	test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_resume.py test_examples.py test_entry_points.py \
-	test_docs.py test_names.py
+	test_docs.py test_names.py nnx/test_states.py
 # Where a test has variants, DoRA alone: LoRA is a part of it.
 VARIANTS = not rslora and not detached and not -lora]
 test-oldest: $(OLDEST_VENV)/.oldest
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/%) -k "$(VARIANTS)"
 
 # Without what neither jax nor Python can break unseen by `make test`.
-NOT_NEWEST = trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_names.py \
+NOT_NEWEST = nnx/test_states.py trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_names.py \
 	$(addprefix cli/test_command_, convert.py diff.py experts.py extract.py keys.py layouts.py tied.py) \
 	$(addprefix peft/test_, folder.py fused_keys.py key_mapping.py patterns.py refusals.py)
 test-newest: $(NEWEST_VENV)/.newest

@@ -57,8 +57,11 @@ def loss_of(model):
     return jnp.mean(model(IDS).astype(jnp.float32) ** 2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("lora", jnp.float32), ("dora", jnp.float32), ("dora", jnp.bfloat16)],
+    ids=["lora", "dora", "dora, bfloat16"],
+)
 def test_it_computes_and_trains_like_lora_apply(variant, dtype):
     graphdef, frozen, adapters = made(variant, dtype)
     before = jax.tree.map(jnp.copy, frozen)
