@@ -25,7 +25,7 @@ import optax
 import tyro
 
 import lora_jax
-from examples import data, finetune, minilm
+from examples import classifier, data, finetune, minilm
 from lora_jax.core.variants._registry import trained_variants
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ TX = optax.chain(
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("adapters", "opt_state"))
 def step(
-    model: minilm.Classifier,
+    model: classifier.Model,
     adapters: Any,
     opt_state: Any,
     frozen: Any,
@@ -83,8 +83,7 @@ def accuracy(
 ) -> float:
     """Accuracy in per cent after one epoch."""
     config, encoder = minilm.load_pretrained()
-    model = minilm.Classifier(config, 2)
-    params = finetune.init_params(model, encoder, seed)
+    model, params = classifier.make("linen", config, 2, encoder, seed)
     if variant in trained_variants():
         rule = lora_jax.Rule(finetune.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
         lora_config = lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])

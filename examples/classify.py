@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 import lora_jax
-from examples import minilm
+from examples import classifier, minilm
 from examples.assets import MissingAsset
 
 TITLES = {"head": "base, new head alone", "lora": "LoRA", "dora": "DoRA"}
@@ -47,15 +47,15 @@ class NoAdapters(Exception):
 
 @functools.partial(jax.jit, static_argnames="model")
 def probabilities(
-    model: minilm.Classifier, frozen: Any, adapters: Any, tokens: Any, mask: Any
+    model: classifier.Model, frozen: Any, adapters: Any, tokens: Any, mask: Any
 ) -> jax.Array:
     """``(texts, classes)``, of the adapted model."""
-    return jax.nn.softmax(lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens, mask))
+    return jax.nn.softmax(classifier.logits(model, frozen, adapters, tokens, mask))
 
 
 def answers(
     texts: Sequence[str],
-    model: minilm.Classifier,
+    model: classifier.Model,
     classes: Sequence[str],
     split: dict[str, tuple[Any, Any]],
     length: int,
@@ -88,8 +88,6 @@ def main(options: Options) -> None:
     Raises:
       NoAdapters: if there are none in the folder.
     """
-    from examples.finetune import init_params
-
     found = {name: options.runs / name for name in TITLES if (options.runs / name).is_dir()}
     if not found:
         raise NoAdapters(f"there are no adapters in {options.runs}: run make demo first.")
@@ -99,8 +97,8 @@ def main(options: Options) -> None:
     }
     config, encoder = minilm.load_pretrained()
     one = next(iter(facts.values()))
-    model = minilm.Classifier(config, len(one["classes"]))
-    params = init_params(model, encoder, one["seed"])
+    api = one.get("api", "linen")
+    model, params = classifier.make(api, config, len(one["classes"]), encoder, one["seed"])
     split = {name: lora_jax.load(folder, params, verify=True) for name, folder in found.items()}
     table = answers(options.texts, model, one["classes"], split, one["length"])
     Console().print(table)

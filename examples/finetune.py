@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
@@ -27,7 +26,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 import lora_jax
-from examples import classify, data, minilm
+from examples import classifier, classify, data, minilm
 from examples.assets import MissingAsset
 from examples.checkpoint import CannotResume, Checkpoints, Log
 
@@ -68,6 +67,8 @@ class Options:
 
     task: Literal["reviews", "r8"] = "reviews"
     """Movie reviews, positive or negative; or the topic of Reuters news."""
+    api: classifier.Api = "linen"
+    """Flax's API that the model is written in."""
     seeds: int = 1
     """How many times to repeat all of it."""
     quick: bool = False
@@ -115,43 +116,25 @@ class Run:
 
 
 def loss_fn(
-    adapters: Any, model: minilm.Classifier, frozen: Any, batch: Any, rng: jax.Array
+    adapters: Any, model: classifier.Model, frozen: Any, batch: Any, rng: jax.Array
 ) -> jax.Array:
     """Cross-entropy of the adapted model, as a function of the adapters first."""
     tokens, mask, labels = batch
-    logits = lora_jax.lora_apply(
-        model,
-        {"params": frozen},
-        adapters,
-        tokens,
-        mask,
-        deterministic=False,
-        rngs={"dropout": rng},
-    )
+    logits = classifier.logits(model, frozen, adapters, tokens, mask, rng)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def train_step(
-    model: minilm.Classifier, state: TrainState, frozen: Any, batch: Any, rng: jax.Array
+    model: classifier.Model, state: TrainState, frozen: Any, batch: Any, rng: jax.Array
 ) -> tuple[TrainState, jax.Array]:
     """One step of an ordinary Flax training loop; the base is an argument."""
     loss, grads = jax.value_and_grad(loss_fn)(state.params, model, frozen, batch, rng)
     return state.apply_gradients(grads=grads), loss
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def predict(
-    model: minilm.Classifier, frozen: Any, adapters: Any, tokens: Any, mask: Any
-) -> jax.Array:
-    """Logits of the adapted model."""
-    return lora_jax.lora_apply(model, {"params": frozen}, adapters, tokens, mask)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def predict_plain(model: minilm.Classifier, params: Any, tokens: Any, mask: Any) -> jax.Array:
-    """Logits of the plain model, which knows of no adapters."""
-    return model.apply({"params": params}, tokens, mask)
+predict = jax.jit(classifier.logits, static_argnames="model")
+predict_plain = jax.jit(classifier.plain_logits, static_argnames="model")
 
 
 def logits_of(predict: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -170,7 +153,7 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def train(
-    model: minilm.Classifier,
+    model: classifier.Model,
     params: Any,
     method: Method,
     train_set: tuple[np.ndarray, ...],
@@ -185,7 +168,7 @@ def train(
     frozen, adapters = lora_jax.lora_init(key, params, method.config)
     steps = options.epochs * (len(train_set[0]) // options.batch)
     tx = optimizer(method.learning_rate, steps)
-    state, log = TrainState.create(apply_fn=model.apply, params=adapters, tx=tx), Log()
+    state, log = TrainState.create(apply_fn=classifier.logits, params=adapters, tx=tx), Log()
     if checkpoints:
         state, key, log = checkpoints.restore(state, key)
 
@@ -232,14 +215,14 @@ def train(
 
 
 def step_bytes(
-    model: minilm.Classifier, way: Method, run: Run, batch: tuple[np.ndarray, ...], steps: int
+    model: classifier.Model, way: Method, run: Run, batch: tuple[np.ndarray, ...], steps: int
 ) -> int | None:
     """Memory of a training step, by the compiler: what goes in, what comes out, and between.
 
     None where the backend does not say it.
     """
     tx = optimizer(way.learning_rate, steps)
-    state = TrainState.create(apply_fn=model.apply, params=run.adapters, tx=tx)
+    state = TrainState.create(apply_fn=classifier.logits, params=run.adapters, tx=tx)
     lowered = train_step.lower(model, state, run.frozen, batch, jax.random.key(0))
     sizes = lowered.compile().memory_analysis()
     if sizes is None:
@@ -248,7 +231,7 @@ def step_bytes(
     return held - sizes.alias_size_in_bytes  # the state that goes in is overwritten
 
 
-def check(path: Path, model: minilm.Classifier, params: Any, run: Run, test_set: Any) -> str:
+def check(path: Path, model: classifier.Model, params: Any, run: Run, test_set: Any) -> str:
     """Loads the adapters that were saved, and merges them; says whether all three agree.
 
     Raises:
@@ -430,10 +413,11 @@ def main(options: Options) -> None:
         test_labels=task.test_labels[:test_count],
     )
     test_set = (*minilm.tokenize(task.test_texts, options.length), task.test_labels)
-    model = minilm.Classifier(config, len(task.classes))
+    make = functools.partial(classifier.make, options.api, config, len(task.classes), encoder)
     ways = methods(options.rank, options.alpha)
     console.print(
-        f"all-MiniLM-L6-v2 on {task.name}: {count:,} training texts, {options.epochs} epoch(s), "
+        f"all-MiniLM-L6-v2 in {'NNX' if options.api == 'nnx' else 'Linen'} on {task.name}: "
+        f"{count:,} training texts, {options.epochs} epoch(s), "
         f"batches of {options.batch} x {options.length} tokens.",
         soft_wrap=True,
     )
@@ -447,7 +431,7 @@ def main(options: Options) -> None:
         console=console,
     ) as progress:
         for seed in range(options.seeds):
-            params = init_params(model, encoder, seed)
+            model, params = make(seed)
             for name, way in ways.items():
                 title = way.title + (f", seed {seed}" if options.seeds > 1 else "")
                 bar = progress.add_task(title.ljust(18), total=steps, state="compiling")
@@ -479,7 +463,6 @@ def main(options: Options) -> None:
         lora_jax.save(options.out / name, run.adapters, frozen=run.frozen, metadata=facts)
     console.print(table(runs, ways, task, options.out))
     console.print("\n".join(differences(runs, ways)), highlight=False)
-    params = init_params(model, encoder, options.seeds - 1)
     for name in ("lora", "dora"):
         report = check(options.out / name, model, params, runs[name][-1], test_set)
         console.print(report, highlight=False, soft_wrap=True)
@@ -508,13 +491,6 @@ def main(options: Options) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def init_params(model: minilm.Classifier, encoder: Any, seed: int) -> dict[str, Any]:
-    """The pretrained encoder with a new head."""
-    tokens = jnp.zeros((1, 4), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(seed), tokens, jnp.ones_like(tokens))["params"]
-    return {**params, "encoder": encoder}
 
 
 if __name__ == "__main__":

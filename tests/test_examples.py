@@ -1,17 +1,24 @@
 """The parts of the examples that need neither weights nor data."""
 
+import dataclasses
 import io
 import tarfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax
-from examples import assets, classify, data, finetune, minilm
+from examples import assets, classifier, classify, data, finetune, minilm
 
 TINY = minilm.Config(vocabulary=50, layers=2, width=12, heads=3, hidden=20, positions=16)
+
+
+def encoder():
+    tokens = jnp.ones((1, 4), int)
+    return minilm.Encoder(TINY).init(jax.random.key(1), tokens, tokens)["params"]
 
 
 def test_reviews_are_split_without_overlap():
@@ -146,13 +153,12 @@ def test_what_each_way_trains(name):
     assert counts.total == everything
 
 
-@pytest.fixture(scope="module")
-def trained():
+@pytest.fixture(scope="module", params=["linen", "nnx"])
+def trained(request):
     """One training of the head alone, and its batch."""
-    model = minilm.Classifier(TINY, 3)
+    model, params = classifier.make(request.param, TINY, 3, encoder(), seed=0)
     tokens = np.ones((2, 4), np.int32)
     batch = tokens, tokens, np.zeros(2, np.int32)
-    params = model.init(jax.random.key(0), tokens, tokens)["params"]
     way = finetune.methods(2, 4.0)["head"]
     options = finetune.Options(batch=2)
     run = finetune.train(model, params, way, batch, batch, options, 0, lambda *_: None)
@@ -182,11 +188,12 @@ def test_a_backend_that_says_no_memory(trained, monkeypatch, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_answers_are_those_of_each_adapter(monkeypatch):
-    model, tokens = minilm.Classifier(TINY, 2), jnp.arange(1, 9).reshape(2, 4)
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_answers_are_those_of_each_adapter(api, monkeypatch):
+    tokens = jnp.arange(1, 9).reshape(2, 4)
     mask = jnp.ones_like(tokens)
     monkeypatch.setattr(minilm, "tokenize", lambda texts, length: (tokens, mask))
-    params = model.init(jax.random.key(0), tokens, mask)["params"]
+    model, params = classifier.make(api, TINY, 2, encoder(), seed=0)
     split = {
         name: lora_jax.lora_init(jax.random.key(0), params, finetune.methods(2, 4.0)[name].config)
         for name in classify.TITLES
@@ -196,14 +203,35 @@ def test_answers_are_those_of_each_adapter(monkeypatch):
     table = classify.answers(["a", "b"], model, ["no", "yes"], split, 4)
     texts, *columns = (list(column.cells) for column in table.columns)
     assert texts == ["a", "b"]
-    expected = jax.nn.softmax(model.apply({"params": params}, tokens, mask))
+    expected = jax.nn.softmax(classifier.plain_logits(model, params, tokens, mask))
     for name, column in zip(split, columns, strict=True):
         if name == "dora":
-            frozen, adapters = split["dora"]
-            merged = lora_jax.lora_merge(frozen, adapters)
-            expected = jax.nn.softmax(model.apply({"params": merged}, tokens, mask))
+            merged = lora_jax.lora_merge(*split["dora"])
+            expected = jax.nn.softmax(classifier.plain_logits(model, merged, tokens, mask))
         labels = [f"{['no', 'yes'][p.argmax()]} {100 * p.max():.0f} %" for p in expected]
         assert column == labels
+
+
+def test_the_classifier_is_the_same_in_both_apis():
+    """The same numbers give the same logits and gradients, and with a key there is dropout."""
+    tokens = np.arange(1, 9).reshape(2, 4)
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+    batch = tokens, mask, np.array([0, 2])
+    config = finetune.methods(2, 4.0)["dora"].config
+    head = classifier.make("linen", TINY, 3, encoder(), seed=0)[1]["classifier"]
+    found = []
+    for api in ("linen", "nnx"):
+        model, params = classifier.make(api, TINY, 3, encoder(), seed=1)
+        frozen, adapters = lora_jax.lora_init(jax.random.key(0), params, config)
+        adapters = {**jax.tree.map(lambda x: x + 0.1, adapters), "classifier": head}
+        plain = finetune.predict(model, frozen, adapters, tokens, mask)
+        dropped = finetune.predict(model, frozen, adapters, tokens, mask, jax.random.key(0))
+        assert not jnp.allclose(plain, dropped, atol=1e-3)
+        without = dataclasses.replace(TINY, dropout=0.0)
+        model, _ = classifier.make(api, without, 3, encoder(), seed=0)
+        gradient = jax.grad(finetune.loss_fn)(adapters, model, frozen, batch, jax.random.key(0))
+        found.append((plain, gradient))
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_no_adapters_to_classify_with(tmp_path):

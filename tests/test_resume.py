@@ -16,7 +16,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import lora_jax
-from examples import classify, data, finetune, minilm
+from examples import classifier, classify, data, finetune, minilm
 from examples.checkpoint import CannotResume, Checkpoints, Log
 from lora_jax.files._read_folder import read
 
@@ -41,7 +41,7 @@ def encoder():
 
 @functools.cache
 def base():
-    return finetune.init_params(MODEL, encoder(), seed=0)
+    return classifier.make("linen", CONFIG, 2, encoder(), seed=0)[1]
 
 
 def opened(folder, every=1, **changes):

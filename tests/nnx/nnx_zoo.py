@@ -13,7 +13,6 @@ from flax import nnx
 from lora_jax import Handlers
 
 WIDTH = 6
-LAYERS = {nnx.PARTITION_NAME: "layers"}
 # What a list or a dict of modules is: the oldest Flax has plain ones only.
 List = getattr(nnx, "List", list)
 Dict = getattr(nnx, "Dict", dict)
@@ -151,15 +150,20 @@ class Behind(nnx.Module):
         return self.transform(lambda inner, x: inner(x))(self.inner, x)
 
 
+def named(names):
+    """What a transform is told of the axis that it stacks on."""
+    return dict.fromkeys([nnx.PARTITION_NAME], *names) if names else {}
+
+
 class Scan(nnx.Module):
     """Blocks that are stacked by vmap, one after another in a scan."""
 
-    def __init__(self, rngs, axis, length=3, block=Mlp, remat=False, named=False):
+    def __init__(self, rngs, axis, length=3, block=Mlp, remat=False, names=()):
         self.axes, self.length, self.remat = axis, length, remat
-        self.named = named
+        self.names = names  # of the stacked axis, or none
 
         @nnx.split_rngs(splits=length)
-        @partial(nnx.vmap, out_axes=axis, transform_metadata=LAYERS if named else {})
+        @partial(nnx.vmap, out_axes=axis, transform_metadata=named(names))
         def make(rngs):
             return block(rngs)
 
@@ -174,7 +178,7 @@ class Scan(nnx.Module):
             in_axes=(self.axes, nnx.Carry),
             out_axes=nnx.Carry,
             length=self.length,
-            transform_metadata=LAYERS if self.named else {},
+            transform_metadata=named(self.names),
         )
         return scan(self.blocks, x)
 
@@ -458,7 +462,7 @@ CASES = {
     "scan, axis 1, as many as the width": Case(partial(Scan, axis=1, length=WIDTH), batch=(1,)),
     "scan by the types of variables": Case(partial(Scan, axis=FROZEN_REST), batch=(0,)),
     "scan with partition names": Case(
-        partial(Scan, axis=1, block=partial(Mlp, **PARTITIONED), named=True), batch=(1,)
+        partial(Scan, axis=1, block=partial(Mlp, **PARTITIONED), names=("layers",)), batch=(1,)
     ),
     "scan of remat": Case(partial(Scan, axis=0, remat=True), batch=(0,)),
     "scan of scan": Case(partial(ScanOfScan, outer=0, inner=1), batch=(0, 2)),
