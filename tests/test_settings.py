@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
-import gc
 
 import jax
 import jax.numpy as jnp
 import pytest
 import zoo
-from helpers import random_like, relative_error
+from helpers import only_new_garbage, random_like, relative_error
 from zoo import KERNELS, NO_ROWS
 
 import lora_jax
@@ -61,15 +60,12 @@ IDS = (1, 0, -1)
 @contextlib.contextmanager
 def using(*settings):
     before = {setting: getattr(jax.config, setting) for setting in settings}
-    # Whoever looks for leaks collects garbage again and again: what was there before is left out.
-    gc.collect()
-    gc.freeze()
     for setting in settings:
         jax.config.update(setting, SETTINGS[setting])
     try:
-        yield
+        with only_new_garbage():
+            yield
     finally:
-        gc.unfreeze()
         for setting in settings:
             jax.config.update(setting, before[setting])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 import zoo
 from flax.traverse_util import flatten_dict
-from helpers import dense_case, random_like, random_variables, relative_error
+from helpers import checking_leaks, dense_case, random_like, random_variables, relative_error
 from jax import export
 
 import lora_jax
@@ -200,7 +200,7 @@ def test_gradient_equals_that_through_the_explicit_kernel(case, variant):
         params = explicit_params(s.params, adapters, variant, case)
         return jnp.vdot(weights, s.base(params, s.x).astype(jnp.float32))
 
-    with jax.checking_leaks():
+    with checking_leaks():
         grads = ours(s.trained)
     for (path, grad), expected in zip(
         jax.tree_util.tree_leaves_with_path(grads),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import random_like, random_variables, relative_error
+from helpers import checking_leaks, random_like, random_variables, relative_error
 from jax import export
 
 import lora_jax
@@ -471,5 +471,5 @@ def test_a_mixed_batch_trains_each_as_alone():
 
 def test_nothing_leaks():
     stacked = lora_jax.stack(several("head/.*"), PARAMS)
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.jit(jax.grad(lambda s, ids: mixed(s, ids=ids).sum()))(stacked, IDS)

@@ -1,8 +1,8 @@
 """Small models built like those that people use.
 
-`Qwen3`, `Vit` and `Gemma3` are built like those of https://github.com/jax-ml/bonsai: the same layers
-and paths of parameters, the same way to call them. `Scanned` is built like the decoders that scan
-stacked layers and name the axes of their kernels.
+`Qwen3`, `Vit` and `Gemma3` are built like those of https://github.com/jax-ml/bonsai: the same
+layers and names, the same way to call them. `Scanned` is built like the decoders that scan stacked
+layers and name the axes of their kernels.
 """
 
 from functools import partial
@@ -16,9 +16,9 @@ from nnx_zoo import List, Scan
 WIDTH, HEADS, KV_HEADS, HEAD, HIDDEN, VOCABULARY = 16, 4, 2, 4, 24, 32
 
 
-def Named(*names):
-    """The metadata that gives a kernel its sharding, where the model is sharded."""
-    return {"kernel_metadata": {"out_sharding": P(*names)}} if names else {}
+def named(sharded, *kernels):
+    """The metadata that give kernels their shardings, where the model is sharded."""
+    return [{"kernel_metadata": {"out_sharding": P(*k)}} if sharded else {} for k in kernels]
 
 
 class Cache(nnx.Module):
@@ -31,7 +31,7 @@ class Cache(nnx.Module):
 
 
 def caches(batch, length, spec=None):
-    return [Cache(batch, length, spec) for _ in range(2)]
+    return [Cache(batch, length, spec)]
 
 
 def kept(spec):
@@ -55,7 +55,7 @@ def attend(q, k, v, cache):
 
 class Qwen3Attention(nnx.Module):
     def __init__(self, rngs, sharded):
-        inner, outer = (Named("model", "data"), Named("model", None, "data")) if sharded else ({},) * 2
+        inner, outer = named(sharded, ("model", "data"), ("model", None, "data"))
         project = partial(nnx.Einsum, "btd,dnh->btnh", rngs=rngs, **inner)
         self.q_proj = project((WIDTH, HEADS, HEAD))
         self.k_proj = project((WIDTH, KV_HEADS, HEAD))
@@ -72,7 +72,7 @@ class Qwen3Attention(nnx.Module):
 
 class GatedMlp(nnx.Module):
     def __init__(self, rngs, sharded=False):
-        wide, narrow = (Named("data", "model"), Named("model", "data")) if sharded else ({},) * 2
+        wide, narrow = named(sharded, ("data", "model"), ("model", "data"))
         linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.gate_proj, self.up_proj = (linear(WIDTH, HIDDEN, **wide) for _ in range(2))
         self.down_proj = linear(HIDDEN, WIDTH, **narrow)
@@ -102,9 +102,9 @@ class Qwen3(nnx.Module):
     With `sharded` it is for a mesh with explicit axes, and says the sharding of what it computes.
     """
 
-    def __init__(self, rngs, sharded=False):
+    def __init__(self, rngs, sharded=False, layers=1):
         self.embedder = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.layers = List([Qwen3Layer(rngs, sharded) for _ in range(2)])
+        self.layers = List([Qwen3Layer(rngs, sharded) for _ in range(layers)])
         self.final_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.lm_head = nnx.Einsum("btd,dv->btv", (WIDTH, VOCABULARY), rngs=rngs)
         self.out = P("data") if sharded else None
@@ -138,7 +138,7 @@ class Vit(nnx.Module):
         count = (size // patch) ** 2 + 1
         self.cls_token = nnx.Param(jax.random.normal(rngs.params(), (1, 1, WIDTH)))
         self.pos_embeddings = nnx.Param(jax.random.normal(rngs.params(), (1, count, WIDTH)))
-        self.layers = List([VitLayer(rngs) for _ in range(2)])
+        self.layers = List([VitLayer(rngs)])
         self.ln = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.classifier = nnx.Linear(WIDTH, 5, rngs=rngs)
 
@@ -159,12 +159,13 @@ class SiglipLayer(nnx.Module):
             linear(WIDTH, WIDTH) for _ in range(4)
         )
         self.fc1, self.fc2 = linear(WIDTH, HIDDEN), linear(HIDDEN, WIDTH)
+        self.layer_norm1, self.layer_norm2 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2))
 
     def __call__(self, x):
-        heads = (*x.shape[:-1], HEADS, HEAD)
-        q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        y, heads = self.layer_norm1(x), (*x.shape[:-1], HEADS, HEAD)
+        q, k, v = (f(y).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         x = x + self.out_proj(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
-        return x + self.fc2(nnx.gelu(self.fc1(x)))
+        return x + self.fc2(nnx.gelu(self.fc1(self.layer_norm2(x))))
 
 
 class Gemma3Layer(nnx.Module):
@@ -173,17 +174,17 @@ class Gemma3Layer(nnx.Module):
         self.q_proj = linear(WIDTH, HEADS * HEAD)
         self.k_proj, self.v_proj = (linear(WIDTH, KV_HEADS * HEAD) for _ in range(2))
         self.o_proj = linear(HEADS * HEAD, WIDTH)
-        self.mlp, self.norm = GatedMlp(rngs), nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.sliding = sliding
+        self.mlp, self.sliding = GatedMlp(rngs), sliding
+        self.before, self.between, self.after = (nnx.RMSNorm(WIDTH, rngs=rngs) for _ in range(3))
 
     def __call__(self, x, mask):
-        heads = (*x.shape[:-1], -1, HEAD)
-        q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        y, heads = self.before(x), (*x.shape[:-1], -1, HEAD)
+        q, k, v = (f(y).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         k, v = (jnp.repeat(array, HEADS // KV_HEADS, axis=2) for array in (k, v))
         near = jnp.abs(jnp.subtract.outer(*(jnp.arange(x.shape[1]),) * 2)) < 3
         y = jax.nn.dot_product_attention(q, k, v, mask=mask & near if self.sliding else mask)
         x = x + self.o_proj(y.reshape(*x.shape[:-1], -1))
-        return x + self.norm(self.mlp(x))
+        return x + self.after(self.mlp(self.between(x)))
 
 
 class ScaledEmbedding(nnx.Module):

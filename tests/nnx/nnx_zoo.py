@@ -266,6 +266,22 @@ class EveryLayer(nnx.Module):
         return x + self.embed.attend(y) @ self.embed(jnp.arange(5))
 
 
+def random_state(make):
+    """The graphdef of a model that is not made, and a state of random numbers for it."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def value(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            keys = jax.random.split(jax.random.key(1), leaf.shape)
+            return keys if leaf.shape else jax.random.key(1)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.full(leaf.shape, 2, leaf.dtype)  # as if it had been called twice
+        return jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return graphdef, jax.tree.map(value, state)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model, the shape of its input, and which axes of its kernels are what.
@@ -288,18 +304,7 @@ class Case:
 
     def init(self):
         """The graphdef, a state, and the arguments."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
-        rng = np.random.default_rng(0)
-
-        def value(leaf):
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                keys = jax.random.split(jax.random.key(1), leaf.shape)
-                return keys if leaf.shape else jax.random.key(1)
-            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-                return jnp.full(leaf.shape, 2, leaf.dtype)  # as if it had been called twice
-            return jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-
-        state = jax.tree.map(value, state)
+        graphdef, state = random_state(self.make)
         x = np.random.default_rng(7).standard_normal(self.shape)
         if jnp.issubdtype(self.x_dtype, jnp.integer):
             x = np.abs(10 * x) % 11

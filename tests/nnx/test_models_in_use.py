@@ -1,6 +1,7 @@
-"""Models built like those that people use, with only a config: adapted, sharded, and in PEFT's files."""
+"""Models built like those that people use, with only a config, on a mesh, and in PEFT's files."""
 
 import collections
+from functools import partial
 
 import chex
 import jax
@@ -13,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random_like, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from nnx_zoo import random_state
 from safetensors.numpy import load_file
 
 import lora_jax
@@ -37,11 +39,11 @@ class WithCache(nnx.Module):
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LINEAR = {  # a model, its arguments, and how many layers "all-linear" adapts of each name
-    "Qwen3": (WithCache, (TOKENS,), dict.fromkeys(PROJECTIONS, 2)),
+    "Qwen3": (WithCache, (TOKENS,), dict.fromkeys(PROJECTIONS, 1)),
     "Vit": (
         models.Vit,
         (IMAGES,),
-        dict.fromkeys(("query", "key", "value", "out", "linear1", "linear2"), 2),
+        dict.fromkeys(("query", "key", "value", "out", "linear1", "linear2"), 1),
     ),
     "Gemma3": (
         models.Gemma3,
@@ -54,11 +56,17 @@ LINEAR = {  # a model, its arguments, and how many layers "all-linear" adapts of
 CONFIG = LoraConfig([Rule("all-linear", rank=2, variant="dora")])
 
 
+def adapted(graphdef, state, *args, config=CONFIG, **kwargs):
+    """Frozen parameters, and adapters as they start."""
+    axes = lora_jax.kernel_axes(graphdef, state, *args, **kwargs)
+    return jax.jit(lambda state: lora_jax.lora_init(KEY, state, config, axes=axes))(state)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_with_only_a_config(name):
     make, args, expected = LINEAR[name]
-    graphdef, state = nnx.split(make(nnx.Rngs(0)))
-    frozen, adapters = lora_jax.lora_init_model(KEY, graphdef, state, CONFIG, *args)
+    graphdef, state = random_state(make)
+    frozen, adapters = adapted(graphdef, state, *args)
     assert collections.Counter(path[-2] for path in flatten_dict(adapters)) == expected
 
     def plain(state):
@@ -79,26 +87,33 @@ def test_with_only_a_config(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert jnp.abs(leaf).max() > 0, path
 
+    @nnx.jit
+    def gradient_of_model(model):
+        def loss(model):
+            y = model(*args)
+            return jnp.mean(y**2), y
+
+        wrt = nnx.DiffState(0, AdapterParam)
+        by_variable, y = nnx.grad(loss, argnums=wrt, has_aux=True)(model)
+        nnx.update(model, by_variable)
+        return y
+
     model = lora_jax.lora_model(graphdef, frozen, trained)
-    assert relative_error(model(*args), y) < 1e-5
-    wrt = nnx.DiffState(0, AdapterParam)
-    of_model = nnx.grad(lambda model: jnp.mean(model(*args) ** 2), argnums=wrt)(model)
-    nnx.update(model, of_model)
-    for got, leaf in zip(
-        jax.tree.leaves(lora_jax.lora_state(model)), jax.tree.leaves(grads), strict=True
-    ):
+    assert relative_error(gradient_of_model(model), y) < 1e-5
+    in_places = jax.tree.leaves(lora_jax.lora_state(model))
+    for got, leaf in zip(in_places, jax.tree.leaves(grads), strict=True):
         assert relative_error(got, leaf) < 1e-4
 
 
 @pytest.mark.parametrize("form", ["lora_apply", "lora_model"])
 def test_decoding_with_a_cache_of_the_caller(form):
     """It is written into as the model does it, and the adapters stay what they are."""
-    graphdef, state = nnx.split(models.Qwen3(nnx.Rngs(0)))
-    options = {"cache": models.caches(4, 8)}
-    frozen, adapters = lora_jax.lora_init_model(KEY, graphdef, state, CONFIG, TOKENS, **options)
-    assert float(options["cache"][0].now[...]) == 0  # looking at the model is not a call of it
+    graphdef, state = random_state(models.Qwen3)
+    cache = models.caches(4, 8)
+    frozen, adapters = adapted(graphdef, state, TOKENS, cache=cache)
+    assert float(cache[0].now[...]) == 0  # looking at the model is not a call of it
     adapters = random_like(adapters)
-    merged = nnx.merge(graphdef, lora_jax.lora_merge(frozen, adapters))
+    merged = nnx.merge(graphdef, jax.jit(lora_jax.lora_merge)(frozen, adapters))
     model = lora_jax.lora_model(graphdef, frozen, adapters)
 
     @nnx.jit
@@ -107,11 +122,12 @@ def test_decoding_with_a_cache_of_the_caller(form):
             return model(tokens, cache=cache)
         return lora_jax.lora_apply(graphdef, frozen, adapters, tokens, cache=cache)
 
+    plain_step = nnx.jit(lambda cache, tokens: merged(tokens, cache=cache))
     ours, theirs = (models.caches(4, 8) for _ in range(2))
-    for tokens in (TOKENS, TOKENS[:, :1], TOKENS[:, 1:2]):
-        assert relative_error(step(ours, tokens), merged(tokens, cache=theirs)) < 1e-5
+    for tokens in (TOKENS, *np.split(TOKENS[:, :2], 2, axis=1)):
+        assert relative_error(step(ours, tokens), plain_step(theirs, tokens)) < 1e-5
     assert int(ours[0].now[...]) == 6
-    assert relative_error(ours[1].k[...], theirs[1].k[...]) < 1e-5
+    assert relative_error(ours[0].k[...], theirs[0].k[...]) < 1e-5
 
 
 # --- on several devices ---
@@ -130,11 +146,12 @@ SHARDED = {
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="explicit axes are not complete here")
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_model_computes_as_on_one_device(name, variant):
     """Its kernels are where it has put them, and its adapters are on all devices."""
     make, kind = SHARDED[name]
+    made = nnx.jit(lambda sharded=False: make(nnx.Rngs(0), sharded), static_argnums=0)
     config = LoraConfig([Rule("all-linear", rank=2, variant=variant)])
 
     def loss(adapters, graphdef, frozen, tokens):
@@ -143,21 +160,20 @@ def test_a_sharded_model_computes_as_on_one_device(name, variant):
 
     def called(model, tokens):
         graphdef, state = nnx.split(model)
-        frozen, adapters = lora_jax.lora_init_model(KEY, graphdef, state, config, tokens)
+        frozen, adapters = adapted(graphdef, state, tokens, config=config)
         step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
         return step(random_like(adapters), graphdef, frozen, tokens)
 
-    one = make(nnx.Rngs(0))
-    expected = called(one, TOKENS)
+    expected = called(made(), TOKENS)
     mesh = jax.make_mesh((2, 2), ("data", "model"), (kind, kind), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        sharded = make(nnx.Rngs(0), True)
+        sharded = made(True)
         split = [x for x in jax.tree.leaves(nnx.state(sharded)) if len(x.sharding.device_set) > 1]
         assert sum(not x.sharding.is_fully_replicated for x in split) >= 4
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
         got = called(sharded, tokens)
     for a, b in zip(*(jax.tree.leaves(both) for both in (got, expected)), strict=True):
-        assert relative_error(np.asarray(a), np.asarray(b)) < 1e-5
+        assert relative_error(a, b) < 1e-4
 
 
 # --- PEFT's files ---
@@ -173,8 +189,10 @@ def hugging_face_name(path, module):
 @pytest.mark.parametrize(("names", "kernel"), [("bonsai", "kernel"), ("tunix", "w")])
 def test_files_of_peft_for_the_same_model_of_hugging_face(names, kernel, tmp_path):
     """tunix's Qwen3 is built alike: in its attention a kernel is ``w``."""
-    flat = flatten_dict(nnx.to_pure_dict(nnx.state(models.Qwen3(nnx.Rngs(0)))))
-    renamed = {(*p[:-1], kernel) if "attn" in p and p[-1] == "kernel" else p: a for p, a in flat.items()}
+    flat = flatten_dict(nnx.to_pure_dict(random_state(partial(models.Qwen3, layers=2))[1]))
+    renamed = {
+        (*p[:-1], kernel) if "attn" in p and p[-1] == "kernel" else p: a for p, a in flat.items()
+    }
     params = unflatten_dict(renamed)
     joined, split = KernelAxes((0, 1), (2,)), KernelAxes((0,), (1, 2))
     axes = {
@@ -188,7 +206,7 @@ def test_files_of_peft_for_the_same_model_of_hugging_face(names, kernel, tmp_pat
     lora_jax.peft.save(tmp_path, frozen, adapters, names=names, axes=axes)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     merged = flatten_dict(lora_jax.lora_merge(frozen, adapters))
-    for path, node in flatten_dict(adapters).items():
+    for path in flatten_dict(adapters):
         A, B = (tensors.pop(hugging_face_name(path, m)) for m in ("lora_A", "lora_B"))
         delta = np.asarray(merged[path] - renamed[path])
         inputs = 2 if path[-2] == "o_proj" else 1
