@@ -129,6 +129,7 @@ guard-accelerators: $(ACCELERATORS_VENV)/.accelerators
 
 bench: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm base decoder $(ARGS)
+	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm-in-nnx --contenders floor lora lora-in-nnx dora dora-in-nnx nnx-lora
 	$(BENCH_VENV)/bin/python -m benchmarks.overheads
 	$(BENCH_VENV)/bin/python -m benchmarks.many
 	JAX_PLATFORMS=cpu USE_FLAX=0 $(BENCH_VENV)/bin/python -m benchmarks.operations

@@ -35,6 +35,7 @@ GUARDED = (
     dataclasses.replace(CASES["minilm"], name="encoder, few tokens", layers=2, batch=1, length=64),
     dataclasses.replace(CASES["decoder"], name="decoder, bfloat16", layers=2, dtype="bfloat16"),
 )
+OURS = ("lora", "dora", "lora-in-nnx", "dora-in-nnx")
 COUNTS = ("flops", "bytes_accessed", "temp_bytes")
 SLACK = 1.02
 
@@ -56,14 +57,14 @@ class Options:
 
 
 def counted(case: Case) -> dict[str, dict[str, float]]:
-    """Costs of a step of LoRA and of DoRA, in those of the floor."""
-    steps = [make_step(PROBLEMS[name](case), case) for name in ("floor", "lora", "dora")]
+    """Costs of a step of LoRA and of DoRA, in Linen and in NNX, in those of the floor."""
+    steps = [make_step(PROBLEMS[name](case), case) for name in ("floor", *OURS)]
     for step in steps:
         step.compile()
     floor, *ours = (step.facts for step in steps)
     return {
         name: {key: facts[key] / floor[key] for key in COUNTS}
-        for name, facts in zip(("lora", "dora"), ours, strict=True)
+        for name, facts in zip(OURS, ours, strict=True)
     }
 
 

@@ -5,6 +5,8 @@ round in a shuffled order, so that whatever slows the machine down slows all of 
 they must agree on the losses: else nothing is measured.
 
     python -m benchmarks.train_step --cases minilm base decoder
+    python -m benchmarks.train_step --cases minilm-in-nnx \
+        --contenders floor lora lora-in-nnx dora dora-in-nnx nnx-lora
     python -m benchmarks.train_step --cases minilm --ranks 4 8 16 32 64 128 256 \
         --contenders floor full lora dora lora-plain
     python -m benchmarks.train_step --cases minilm --tokens 64 256 1024 4096 8192
@@ -44,11 +46,11 @@ PAIRS = (
     ("peft-dora", "dora-detached"),
     ("torch-full", "full"),
 )
-# Those of a CPU: what only differs on GPUs, or cannot be in float32, is left out.
+# Those of a CPU: what only differs on GPUs, or cannot be in float32, is left out. A model in NNX has
+# a case of their own.
 CONTENDERS = (
     *("floor", "full", "torch-full", "lora", "lora-plain", "merge", "qwix", "gemma-peft"),
-    *("nnx-lora", "lora-in-nnx", "dora-in-nnx"),
-    *("peft-lora", "dora", "dora-detached", "peft-dora"),
+    *("nnx-lora", "peft-lora", "dora", "dora-detached", "peft-dora"),
 )
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 LOGS = Path("runs/benchmarks")

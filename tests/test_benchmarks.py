@@ -113,7 +113,7 @@ def test_a_case_survives_its_text():
     assert {path.split("/")[1] for path in cases.kernels(case)} == {"q", "v"}
 
 
-@pytest.mark.parametrize("variant", ["base", "library"])
+@pytest.mark.parametrize("variant", [pytest.param("base", marks=pytest.mark.slow), "library"])
 def test_what_serves_computes_what_the_model_does(variant):
     case = dataclasses.replace(SMALL, dtype="float32", batch=8, length=6, layers=1)
     model, params = linen.make(case), arrays.params(case)

@@ -249,6 +249,7 @@ def test_memory_of_every_contender_is_estimated(contender):
     assert 2**30 < bytes_needed(contender, LLAMA_1B) < 70 * 2**30
 
 
+@pytest.mark.slow
 def test_as_where_there_is_a_gpu(tmp_path):
     """All but the GPU: the variables, the groups, what the results say of it."""
     (tmp_path / "bin").mkdir()

@@ -102,8 +102,8 @@ def check_same(run, expected):
     ("way", "kills", "goes_on_from"),
     [
         ("lora", [2], 1),  # the first step has a checkpoint too
-        ("lora", [10], 9),
-        ("lora", [20], 20),
+        pytest.param("lora", [10], 9, marks=pytest.mark.slow),
+        pytest.param("lora", [20], 20, marks=pytest.mark.slow),
         ("dora", [4, 5, 11, 16], 15),
     ],
 )
@@ -193,7 +193,7 @@ def test_other_options_are_refused(tmp_path):
 
 def test_all_but_free_options_are_compared():
     """A new option of the demo has to be thought of: is a training another one by it?"""
-    fixed = {"task", "quick", "train", "epochs", "length", "batch", "rank", "alpha"}
+    fixed = {"task", "api", "quick", "train", "epochs", "length", "batch", "rank", "alpha"}
     assert set(vars(OPTIONS)) - finetune.FREE == fixed
 
 
@@ -277,6 +277,22 @@ def test_demo(demo, tmp_path, capsys):
         run_demo(tmp_path / "b", resume=True, rank=1)
     with pytest.raises(CannotResume, match=r"has checkpoints already.*--resume"):
         run_demo(tmp_path / "b", save_every=4)
+
+
+@pytest.mark.slow
+def test_demo_of_a_model_in_nnx(demo, tmp_path, capsys):
+    """Goes on as the other does, and its adapters classify."""
+    run_demo(tmp_path / "a", api="nnx", seeds=1)
+    demo["left"] = 50
+    with pytest.raises(Killed):
+        run_demo(tmp_path / "b", api="nnx", seeds=1, resume=True, save_every=4)
+    demo["left"] = 10**6
+    run_demo(tmp_path / "b", api="nnx", seeds=1, resume=True, save_every=4)
+    chex.assert_trees_all_equal(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+    printed = capsys.readouterr().out
+    assert printed.count("Loaded again: the same accuracy") == 4
+    classify.main(classify.Options(runs=tmp_path / "a"))
+    assert "LoRA" in capsys.readouterr().out
 
 
 # --- kill -9 ---

@@ -36,11 +36,8 @@ TOGETHER = [
 # What each of them is telling for; `make test-slow` has the whole zoo under each.
 TELLING = {
     ("jax_numpy_rank_promotion", "Conv, groups"),
-    ("jax_numpy_rank_promotion", "ConvTranspose"),
-    ("jax_numpy_rank_promotion", "ConvLocal, 2-D"),
     ("jax_numpy_rank_promotion", "Embed, tied"),
     ("jax_numpy_dtype_promotion", "bfloat16 compute"),
-    ("jax_numpy_rank_promotion", "scan of remat"),
     ("jax_debug_nans", "share_scope"),
 }
 # NaN come of what is computed, and not of the module or the transform that a Dense is in.

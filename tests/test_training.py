@@ -46,7 +46,7 @@ def train_step(model, state, frozen, batch):
     return state.apply_gradients(grads=grads), loss
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_train_state(variant):
     """One trace for all of a run, the base as it was, and a lower loss."""
     model, batch, frozen, adapters = setup(variant)
@@ -92,7 +92,16 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+QUICK = ("adamw", "MultiSteps", "masked by path", "partition")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(tx, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, tx in OPTIMIZERS.items()
+    ],
+)
 def test_optimizers_see_adapters_only(optimizer):
     model, batch, frozen, adapters = setup("dora")
     state = TrainState.create(apply_fn=model.apply, params=adapters, tx=optimizer)

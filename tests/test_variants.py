@@ -102,8 +102,11 @@ def made(variant, seed=0, rank=2, **rule):
     return frozen, trained_like(adapters, seed)
 
 
-def apply(frozen, adapters, x=X, **kwargs):
+def applied(frozen, adapters, x=X, **kwargs):
     return lora_jax.lora_apply(MODEL, {"params": frozen}, adapters, x, **kwargs)
+
+
+apply = jax.jit(applied)
 
 
 def same(a, b):
@@ -157,14 +160,14 @@ def test_a_changed_base(tmp_path, registered):
     plain = MODEL.apply({"params": PARAMS}, X)
     assert relative_error(apply(frozen, adapters), plain) < 1e-5
     for use in (
-        lambda: apply(PARAMS, adapters),
+        lambda: applied(PARAMS, adapters),
         lambda: lora_jax.lora_merge(PARAMS, adapters),
         lambda: lora_jax.cache_norm(PARAMS, adapters),
         lambda: lora_jax.save(tmp_path, adapters, frozen=PARAMS),
         lambda: lora_jax.export(tmp_path / "m", PARAMS, adapters),
         lambda: lora_jax.combine([adapters], [1.0], params=PARAMS),
         lambda: lora_jax.AdapterPool(PARAMS, adapters, slots=2),
-        lambda: apply(PARAMS, lora_jax.stack([adapters, adapters]), adapter_ids=1),
+        lambda: applied(PARAMS, lora_jax.stack([adapters, adapters]), adapter_ids=1),
     ):
         with pytest.raises(ValueError, match="changed the base at the start"):
             use()
@@ -260,6 +263,7 @@ def test_each_takes_the_steps_that_it_takes_alone(optimizer):
             assert relative_error(one, other) < 1e-4, MIXED[i]
 
 
+@pytest.mark.slow
 def test_a_hundred_adapters_are_one_trace():
     traces = []
     kinds = [*EVERY.values(), "lora", "dora"]
@@ -536,11 +540,10 @@ def test_rates_of_dropout_stay_with_their_adapters():
     assert relative_error(got[:2], off[:2]) < 1e-6
     assert relative_error(got[3], off[3]) < 1e-6
     assert relative_error(got[2], off[2]) > 1e-3
-    assert (
-        relative_error(apply(PARAMS, stacked, adapter_ids=0, rngs=key), apply(PARAMS, none)) < 1e-6
-    )
+    same_rate = applied(PARAMS, stacked, adapter_ids=0, rngs=key)
+    assert relative_error(same_rate, apply(PARAMS, none)) < 1e-6
     with pytest.raises(ValueError, match="does not say which rate"):
-        jax.jit(lambda i: apply(PARAMS, stacked, adapter_ids=i, rngs=key))(0)
+        apply(PARAMS, stacked, adapter_ids=0, rngs=key)
 
 
 # --- what a reader found ---

@@ -84,6 +84,7 @@ CASES = {
         Case("tiny", "encoder", 32, 64, 4, 2, 2, 16, 4, vocab=64),
         Case("tiny-decoder", "decoder", 32, 48, 4, 2, 2, 16, 4, vocab=64),
         Case("minilm", "encoder", 384, 1536, 12, 6, 16, 128, 8),
+        Case("minilm-in-nnx", "encoder", 384, 1536, 12, 6, 16, 128, 8),
         Case("base", "encoder", 768, 3072, 12, 6, 8, 128, 8),
         Case("decoder", "decoder", 1024, 2816, 16, 6, 4, 256, 16),
         Case("large", "decoder", 2048, 5632, 16, 12, 1, 512, 16, together=2),

@@ -692,7 +692,7 @@ def check_whole(folder):
     return values.pop()
 
 
-@pytest.mark.parametrize("kills", [5])
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_kill_leaves_the_old_or_the_new(tmp_path, kills):
     rng = np.random.default_rng(0)
     for _ in range(kills):

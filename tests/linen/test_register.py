@@ -196,7 +196,7 @@ def test_axes_of_a_known_layer_that_the_rule_gets_wrong():
     lora_jax.lora_apply(Transposed(), {"params": frozen}, adapters, X)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 @pytest.mark.parametrize("parts", [(0, 2), (1,), None])
 @pytest.mark.parametrize(
     "layer", ["own", "dense", "dense in a scan", "materialized", "grouped conv"]

@@ -59,7 +59,11 @@ def loss_of(model):
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("lora", jnp.float32), ("dora", jnp.float32), ("dora", jnp.bfloat16)],
+    [
+        pytest.param("lora", jnp.float32, marks=pytest.mark.slow),
+        ("dora", jnp.float32),
+        ("dora", jnp.bfloat16),
+    ],
     ids=["lora", "dora", "dora, bfloat16"],
 )
 def test_it_computes_and_trains_like_lora_apply(variant, dtype):

@@ -95,8 +95,17 @@ QUICK = (
 
 # What these test, quicker cases test too.
 SLOW = (
+    "no batch",
     "subclass",
+    "Sequential",
     "List",
+    "dot_general",
+    "LinearGeneral, batch axes",
+    "Conv, 2-D",
+    "attention, norms, dropout, bfloat16",
+    "vmap, axis 0",
+    "scan by the types of variables",
+    "scan, axis 0, as many as the width",
     "many batch axes",
     "bfloat16 parameters",
     "Conv, no batch, bfloat16",

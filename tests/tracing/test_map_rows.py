@@ -117,8 +117,11 @@ class Inner(nn.Module):
 )
 def test_a_row_is_not_known_by_its_size(model, x, options):
     variables, _, stacked = adapted(model, x, **options)
-    y = lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=IDS)
-    check_rows(y, lambda i, own: alone(model, variables, stacked, i, x[own]))
+    y = jax.jit(
+        lambda stacked, x: lora_jax.lora_apply(model, variables, stacked, x, adapter_ids=IDS)
+    )(stacked, x)
+    one = jax.jit(lambda stacked, x, i: alone(model, variables, stacked, i, x), static_argnums=2)
+    check_rows(y, lambda i, own: one(stacked, x[own], i))
 
 
 def test_an_array_beside_the_input_is_of_all_rows_or_of_one():

@@ -188,7 +188,7 @@ def compiled_for(platform):
 
 
 @pytest.mark.parametrize("product", ["auto", "factored", "outer", "dense"])
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_every_platform_computes_the_same(platform, variant, product):
     a = layer_arrays(n=6)
