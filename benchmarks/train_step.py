@@ -46,8 +46,8 @@ PAIRS = (
     ("peft-dora", "dora-detached"),
     ("torch-full", "full"),
 )
-# Those of a CPU: what only differs on GPUs, or cannot be in float32, is left out. A model in NNX has
-# a case of their own.
+# Those of a CPU: what only differs on GPUs, or cannot be in float32, is left out. A model in NNX is
+# a case of its own.
 CONTENDERS = (
     *("floor", "full", "torch-full", "lora", "lora-plain", "merge", "qwix", "gemma-peft"),
     *("nnx-lora", "peft-lora", "dora", "dora-detached", "peft-dora"),

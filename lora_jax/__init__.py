@@ -54,6 +54,7 @@ from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.trees._init import lora_init
 from lora_jax.trees._merge import lora_merge
 from lora_jax.trees._rounding import Rounding, RoundingReport, rounding
+from lora_jax.trees._shardings import shardings
 from lora_jax.trees._summary import summary
 from lora_jax.trees._summary_report import Summary
 
@@ -99,6 +100,7 @@ __all__ = [
     "register_variant",
     "rounding",
     "save",
+    "shardings",
     "stack",
     "summary",
     "unstack",

@@ -53,6 +53,29 @@ def trace_state() -> Any:
 # --- a barrier ---
 
 
+def spec_of_box(leaf: Any) -> Any:
+    """The axes of a mesh that a box of Linen names, as a ``PartitionSpec``; ``None`` without one.
+
+    Why: logical names are made names of a mesh by rules, in a function of ``flax.linen``.
+    Gone: boxes say nothing, and their arrays do.
+    """
+    if isinstance(leaf, nn.LogicallyPartitioned):
+        return nn.logical_to_mesh_axes(leaf.names, leaf.rules)  # type: ignore[attr-defined]
+    said = getattr(leaf, "get_partition_spec", None)
+    return said() if isinstance(leaf, nn.meta.AxisMetadata) and said is not None else None
+
+
+def mesh_in_force() -> Any:
+    """The mesh that ``jax.set_mesh`` has set; ``None`` without one.
+
+    Why: names of axes are of that mesh.
+    Gone: the caller says the mesh.
+    """
+    get_mesh = getattr(jax.sharding, "get_mesh", None)
+    mesh = None if get_mesh is None else get_mesh()
+    return None if mesh is None or mesh.empty else mesh
+
+
 def defined_barrier() -> Callable[[chex.Array], chex.Array]:
     """A ``jax.lax.optimization_barrier`` that is not there under ``jax.vmap``.
 

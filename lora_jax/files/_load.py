@@ -20,6 +20,7 @@ from lora_jax.files._fingerprint import verify as verify_base
 from lora_jax.files._read_folder import read
 from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, unflatten, unflatten_adapters
+from lora_jax.trees._shardings import follow
 from lora_jax.trees._states import parameters_in
 
 
@@ -112,7 +113,9 @@ def load(
             )
         if not node.in_base:
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
-        adapters[key] = jax.tree.map(lambda x: _to_jax(x, str(path)), node).as_leaf()
+        for array in jax.tree.leaves(node):
+            _check_dtype(array, str(path))
+        adapters[key] = jax.tree.map(jnp.asarray, follow(node.as_leaf(), flat[key]))
     if verify:
         left = {path_of(k): v for k, v in parameters_in(frozen).items() if v is not empty_node}
         verify_base(stored.base, left, path)
@@ -147,11 +150,15 @@ def in_box(path: str, node: FullyTrained, leaf: Any, file: str) -> FullyTrained:
     return FullyTrained(rebox(leaf, node.value), node.dtype)
 
 
-def _to_jax(array: np.ndarray, file: str) -> jax.Array:
-    out = jnp.asarray(array)
-    if out.dtype != array.dtype:
+def _check_dtype(array: np.ndarray, file: str) -> None:
+    """Raises ValueError if JAX would make another dtype of it."""
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(
             f"{file} has arrays of dtype {array.dtype}: set jax.config.update('jax_enable_x64', "
             "True)."
         )
-    return out
+
+
+def _to_jax(array: np.ndarray, file: str) -> jax.Array:
+    _check_dtype(array, file)
+    return jnp.asarray(array)

@@ -15,12 +15,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lora_jax.core.products._row_ids import BASE
 from lora_jax.files._bytes import StrPath
 from lora_jax.many._folders import from_folders
 from lora_jax.many._lru_slots import LruSlots, PoolStats, check_adapter_name
 from lora_jax.many._structure import AdapterStructure
+from lora_jax.trees._shardings import follow_base
 
 
 class AdapterPool:
@@ -94,13 +96,16 @@ class AdapterPool:
         source = load
         if root is not None:
             source = from_folders(root, params, names=names, axes=axes)
-        nothing = jax.device_put(self._structure.base_alone())
+        self._base = params
+        nothing = self._placed(self._structure.base_alone())
         stacked = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), nothing)
+        stacked = follow_base(stacked, params)
+        update = _update_on(stacked)
         index = [jax.device_put(np.int32(slot)) for slot in range(count)]
         self._slots = LruSlots(
             count,
-            _updated(stacked, nothing, index[0]),  # compiles it
-            update=lambda stacked, tree, slot: _updated(stacked, tree, index[slot]),
+            update(stacked, nothing, index[0]),  # compiles it
+            update=lambda stacked, tree, slot: update(stacked, tree, index[slot]),
             load=None if source is None else lambda name: self._conformed(name, source(name)),
         )
 
@@ -213,7 +218,11 @@ class AdapterPool:
         return self._slots.remove(name)
 
     def _conformed(self, name: str, adapters: chex.ArrayTree) -> chex.ArrayTree:
-        return jax.device_put(self._structure.fit(name, adapters))
+        return self._placed(self._structure.fit(name, adapters))
+
+    def _placed(self, adapters: chex.ArrayTree) -> chex.ArrayTree:
+        """The adapters on the devices of the base."""
+        return jax.device_put(follow_base(adapters, self._base))
 
 
 class Lease:
@@ -240,9 +249,19 @@ class Lease:
         self.release()
 
 
-@jax.jit
-def _updated(stacked: chex.ArrayTree, one: chex.ArrayTree, slot: chex.Array) -> chex.ArrayTree:
+def _update_on(stacked: chex.ArrayTree) -> Any:
+    """The function that changes a stack, which stays where it is."""
+    where = jax.tree.map(lambda array: array.sharding, stacked)
+    if any(isinstance(one, NamedSharding) for one in jax.tree.leaves(where)):
+        return jax.jit(_with_another, out_shardings=where)
+    return _updated
+
+
+def _with_another(stacked: chex.ArrayTree, one: chex.ArrayTree, slot: chex.Array) -> chex.ArrayTree:
     """The stack with another adapter in a slot. It is a copy: others may still have the old one."""
     return jax.tree.map(
         lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, slot, 0), stacked, one
     )
+
+
+_updated = jax.jit(_with_another)

@@ -15,6 +15,7 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._adapter_stack import AdapterStack, Member, same
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.core.variants._lora import LoRA
+from lora_jax.trees._shardings import follow
 
 # Fields in which stacked adapters must agree: no padding makes up for them.
 _ALIKE = ("materialize", "untied")
@@ -126,7 +127,7 @@ def stack_arrays(first: chex.Array, *others: chex.Array) -> chex.Array:
 
     like = PartitionSpec(None, *spec_of(first))
     out: chex.Array = left_to_compiler(stacked, first, *others, like=like)
-    return out
+    return follow(out, first)
 
 
 def _sizes(node: Adapter) -> tuple[int, ...] | None:

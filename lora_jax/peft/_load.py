@@ -18,6 +18,7 @@ from lora_jax.peft.names._key_mapping import KeyMapping
 from lora_jax.peft.torch._torch_model import TorchModel
 from lora_jax.trees._pair import base_of, check_pair
 from lora_jax.trees._paths import path_of, unflatten, unflatten_adapters
+from lora_jax.trees._shardings import follow
 
 
 def load(
@@ -71,8 +72,9 @@ def load(
     found = sort_tensors(files, model)
     for leaf_path, node in to_nodes(found, files, model).items():
         key = keys[leaf_path]
+        leaf = frozen[key]
         check_pair(key, node, frozen, name="params")
         if not node.in_base:
             node = in_box(leaf_path, node, frozen.pop(key), str(path))
-        adapters[key] = node.as_leaf()
+        adapters[key] = follow(node.as_leaf(), leaf)
     return unflatten(frozen, params), unflatten_adapters(adapters, params)

@@ -5,6 +5,7 @@ The functions:
 - ``_init.py``: splits parameters into a frozen base and adapters (``lora_init``).
 - ``_merge.py``: merges base and adapters into plain parameters (``lora_merge``).
 - ``_rounding.py``: what merging loses in 16 bits, and stochastic rounding (``rounding``).
+- ``_shardings.py``: where adapters are on a mesh (``shardings``), and puts them there.
 - ``_summary.py``: counts what is trained and what is not (``summary``).
 - ``_summary_report.py``: the report that ``summary`` returns, and its text.
 

@@ -26,6 +26,7 @@ from lora_jax.trees._pair import base_of
 from lora_jax.trees._paths import Key, path_of, unflatten, unflatten_adapters
 from lora_jax.trees._resolve_axes import check_read, resolve_axes
 from lora_jax.trees._rounding import key_for
+from lora_jax.trees._shardings import follow
 from lora_jax.trees._states import parameters_in
 
 
@@ -59,7 +60,8 @@ def lora_init(
       Where a kernel is adapted,
       ``adapters`` has an :class:`Adapter`, with ``U`` of shape ``(d, r)``, ``V`` of shape
       ``(r, k)`` and, for DoRA, ``m`` of shape ``(k,)``, in float32; ``m`` of a float64
-      kernel is float64, as its norm is.
+      kernel is float64, as its norm is. They are where :func:`lora_jax.shardings` has them, if
+      the kernel is on a mesh.
 
     Raises:
       TypeError: if ``params`` is not a nested dict of arrays, if arguments are in another order, or
@@ -130,9 +132,9 @@ def lora_init(
                 )
             if adapter.changes_base:
                 base = base_at_start(adapter, kernel)
-                frozen[key_] = rebox(frozen[key_], base)
+                frozen[key_] = rebox(frozen[key_], follow(base, kernel))
                 adapter = adapter.replace(base_hash=base_hash(base) or UNKNOWN)
-            adapters[key_] = adapter
+            adapters[key_] = follow(adapter, frozen[key_])
         elif path in trainable:
             adapters[key_] = raise_precision(path, frozen.pop(key_))
     return unflatten(frozen, params), unflatten_adapters(adapters, params)

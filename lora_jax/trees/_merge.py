@@ -13,6 +13,7 @@ from lora_jax.core._node import Node
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import Key, path_of, unflatten
 from lora_jax.trees._rounding import key_for, round_to
+from lora_jax.trees._shardings import follow
 
 
 def lora_merge(
@@ -67,7 +68,7 @@ def merged_leaf(leaf: Any, node: Node, key: chex.PRNGKey | None = None) -> Any:
       key: as for :func:`lora_merge`.
     """
     W = jnp.asarray(unbox(leaf))
-    return rebox(leaf, round_to(node.merge(W), W.dtype, key))
+    return rebox(leaf, follow(round_to(node.merge(W), W.dtype, key), W))
 
 
 def join(

@@ -72,3 +72,11 @@ def parameters_in(flat: Mapping[Key, Any]) -> dict[Key, Any]:
     has_variables = any(isinstance(leaf, nnx.Variable) for leaf in flat.values())
     kind = nnx.Param if has_variables else object
     return {key: leaf for key, leaf in flat.items() if isinstance(leaf, kind)}
+
+
+def names_of_variable(leaf: Any) -> Any:
+    """The axes of a mesh that a variable names, as a ``PartitionSpec``; ``None`` without names."""
+    if not isinstance(leaf, nnx.Variable):
+        return None
+    (spec,) = jax.tree.leaves(nnx.get_partition_spec(leaf))
+    return spec if tuple(spec) else None
