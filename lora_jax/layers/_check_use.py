@@ -63,7 +63,7 @@ def check_ties(
     call: Call,
     params: Mapping[Key, Any],
     placed: Mapping[Key, Placed],
-    name: str | None,
+    name: Callable[[], str | None],
     model: Any,
     given: Any,
     look: Callable[[Any, Mapping[Key, Any]], None] | None = None,
@@ -77,7 +77,7 @@ def check_ties(
       call: the call.
       params: the parameters.
       placed: the adapters next to kernels.
-      name: of the call, as :class:`lora_jax.ModelAxes` has it; ``None`` where it has none.
+      name: gives that of the call, as :class:`lora_jax.ModelAxes` has it; ``None`` for none.
       model: the model.
       given: all that the call depends on.
       look: gets the jaxpr of a call that is not known, with zeros for the kernels in their layers,
@@ -87,15 +87,15 @@ def check_ties(
       ValueError: if a kernel is read elsewhere too.
     """
     registered = Handlers.registered()
+    found = {node.adapter.axes.alone for node in placed.values()} - {None}
+    this_call = name() if found else None
+    known = found & {this_call}
     unknown = {
         key: node
         for key, node in placed.items()
         if not (
             node.adapter.untied
-            or (
-                (name is not None and node.adapter.axes.alone == name)
-                and node.handlers == registered
-            )
+            or (node.adapter.axes.alone in known and node.handlers == registered)
         )
     }
     if unknown:
@@ -105,18 +105,51 @@ def check_ties(
             checked.add(this)
 
 
-def name_of_call(method: Any, with_variables: bool) -> str | None:
+def name_of_call(
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    method: Any,
+    with_variables: bool,
+) -> str | None:
     """What is called, as far as what a model reads depends on it; ``None`` where it has no name.
 
-    A method of a class has one. Other functions do not: two may be called alike.
+    That is the model, the method, and all of the arguments that is no array: a flag may choose
+    another way through the model.
 
     Args:
+      model: the model, or its graphdef.
+      args: those of the call.
+      kwargs: those of the call; ``method`` and ``mutable`` do not count here.
       method: its name, or the function; ``None`` for ``__call__``.
       with_variables: whether the call gives variables too.
 
     Example:
-      >>> name_of_call(None, False), name_of_call("encode", True), name_of_call(lambda m: m, False)
-      ('__call__', 'encode, with variables', None)
+      >>> import functools
+      >>> name = functools.partial(name_of_call, "model", method=None, with_variables=False)
+      >>> x = jax.numpy.ones(3)
+      >>> name([x], {}) == name([2 * x], {}), name([x], {}) == name([x], {"train": True})
+      (True, False)
+      >>> name([x], {}).startswith(name_of_method("model", None, False))
+      True
+    """
+    options = {name: value for name, value in kwargs.items() if name not in ("method", "mutable")}
+    leaves, structure = jax.tree.flatten((tuple(args), options))
+    of_method = name_of_method(model, method, with_variables)
+    try:
+        static = hash((structure, tuple(None if hasattr(x, "dtype") else x for x in leaves)))
+    except TypeError:  # an argument that has no hash
+        return None
+    return None if of_method is None else f"{of_method}, {static:x}"
+
+
+def name_of_method(model: Any, method: Any, with_variables: bool) -> str | None:
+    """What the names of all calls of a method begin with; ``None`` where it has no name.
+
+    A method of a class has one. Other functions do not: two may be called alike.
+
+    Example:
+      >>> name_of_method("model", lambda model: model, False)
     """
     name: str | None = method or "__call__"
     if not isinstance(name, str):
@@ -124,7 +157,10 @@ def name_of_call(method: Any, with_variables: bool) -> str | None:
         name = getattr(method, "__name__", "<") if of_class else "<"
         if name.startswith("<"):  # <lambda>
             return None
-    return f"{name}, with variables" if with_variables else name
+    try:
+        return f"{name}{', with variables' * with_variables} of {hash(model):x}"
+    except TypeError:
+        return None
 
 
 def not_called(key: Key, more: str, reached: str) -> str:

@@ -38,7 +38,7 @@ def axes_of_call(
     """The axes of the kernels of a Linen model."""
     call = _AbstractCall.of(model, variables, args, kwargs, handlers)
     name = (
-        name_of_call(kwargs.get("method"), gives_variables(kwargs))
+        name_of_call(model, args, kwargs, kwargs.get("method"), gives_variables(kwargs))
         if handlers == Handlers.registered()
         else None
     )

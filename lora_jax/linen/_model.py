@@ -152,7 +152,11 @@ class LinenModel:
 
             check_used(results, params, placed, interceptor.used, message)
         given = tree, rest, args, kwargs
-        name = name_of_call(kwargs.get("method"), gives_variables(kwargs))
+
+        def name() -> str | None:
+            with_variables = gives_variables(kwargs)
+            return name_of_call(self.model, args, kwargs, kwargs.get("method"), with_variables)
+
         check_ties(results, params, placed, name, self.model, given)
         if not gives_variables(kwargs):
             return out

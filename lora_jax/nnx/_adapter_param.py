@@ -21,3 +21,5 @@ class AdapterParam(nnx.LoRAParam[Any]):
       ...     model, optax.adam(1e-3), wrt=lora_jax.AdapterParam
       ... )
     """
+
+    is_of_lora_model = True

@@ -32,7 +32,7 @@ from lora_jax.nnx._adapted_class import own_class
 from lora_jax.nnx._calls import CHANGED, FOUND, KERNEL, SUFFIX, changed_kernels, under_way
 from lora_jax.nnx._in_layers import explained, put_beside
 from lora_jax.nnx._model_call import call_model
-from lora_jax.nnx._variables import copied, modules_of, value_of, variables_in, variables_of
+from lora_jax.nnx._variables import copied, merged, modules_of, value_of, variables_in, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.tracing._liveness import live_inputs
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
@@ -146,7 +146,8 @@ def axes_of_call(
     """The axes of the kernels of an NNX model."""
     call = _AbstractCall.of(graphdef, state, args, kwargs, handlers)
     call = call.with_known_axes()
-    name = name_of_call(kwargs.get("method"), kwargs.get("mutable", False) is not False)
+    mutable = kwargs.get("mutable", False) is not False
+    name = name_of_call(graphdef, args, kwargs, kwargs.get("method"), mutable)
     found = find_axes(call, name if handlers == Handlers.registered() else None)
     layers = {**call.classes(), **found.layers}
     return dataclasses.replace(found, layers=layers)
@@ -219,7 +220,7 @@ class _AbstractCall:
     def classes(self) -> dict[str, str]:
         """For each parameter of a module the module's class."""
         found = {}
-        model = nnx.merge(self.graphdef, copied(self.like))
+        model = merged(self.graphdef, copied(self.like))
         for key, module in modules_of(model):
             cls = own_class(module)
             for name, _ in variables_in(module):
@@ -243,7 +244,7 @@ class _AbstractCall:
             params: dict[Key, Any], rest: dict[Key, Any], probes: dict[Key, Any], inputs: list[Any]
         ) -> list[Any]:
             args, kwargs = copied(self.inputs.with_arrays(inputs))
-            model = nnx.merge(self.graphdef, unflatten(copied({**params, **rest}), self.like))
+            model = merged(self.graphdef, unflatten(copied({**params, **rest}), self.like))
             one = ObservingCall(self.handlers, AxesSeen(cuts))
             observing[:] = [one]
             one.seen.given = {

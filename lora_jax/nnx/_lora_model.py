@@ -8,6 +8,7 @@ and so a part of the graphdef. The layer computes its normal form when it is cal
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._node import Node
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.layers._abstract_inputs import AbstractInputs
-from lora_jax.layers._check_use import name_of_call
+from lora_jax.layers._check_use import name_of_method
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, handlers_of_call
 from lora_jax.nnx._adapted_class import OWN_CALL, adapted_class, own_class, set_class
@@ -31,6 +32,7 @@ from lora_jax.nnx._model import NnxModel
 from lora_jax.nnx._variables import (
     copied,
     has_own_get_value,
+    merged,
     modules_of,
     raw_value_of,
     set_value,
@@ -115,6 +117,11 @@ class _DropoutKey(nnx.Module):
         self.stream = rngs.dropout.fork()
         self.deterministic = False
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """The same for ``nnx.view``."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
@@ -159,13 +166,13 @@ def lora_model(
       *args: a sample input of the model. With it the adapters are checked by an abstract call, as
         :func:`lora_jax.lora_apply` checks them: that the model uses each, and reads no adapted
         kernel elsewhere. It can be left out where :func:`lora_jax.lora_init_model`, or
-        ``lora_init(..., axes=axes)``, has made them for a call of the model itself. What other
-        methods of the model read is not checked.
+        ``lora_init(..., axes=axes)``, has made them for a call of this model itself. What the model
+        reads in other methods, or for other flags, is not checked.
       dropout_rngs: a stream ``dropout`` for adapters with dropout: ``nnx.Rngs(dropout=0)``. It is
         active between ``model.train()`` and ``model.eval()``, and at the start.
       handlers: as for :func:`lora_jax.lora_apply`.
       product: as for :func:`lora_jax.lora_apply`.
-      **kwargs: for the abstract call.
+      **kwargs: for the abstract call, ``method`` among them.
 
     Returns:
       The model. What it learns beside its adapters, such as statistics, goes into the frozen state
@@ -205,35 +212,34 @@ def lora_model(
     flat, nodes = pair(given.state, adapters)
     for key, node in nodes.items():
         is_checked = bool(args or kwargs)
-        is_known = handlers == Handlers.registered() and _is_alone(node)
+        is_known = handlers == Handlers.registered() and _is_alone(node, given.graphdef)
         _check_node(path_of(key), node, is_checked or is_known, dropout_rngs)
     if args or kwargs:
         _check_call(given, adapters, handlers, product, args, kwargs)
     whole = {key: _trained(node) for key, node in nodes.items() if isinstance(node, FullyTrained)}
-    new = nnx.merge(given.graphdef, unflatten({**copied(flat), **whole}, given.state))
+    new = merged(given.graphdef, unflatten({**copied(flat), **whole}, given.state))
     variables = variables_of(new)
     kernels = {
         id(variables[key]): (key, node)
         for key, node in nodes.items()
         if isinstance(node, Adapter) and key in variables
     }
-    placed: set[Key] = set()
+    placed: dict[Key, dict[str, AdapterParam]] = {}
     for _, module in list(modules_of(new)):
         specs = {}
         for name, variable in list(variables_in(module)):
             if id(variable) in kernels:
-                key, adapter = kernels[id(variable)]
-                specs[name] = _Spec.of(key, adapter)
-                _put(module, name, adapter)
-                placed.add(key)
+                specs[name] = _Spec.of(*kernels[id(variable)])
         cls = adapted_class(own_class(module), handlers) if specs else None
         if cls is not None:
+            for name, spec in specs.items():  # one kernel of several layers has one adapter
+                own = placed.setdefault(spec.key, _variables_for(nodes[spec.key]))
+                for field, variable in own.items():
+                    setattr(module, f"{name}_lora_{field}", variable)
             if any(nodes[spec.key].dropout for spec in specs.values()):  # type: ignore[attr-defined]
                 setattr(module, f"{OWN_CALL}_dropout", _DropoutKey(dropout_rngs))  # type: ignore[arg-type]
             setattr(module, OWN_CALL, LayerAdapters(handlers, product, tuple(specs.items())))
             set_class(module, cls)
-        elif specs:
-            placed -= {spec.key for spec in specs.values()}
     for key, node in nodes.items():
         if isinstance(node, Adapter) and key not in placed:
             raise ValueError(
@@ -275,7 +281,7 @@ def lora_state(model: nnx.Module) -> chex.ArrayTree:
         adapter, shape = spec.adapter(arrays), value_of(vars(module)[name]).shape
         found[spec.key] = _off_axes_of_kernel(adapter, shape)
     for key, variable, origin in _fully_trained(model):
-        boxed = origin.type(raw_value_of(variable), **_metadata(variable))
+        boxed = origin.type.from_metadata(raw_value_of(variable), _metadata(variable))
         found[key] = boxed if origin.dtype is None else FullyTrained(boxed, origin.dtype)
     return unflatten(found, {})
 
@@ -330,12 +336,13 @@ def lora_update(model: nnx.Module, adapters: chex.ArrayTree) -> None:
 _ANEW = "Make another model for these adapters, lora_jax.lora_model(graphdef, frozen, adapters)."
 
 
-def _is_alone(node: Node) -> bool:
+def _is_alone(node: Node, graphdef: Any) -> bool:
     """Whether ``kernel_axes`` found that a call of the model reads the kernel in its layer only."""
     if not isinstance(node, Adapter):
         return False
-    of_call = {name_of_call(None, with_variables) for with_variables in (False, True)}
-    return node.untied or node.axes.alone in of_call
+    of_model = [name_of_method(graphdef, None, variables) for variables in (False, True)]
+    known = node.axes.alone or ""
+    return node.untied or any(name and known.startswith(f"{name},") for name in of_model)
 
 
 def _check_node(path: str, node: Node, is_alone: bool, rngs: nnx.Rngs | None) -> None:
@@ -355,9 +362,10 @@ def _check_node(path: str, node: Node, is_alone: bool, rngs: nnx.Rngs | None) ->
     if not is_alone:
         raise ValueError(
             f"Whether the model reads {path!r} in its layer only is not known: pass a sample "
-            f"input, lora_model(graphdef, frozen, adapters, x)."
+            f"input, lora_model(graphdef, frozen, adapters, x), and method= where it is not the "
+            f"model itself that is called."
         )
-    if node.dropout and rngs is None:
+    if node.dropout and not _has_stream(rngs):
         raise ValueError(
             f"The adapter of {path!r} has dropout: pass dropout_rngs=nnx.Rngs(dropout=0), or "
             f"another key."
@@ -367,6 +375,11 @@ def _check_node(path: str, node: Node, is_alone: bool, rngs: nnx.Rngs | None) ->
             f"The adapter of {path!r} has dropout and is of stacked layers, which have no key each "
             f"in a model. Call it by lora_jax.lora_apply(..., dropout_key=key)."
         )
+
+
+def _has_stream(rngs: Any) -> bool:
+    """Whether there are keys for dropout."""
+    return isinstance(rngs, nnx.Rngs) and ("dropout" in rngs or "default" in rngs)
 
 
 def _check_call(
@@ -428,11 +441,19 @@ def _trained(node: FullyTrained) -> AdapterParam:
     variable = node.value
     origin = _Origin(type(variable), node.dtype)
     metadata = {**_metadata(variable), _ORIGIN: origin}
-    if node.dtype is None:
-        return AdapterParam(unbox(variable), **metadata)
-    if has_own_get_value(nnx.Variable):
-        return _InPrecision(unbox(variable), **metadata)
-    return AdapterParam(unbox(variable), **metadata, on_get_value=origin)
+    by_method = has_own_get_value(nnx.Variable)
+    if node.dtype is not None and not by_method:
+        metadata["on_get_value"] = origin
+    cls = _trained_class(origin.type, casts=node.dtype is not None and by_method)
+    variable_: AdapterParam = cls.from_metadata(unbox(variable), metadata)  # calls no hooks
+    return variable_
+
+
+@functools.cache
+def _trained_class(of: Any, *, casts: bool) -> Any:
+    """The type of what was a variable of another type: of both, so that filters find it."""
+    ours = _InPrecision if casts else AdapterParam
+    return ours if issubclass(ours, of) else type(of.__name__, (ours, of), {})
 
 
 def _metadata(variable: Any) -> dict[str, Any]:
@@ -443,9 +464,10 @@ def _metadata(variable: Any) -> dict[str, Any]:
     return metadata
 
 
-def _put(module: nnx.Module, name: str, adapter: Adapter) -> None:
-    for field, array in _on_axes_of_kernel(adapter).items():
-        setattr(module, f"{name}_lora_{field}", AdapterParam(jnp.asarray(array)))
+def _variables_for(adapter: Any) -> dict[str, AdapterParam]:
+    """The variables of an adapter, by the names of its arrays."""
+    arrays = _on_axes_of_kernel(adapter)
+    return {field: AdapterParam(jnp.asarray(array)) for field, array in arrays.items()}
 
 
 def _arrays_of(module: Any, name: str, spec: _Spec) -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ from lora_jax.nnx._calls import SUFFIX, AdaptedCall, refuse_changed, under_way
 from lora_jax.nnx._in_layers import explained, parents_of, put_beside
 from lora_jax.nnx._kernel_axes import axes_of_call
 from lora_jax.nnx._model_call import call_model
-from lora_jax.nnx._variables import arrays_of, copied, variables_of
+from lora_jax.nnx._variables import arrays_of, copied, merged, variables_of
 from lora_jax.tracing._arrays_in import arrays_in
 from lora_jax.trees._paths import Key, flatten, path_of, unflatten
 from lora_jax.trees._rounding import key_for
@@ -185,7 +185,7 @@ class NnxModel:
             params: Mapping[Key, Any], placed: Mapping[Key, Placed], seen: AdaptedCall, given: Any
         ) -> tuple[Any, Any]:
             state = unflatten(copied({**params, **others}), self.state)
-            model = nnx.merge(self.graphdef, state)
+            model = merged(self.graphdef, state)
             put_beside(model, placed, handlers)
             args, kwargs = given
             before = arrays_of(given)
@@ -208,6 +208,8 @@ class NnxModel:
 
         seen = AdaptedCall(handlers)
         y, model = call(params, placed, seen, (args, kwargs))
+        if ids is not None and ids.of_row and not mutable:
+            _refuse_lost_statistics(model, others)
         if not allow_unused:
 
             def message(key: Key, more: str) -> str:
@@ -224,7 +226,10 @@ class NnxModel:
                 return not_computed(key, more, cls, handlers, other_than="nn.")
 
             check_used(results, params, placed, seen.used, message)
-        name = name_of_call(method, mutable)
+
+        def name() -> str | None:
+            return name_of_call(self.graphdef, args, kwargs, method, mutable)
+
         given = params, placed, rest, args, kwargs, method
         check_ties(results, params, placed, name, self.graphdef, given, refuse_changed)
         if not mutable:
@@ -243,7 +248,13 @@ class NnxModel:
         changed = self._by_key(*collections.values())
         state = unflatten({**flatten(self.state, "state"), **changed}, self.state)
         mutable = kwargs["mutable"]
-        return y, state if mutable is True else nnx.filter_state(state, mutable)
+        chosen = state if mutable is True else nnx.filter_state(state, mutable)
+        if _has_words(mutable) and not jax.tree.leaves(chosen):
+            raise ValueError(
+                f"mutable={mutable!r} matches no variable of the model: for an NNX model it is a "
+                f"filter of NNX, as nnx.BatchStat, or True for all variables."
+            )
+        return y, chosen
 
     def axes_by_name(self, variable_axes: Mapping[Any, Any]) -> dict[str, Any]:
         """Axes of variables by the names of their types."""
@@ -278,6 +289,24 @@ class NnxModel:
             if not (rows and isinstance(variable, nnx.Param | nnx.RngKey)):
                 found.setdefault(_kind(variable), {})[path_of(key)] = variable
         return found
+
+
+def _has_words(mutable: Any) -> bool:
+    """Whether names are in a filter, as for a Linen model."""
+    several = mutable if isinstance(mutable, list | tuple) else [mutable]
+    return any(isinstance(one, str) for one in several)
+
+
+def _refuse_lost_statistics(model: Any, given: Mapping[Key, Any]) -> None:
+    """Raises ValueError if one row of many was normalized by itself."""
+    for key, variable in _after(model).items():
+        changed = key in given and unbox(variable) is not unbox(given[key])
+        if changed and isinstance(variable, nnx.BatchStat):
+            raise ValueError(
+                f"The model changes the statistics {path_of(key)!r}, which are those of a batch, "
+                f"where each row is called by itself: serve with model.eval() before nnx.split, "
+                f"or use_running_average=True."
+            )
 
 
 def _after(model: Any) -> dict[Key, Any]:

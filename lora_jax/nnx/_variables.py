@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.trees._paths import Key
+from lora_jax.trees._paths import Key, flatten, path_of
 
 # What NNX has that is not a plain pytree; nnx.Pytree is not in older versions.
 _OBJECTS: tuple[type[Any], ...] = (
@@ -89,3 +89,28 @@ def variables_of(model: Any) -> dict[Key, Any]:
         if isinstance(node, nnx.Variable):
             found[tuple(map(str, path))] = node
     return found
+
+
+def merged(graphdef: Any, state: Any) -> Any:
+    """``nnx.merge``, of a state that has the variables of the model and no others.
+
+    Raises:
+      ValueError: if it has not.
+    """
+    given = set(flatten(state, "state"))
+    try:
+        model = nnx.merge(graphdef, state)
+    except ValueError as error:
+        if "leaves" not in str(error):
+            raise
+        raise ValueError(
+            f"The state has {len(given)} variables, which are not those of the model: {error} "
+            f"What nnx.split(model, nnx.Param, ...) gives apart is a part of it, "
+            f"nnx.merge_state(frozen, rest); what a call has added, as nnx.Intermediate, is not."
+        ) from None
+    if lacking := sorted(set(variables_of(model)) - given):
+        raise ValueError(
+            f"The model has {path_of(lacking[0])!r}, and the state does not: is it the state of "
+            f"another model?"
+        )
+    return model

@@ -45,7 +45,7 @@ def check_same_in_peft(
         raise ValueError(
             f"{where}: the model uses {path!r} several times. In PEFT only its lookup would be "
             f"{'trained' if untied is None else 'adapted'}, and the other uses keep the base."
-            + ("" if untied is None else " Adapt it with tied='untie'.")
+            + ("" if untied is None else _advice(path in axes.shared))
         )
     if untied is None and "BatchNorm" in axes.layers.get(path, ""):
         raise ValueError(
@@ -65,3 +65,10 @@ def _unlike(convolution: Convolution) -> str | None:
     if convolution.groups != 1:
         return "PEFT's factors have no groups"
     return None
+
+
+def _advice(in_layers: bool) -> str:
+    """What to do where an embedding has several uses: some of them in layers, or outside of all."""
+    if in_layers:  # which are all adapted, so that there is nothing to untie
+        return " Merge it, lora_merge or lora_jax.export, or leave it out."
+    return " Adapt it with tied='untie'."

@@ -13,6 +13,7 @@ from typing import Any
 import chex
 from flax.traverse_util import empty_node
 
+from lora_jax._compat import is_module
 from lora_jax.core._adapter_stack import AdapterStack
 from lora_jax.core._boxes import unbox
 from lora_jax.core._fully_trained import as_node
@@ -22,7 +23,7 @@ from lora_jax.trees._base_hash import UNKNOWN, base_hash
 from lora_jax.trees._leaves import check_floating, dtype_of
 from lora_jax.trees._paths import Key, flatten, path_of
 from lora_jax.trees._refuse_plain_arrays import check_has_nodes
-from lora_jax.trees._states import is_state
+from lora_jax.trees._states import has_adapter, is_state
 
 # Names that Flax gives to collections other than "params".
 _COLLECTIONS = ("batch_stats", "cache", "intermediates", "losses", "params_axes", "perturbations")
@@ -79,6 +80,11 @@ def base_of(params: chex.ArrayTree, name: str = "frozen") -> dict[Key, Any]:
                 f"The base has adapters in it, as at {path_of(key)!r}: {name} must be parameters "
                 f"alone. It comes first, then the adapters: were they swapped?"
             )
+        if has_adapter(leaf):
+            raise TypeError(
+                f"{name} has {path_of(key)!r} of a model of lora_model, which has its adapters in "
+                f"it: pass the frozen state that the model was made of."
+            )
     return flat
 
 
@@ -99,6 +105,11 @@ def nodes_of(
         as files have it, of arrays only.
       ValueError: if a node is not floating-point, or its fields do not fit each other.
     """
+    if is_module(adapters):
+        raise TypeError(
+            f"{name} got the model itself, {type(adapters).__name__}. The adapters of a model of "
+            f"lora_model are lora_jax.lora_state(model)."
+        )
     if is_state(adapters):
         raise TypeError(
             f"{name} got an nnx.State, but adapters are nested dicts, also those of an NNX model: "

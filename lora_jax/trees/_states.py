@@ -74,6 +74,11 @@ def parameters_in(flat: Mapping[Key, Any]) -> dict[Key, Any]:
     return {key: leaf for key, leaf in flat.items() if isinstance(leaf, kind)}
 
 
+def has_adapter(leaf: Any) -> bool:
+    """Whether a leaf is what is trained in a model of ``lora_model``."""
+    return isinstance(leaf, nnx.Variable) and getattr(leaf, "is_of_lora_model", False) is True
+
+
 def names_of_variable(leaf: Any) -> Any:
     """The axes of a mesh that a variable names, as a ``PartitionSpec``; ``None`` without names."""
     if not isinstance(leaf, nnx.Variable):

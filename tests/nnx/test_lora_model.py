@@ -1,6 +1,7 @@
 """``lora_model``: adapters as variables in a model object, trained by the idiom of NNX."""
 
 import copy
+import warnings
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from helpers import random_like, relative_error
 
 import lora_jax
 from lora_jax import AdapterParam, LoraConfig, Rule
@@ -243,3 +245,176 @@ def test_a_name_with_a_slash_is_one_part_of_a_path():
     model = lora_jax.lora_model(graphdef, frozen, adapters)
     chex.assert_trees_all_close(model(x), y, rtol=1e-5)
     chex.assert_trees_all_equal(lora_jax.lora_state(model), adapters)
+
+
+# --- what readers found ---
+
+
+class Shares(nnx.Module):
+    """Two layers with one kernel."""
+
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+        return self.b(nnx.tanh(self.a(x)))
+
+
+class Holder(nnx.Module):
+    """Reads the kernel of another layer."""
+
+    def __init__(self, kernel):
+        self.w = kernel
+
+    def __call__(self, x):
+        return x @ self.w[...].T
+
+
+class Holds(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(8, 8, rngs=rngs)
+        self.b = Holder(self.a.kernel)
+
+    def __call__(self, x):
+        return self.b(self.a(x))
+
+
+X8 = jax.random.normal(jax.random.key(5), (4, 8))
+
+
+def adapted(make, **rule):
+    graphdef, state = nnx.split(make(nnx.Rngs(0)))
+    config = LoraConfig([Rule(".*kernel", rank=2, **rule)], rule.pop("trainable", []))
+    frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, X8)
+    return graphdef, frozen, random_like(adapters)
+
+
+def test_a_kernel_of_two_layers_has_one_adapter():
+    graphdef, frozen, adapters = adapted(Shares)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    variables = nnx.state(model, AdapterParam)
+    assert len(jax.tree.leaves(variables)) == 2
+    other = random_like(adapters, seed=1)
+    lora_jax.lora_update(model, other)
+    merged = nnx.merge(graphdef, lora_jax.lora_merge(frozen, other))
+    assert relative_error(model(X8), merged(X8)) < 1e-5
+
+
+def test_untied_beside_a_reader_that_is_no_layer():
+    graphdef, frozen, adapters = adapted(Holds, tied="untie")
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    expected = lora_jax.lora_apply(graphdef, frozen, adapters, X8)
+    assert relative_error(model(X8), expected) < 1e-6
+
+
+class Scale(nnx.Param):
+    """What the model selects by its type."""
+
+    def get_value(self, **kwargs):
+        return 2.0 * super().get_value(**kwargs)
+
+
+class ByType(nnx.Module):
+    def __init__(self, rngs):
+        self.layer, self.scale = nnx.Linear(8, 8, rngs=rngs), Scale(jnp.ones(8))
+
+    def __call__(self, x):
+        for leaf in jax.tree.leaves(nnx.state(self, Scale)):
+            x = x * leaf
+        return self.layer(x * self.scale)
+
+
+@pytest.mark.skipif(not hasattr(nnx.Param, "get_value"), reason="this Flax has hooks for it")
+def test_a_trained_leaf_is_still_of_its_own_type():
+    graphdef, state = nnx.split(ByType(nnx.Rngs(0)))
+    config = LoraConfig([Rule(".*kernel", rank=2)], ["scale"])
+    frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, X8)
+    adapters = random_like(adapters)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    assert isinstance(model.scale, AdapterParam)
+    assert isinstance(model.scale, Scale)
+    merged = nnx.merge(graphdef, lora_jax.lora_merge(frozen, adapters))
+    assert relative_error(model(X8), merged(X8)) < 1e-5
+    back = lora_jax.lora_state(model)
+    chex.assert_trees_all_equal(back, adapters)
+    assert jax.tree.structure(back) == jax.tree.structure(adapters)
+
+
+def test_hooks_are_not_called_again():
+    def doubled(variable, value):
+        return 2 * value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        layer.bias = nnx.Param(jnp.ones(8), on_create_value=doubled)
+        graphdef, state = nnx.split(layer)
+        config = LoraConfig([Rule("kernel", rank=2)], ["bias"])
+        frozen, adapters = lora_jax.lora_init_model(jax.random.key(1), graphdef, state, config, X8)
+        model = lora_jax.lora_model(graphdef, frozen, adapters)
+        chex.assert_trees_all_equal(lora_jax.lora_state(model), adapters)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "view"), reason="this Flax has no views")
+def test_dropout_of_a_view():
+    graphdef, frozen, adapters = adapted(Shares, dropout=0.5)
+    model = lora_jax.lora_model(graphdef, frozen, adapters, dropout_rngs=nnx.Rngs(0))
+    expected = lora_jax.lora_apply(graphdef, frozen, adapters, X8)
+    assert relative_error(model(X8), expected) > 1e-2
+    assert relative_error(nnx.view(model, deterministic=True)(X8), expected) < 1e-6
+
+
+@pytest.mark.parametrize("rngs", [None, jax.random.key(0), nnx.Rngs(params=0)])
+def test_dropout_needs_a_stream(rngs):
+    graphdef, frozen, adapters = adapted(Shares, dropout=0.5)
+    with pytest.raises(ValueError, match=r"dropout_rngs=nnx\.Rngs\(dropout=0\)"):
+        lora_jax.lora_model(graphdef, frozen, adapters, dropout_rngs=rngs)
+
+
+def test_a_model_with_its_adapters_is_no_base(tmp_path):
+    graphdef, frozen, adapters = adapted(Shares)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)
+    state, trained = nnx.state(model), lora_jax.lora_state(model)
+    for use in (
+        lambda: lora_jax.lora_merge(state, trained),
+        lambda: lora_jax.lora_init(jax.random.key(0), state, LoraConfig([Rule(".*kernel", 2)])),
+        lambda: lora_jax.save(tmp_path / "a", trained, frozen=state),
+        lambda: lora_jax.export(tmp_path / "a.safetensors", state, trained),
+        lambda: lora_jax.summary(state, trained),
+    ):
+        with pytest.raises(TypeError, match=r"of a model of lora_model.*pass the frozen state"):
+            use()
+    with pytest.raises(TypeError, match=r"got the model itself.*lora_jax\.lora_state\(model\)"):
+        lora_jax.save(tmp_path / "a", model)
+
+
+def test_goes_on_bit_for_bit():
+    """With what a checkpoint has: adapters, optimizer, keys and statistics, and never the base."""
+    graphdef, frozen, adapters = made("dora")
+
+    def started():
+        model = lora_jax.lora_model(graphdef, frozen, adapters)
+        model.train()
+        return model, nnx.Optimizer(model, optax.adam(1e-2), wrt=AdapterParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        wrt = nnx.DiffState(0, AdapterParam)
+        loss, grads = nnx.value_and_grad(loss_of, argnums=wrt)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    changes = (nnx.RngState, nnx.BatchStat)
+    model, optimizer = started()
+    for _ in range(2):
+        step(model, optimizer)
+    kept = lora_jax.lora_state(model), nnx.state(optimizer), nnx.state(model, changes)
+    kept = jax.tree.map(lambda x: x, kept)
+    expected = [float(step(model, optimizer)) for _ in range(2)]
+    again, optimizer = started()
+    lora_jax.lora_update(again, kept[0])
+    nnx.update(optimizer, kept[1])
+    nnx.update(again, kept[2])
+    assert [float(step(again, optimizer)) for _ in range(2)] == expected
+    chex.assert_trees_all_equal(lora_jax.lora_state(again), lora_jax.lora_state(model))

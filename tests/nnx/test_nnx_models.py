@@ -372,3 +372,59 @@ def test_wrong_front_door():
         with pytest.raises((TypeError, ValueError)) as error:
             function()
         assert message in str(error.value)
+
+
+class ReadsIfAsked(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(zoo.WIDTH, zoo.WIDTH, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x, readout=False):
+        y = self.layer(x)
+        readout = readout or self.drop.deterministic
+        return y @ self.layer.kernel[...].T if readout else y
+
+
+def test_another_flag_or_mode_is_another_call():
+    """What was found for a call of the model says nothing of one with another way through it."""
+    model = ReadsIfAsked(nnx.Rngs(0))
+    graphdef, frozen, adapters = split(lambda rngs: model, X)
+    lora_jax.lora_apply(graphdef, frozen, adapters, X)
+    lora_jax.lora_model(graphdef, frozen, adapters)
+    with pytest.raises(ValueError, match="also reads 'layer/kernel' outside of its layer"):
+        lora_jax.lora_apply(graphdef, frozen, adapters, X, readout=True)
+    model.eval()
+    in_eval = nnx.graphdef(model)
+    with pytest.raises(ValueError, match="also reads 'layer/kernel' outside of its layer"):
+        lora_jax.lora_apply(in_eval, frozen, adapters, X)
+    with pytest.raises(ValueError, match="not known: pass a sample input"):
+        lora_jax.lora_model(in_eval, frozen, adapters)
+
+
+def test_statistics_of_one_row_are_refused():
+    graphdef, frozen, adapters = split(zoo.Normed, X)
+    stack = lora_jax.stack([adapters, adapters], frozen)
+    with pytest.raises(ValueError, match=r"changes the statistics 'norm/mean'.*model\.eval\(\)"):
+        lora_jax.lora_apply(graphdef, frozen, stack, X, adapter_ids=jnp.array([0, 1, 0, -1]))
+
+
+@pytest.mark.parametrize("mutable", ["BatchStat", ["batch_stats"]])
+def test_names_of_linen_are_no_filter(mutable):
+    graphdef, frozen, adapters = split(zoo.Normed, X)
+    with pytest.raises(ValueError, match=r"matches no variable.*nnx\.BatchStat"):
+        lora_jax.lora_apply(graphdef, frozen, adapters, X, mutable=mutable)
+
+
+def test_a_state_that_is_not_the_models():
+    model = zoo.Normed(nnx.Rngs(0))
+    graphdef, params, _ = nnx.split(model, nnx.Param, ...)
+    config = LoraConfig([Rule(zoo.KERNELS, rank=2)])
+    with pytest.raises(ValueError, match=r"nnx\.merge_state\(frozen, rest\)"):
+        lora_jax.lora_init_model(KEY, graphdef, params, config, X)
+    _, state = nnx.split(zoo.Mlp(nnx.Rngs(0)))
+    frozen, adapters = lora_jax.lora_init(KEY, state, config)
+    state["up"], state["side"] = state["up"], state["up"]
+    del state["down"]
+    frozen, adapters = lora_jax.lora_init(KEY, state, LoraConfig([Rule("up/kernel", rank=2)]))
+    with pytest.raises(ValueError, match="model has 'down/bias', and the state does not"):
+        lora_jax.lora_apply(zoo.Mlp(nnx.Rngs(0)), frozen, adapters, X)
