@@ -136,11 +136,8 @@ def name_of_call(
     options = {name: value for name, value in kwargs.items() if name not in ("method", "mutable")}
     leaves, structure = jax.tree.flatten((tuple(args), options))
     of_method = name_of_method(model, method, with_variables)
-    try:
-        static = hash((structure, tuple(None if hasattr(x, "dtype") else x for x in leaves)))
-    except TypeError:  # an argument that has no hash
-        return None
-    return None if of_method is None else f"{of_method}, {static:x}"
+    static = structure, tuple(None if hasattr(x, "dtype") else x for x in leaves)
+    return None if of_method is None else f"{of_method}, {_digest(static)}"
 
 
 def name_of_method(model: Any, method: Any, with_variables: bool) -> str | None:
@@ -157,10 +154,15 @@ def name_of_method(model: Any, method: Any, with_variables: bool) -> str | None:
         name = getattr(method, "__name__", "<") if of_class else "<"
         if name.startswith("<"):  # <lambda>
             return None
+    return f"{name}{', with variables' * with_variables} of {_digest(model)}"
+
+
+def _digest(static: Any) -> str:
+    """A hash of what is static, also where something in it, such as a list, has none."""
     try:
-        return f"{name}{', with variables' * with_variables} of {hash(model):x}"
+        return f"{hash(static):x}"
     except TypeError:
-        return None
+        return f"{hash(repr(static)):x}"
 
 
 def not_called(key: Key, more: str, reached: str) -> str:

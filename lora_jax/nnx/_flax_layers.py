@@ -68,7 +68,9 @@ def _einsum(layer: Any, kernels: Kernels, method: Method, *args: Any, **kwargs: 
     return method(_changed(layer, einsum_op=einsum), *args, **kwargs)
 
 
-def _conv(layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, **kwargs: Any) -> Any:
+def _conv(
+    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, *args: Any, **kwargs: Any
+) -> Any:
     """``nnx.Conv``, through its ``conv_general_dilated``: ``x`` with ``U``, and then ``V``."""
     (kernel,) = kernels
     _check(layer, kernel, 3)
@@ -88,11 +90,11 @@ def _conv(layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, **kw
             precision=kwargs.get("precision"),
         )
 
-    return method(_changed(layer, conv_general_dilated=conv), inputs, **kwargs)
+    return method(_changed(layer, conv_general_dilated=conv), inputs, *args, **kwargs)
 
 
 def _conv_transpose(
-    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, **kwargs: Any
+    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, *args: Any, **kwargs: Any
 ) -> chex.Array:
     """``nnx.ConvTranspose``: ``x`` through the layer with the kernel ``U``, times ``V``."""
     (kernel,) = kernels
@@ -112,7 +114,7 @@ def _conv_transpose(
             use_bias=False,
             dtype=None,
         )
-        y: chex.Array = method(bare, x, **kwargs)
+        y: chex.Array = method(bare, x, *args, **kwargs)
         return y
 
     y = kernel.linear(product, x, W, inputs=contracted, precision=layer.precision)
@@ -127,7 +129,7 @@ def _batch(kernel: AdaptedKernel, inputs: chex.Array) -> tuple[int, ...]:
 
 
 def _embed(
-    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, **kwargs: Any
+    layer: Any, kernels: Kernels, method: Method, inputs: chex.Array, *args: Any, **kwargs: Any
 ) -> chex.Array:
     """``nnx.Embed``: row ``i`` of ``W'`` is ``W_i + s U_i V``."""
     (embedding,) = kernels
@@ -140,23 +142,25 @@ def _embed(
         table = _changed(
             layer, embedding=nnx.Param(W), features=W.shape[-1], dtype=None, param_dtype=W.dtype
         )
-        y: chex.Array = method(table, ids, **(kwargs if W.shape == embedding.value.shape else {}))
+        is_whole = W.shape == embedding.value.shape  # what is said is said of its result
+        y: chex.Array = method(table, ids, *args, **kwargs) if is_whole else method(table, ids)
         return y
 
     return embedding.linear(look_up, inputs, W, inputs=(0,))
 
 
 def _attend(
-    layer: Any, kernels: Kernels, method: Method, query: chex.Array, **kwargs: Any
+    layer: Any, kernels: Kernels, method: Method, query: chex.Array, out_sharding: Any = None
 ) -> chex.Array:
     """``nnx.Embed.attend``: the product with the transposed matrix."""
     del method
+    said = {} if out_sharding is None else {"out_sharding": out_sharding}
     (embedding,) = kernels
     _check(layer, embedding, 2)
     query, W = layer.promote_dtype((query, embedding.value), dtype=layer.dtype)
 
     def product(q: chex.Array, W: chex.Array) -> chex.Array:
-        return jnp.dot(q, W.T, **kwargs)
+        return jnp.dot(q, W.T, **said)
 
     if embedding.untied:
         return product(query, W)

@@ -1,6 +1,7 @@
 """``lora_model``: adapters as variables in a model object, trained by the idiom of NNX."""
 
 import copy
+import dataclasses
 import warnings
 
 import chex
@@ -418,3 +419,28 @@ def test_goes_on_bit_for_bit():
     nnx.update(again, kept[2])
     assert [float(step(again, optimizer)) for _ in range(2)] == expected
     chex.assert_trees_all_equal(lora_jax.lora_state(again), lora_jax.lora_state(model))
+
+
+class WithList(nnx.Module):
+    """Has a static attribute without a hash, so that its graphdef has none."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(8, 8, rngs=rngs)
+        self.config = Config([1, 2])
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+@dataclasses.dataclass
+class Config:
+    kinds: list[int]
+
+
+def test_a_graphdef_without_a_hash():
+    graphdef, frozen, adapters = adapted(WithList)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(graphdef)
+    model = lora_jax.lora_model(graphdef, frozen, adapters)  # made for a call of it
+    expected = lora_jax.lora_apply(graphdef, frozen, adapters, X8)
+    assert relative_error(model(X8), expected) < 1e-6

@@ -1,6 +1,7 @@
 """What comes with a call of an NNX model: variables, keys, traces, and what is refused."""
 
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
@@ -428,3 +429,28 @@ def test_a_state_that_is_not_the_models():
     frozen, adapters = lora_jax.lora_init(KEY, state, LoraConfig([Rule("up/kernel", rank=2)]))
     with pytest.raises(ValueError, match="model has 'down/bias', and the state does not"):
         lora_jax.lora_apply(zoo.Mlp(nnx.Rngs(0)), frozen, adapters, X)
+
+
+class ByPlace(nnx.Module):
+    """Says by their places what Flax's layers have names for."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, zoo.WIDTH, rngs=rngs)
+        self.conv = nnx.Conv(zoo.WIDTH, zoo.WIDTH, (3,), rngs=rngs)
+        self.linear = nnx.Linear(zoo.WIDTH, zoo.WIDTH, rngs=rngs)
+        self.einsum = nnx.Einsum("btd,de->bte", (zoo.WIDTH, zoo.WIDTH), rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.conv(self.embed(ids, None), None)
+        return self.embed.attend(self.einsum(self.linear(x, None), None, None), None)
+
+
+@pytest.mark.skipif(
+    "out_sharding" not in inspect.signature(nnx.Embed.__call__).parameters,
+    reason="the layers of this Flax take no more arguments",
+)
+def test_arguments_of_layers_by_their_places():
+    ids = jnp.arange(8).reshape(2, 4)
+    graphdef, frozen, adapters = split(ByPlace, ids)
+    y = lora_jax.lora_apply(graphdef, frozen, adapters, ids)
+    assert relative_error(y, merged(graphdef, frozen, adapters)(ids)) < 1e-5
