@@ -108,7 +108,8 @@ def merged(graphdef: Any, state: Any) -> Any:
             f"What nnx.split(model, nnx.Param, ...) gives apart is a part of it, "
             f"nnx.merge_state(frozen, rest); what a call has added, as nnx.Intermediate, is not."
         ) from None
-    if lacking := sorted(set(variables_of(model)) - given):
+    # By the state of the model: the graph has shared variables by other paths in older versions.
+    if lacking := sorted(set(flatten(nnx.state(model), "state")) - given):
         raise ValueError(
             f"The model has {path_of(lacking[0])!r}, and the state does not: is it the state of "
             f"another model?"
