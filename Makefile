@@ -79,7 +79,7 @@ test-oldest: $(OLDEST_VENV)/.oldest
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 $(NOT_OLDEST:%=--ignore tests/%) -k "$(VARIANTS)"
 
 # Without what neither jax nor Python can break unseen by `make test`.
-NOT_NEWEST = nnx/test_states.py trees/test_rounding.py test_fuzz.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_names.py \
+NOT_NEWEST = nnx/test_states.py trees/test_rounding.py test_fuzz.py test_resume.py test_smollm2.py test_benchmarks.py test_benchmarks_gpu.py test_benchmarks_accelerators.py test_names.py \
 	$(addprefix cli/test_command_, convert.py diff.py experts.py extract.py keys.py layouts.py tied.py) \
 	$(addprefix peft/test_, folder.py fused_keys.py key_mapping.py patterns.py refusals.py)
 test-newest: $(NEWEST_VENV)/.newest
