@@ -50,7 +50,7 @@ def trace_state() -> Any:
     return object() if state is None else state(convention="flax")
 
 
-# --- a barrier ---
+# --- names of axes of a mesh ---
 
 
 def spec_of_box(leaf: Any) -> Any:
@@ -74,6 +74,9 @@ def mesh_in_force() -> Any:
     get_mesh = getattr(jax.sharding, "get_mesh", None)
     mesh = None if get_mesh is None else get_mesh()
     return None if mesh is None or mesh.empty else mesh
+
+
+# --- a barrier ---
 
 
 def defined_barrier() -> Callable[[chex.Array], chex.Array]:

@@ -420,12 +420,16 @@ def test_what_is_not_known_is_asked_for():
         lora_jax.shardings({"kernel": P("data")}, adapters)
     with pytest.raises(ValueError, match=r"'kernel' has the axes \('tensor', None\).*tensor"):
         lora_jax.shardings({"kernel": P("tensor", None)}, adapters, mesh=mesh)
+    with pytest.raises(ValueError, match="'kernel' has 2 axes, and its sharding is for more"):
+        lora_jax.shardings({"kernel": P("data", None, "model")}, adapters, mesh=mesh)
     with pytest.raises(ValueError, match="adapter for 'kernel', which frozen lacks"):
         lora_jax.shardings({"weight": P()}, adapters, mesh=mesh)
     with pytest.raises(ValueError, match=r"does not fit the kernel \(8, 7\)"):
         lora_jax.shardings({"kernel": jnp.ones((8, 7))}, adapters, mesh=mesh)
     with pytest.raises(TypeError, match="frozen must be a nested dict"):
         lora_jax.shardings(params["kernel"], adapters, mesh=mesh)
+    with pytest.raises(TypeError, match=r"mesh must be a mesh, as of jax\.make_mesh"):
+        lora_jax.shardings({"kernel": P()}, adapters, mesh=("data", "model"))
 
 
 def test_one_device_that_was_chosen():
@@ -434,3 +438,16 @@ def test_one_device_that_was_chosen():
     adapters = adapters_of(params)
     assert {x.device for x in jax.tree.leaves(adapters)} == {device}
     assert not any(x.committed for x in jax.tree.leaves(adapters_of(dense())))
+
+
+def test_leaves_fully_trained_in_a_stack():
+    """The axis in front is whole, also where only specs are known."""
+    params = {**dense(), "head": jnp.ones((8, 4))}
+    config = LoraConfig([Rule("kernel", 2)], ["head"])
+    _, adapters = lora_jax.lora_init(KEY, params, config)
+    stacked = lora_jax.stack([adapters, adapters], params)
+    specs = {"kernel": P("data", "model"), "head": P("data", "model")}
+    where = lora_jax.shardings(specs, stacked, mesh=mesh_of())
+    assert tuple(where["head"].spec) == (None, "data", "model")
+    alone = lora_jax.shardings(specs, adapters, mesh=mesh_of())
+    assert tuple(alone["head"].spec) == ("data", "model")

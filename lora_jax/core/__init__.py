@@ -15,6 +15,7 @@ Nothing here knows a Flax module. From the ground up:
 - ``_array_node.py``: a node whose arrays are the leaves of its pytree.
 - ``_adapter.py``: the node of an adapted kernel: the arrays of its variant, and how they start.
 - ``_adapter_stack.py``: the node of several adapters of one kernel, and what each is.
+- ``_placement.py``: how the arrays of an adapter are sharded, by the sharding of their kernel.
 - ``_fully_trained.py``: the node of a leaf that is trained itself.
 - ``products/``: the adapted product of a layer and its gradient.
 """

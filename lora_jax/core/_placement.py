@@ -59,10 +59,9 @@ def array_specs(
     of_matrix = _roles(node)
     found = {}
     for name, array in node.arrays.items():
-        entries = [*stack, *(roles[role] for role in of_matrix[name])]
-        entries = [()] * (
-            len(array.shape) - len(entries)
-        ) + entries  # several adapters are in front
+        own = [*stack, *(roles[role] for role in of_matrix[name])]
+        in_front: list[Names] = [()] * (len(array.shape) - len(own))  # where there are several
+        entries = in_front + own
         cuts = [math.prod(mesh_shape[one] for one in entry) for entry in entries]
         found[name] = PartitionSpec(
             *(

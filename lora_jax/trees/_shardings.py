@@ -7,7 +7,7 @@ from typing import Any
 import chex
 import jax
 from flax.traverse_util import empty_node
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lora_jax._compat import is_traced, mesh_in_force, spec_of_box
 from lora_jax.core._adapter import Adapter
@@ -26,7 +26,7 @@ def shardings(
     frozen: chex.ArrayTree,
     adapters: chex.ArrayTree,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     replicate: bool = False,
 ) -> chex.ArrayTree:
     """The sharding of every array of adapters, so that each follows its kernel.
@@ -50,7 +50,8 @@ def shardings(
       ``jax.device_put`` and for ``out_shardings`` of ``jax.jit``.
 
     Raises:
-      TypeError: if ``frozen`` is not a nested dict or a state, or ``adapters`` are none.
+      TypeError: if ``frozen`` is not a nested dict or a state, ``adapters`` are none, or ``mesh``
+        is no mesh.
       ValueError: if nothing says how a kernel is sharded, a name is not of the mesh, or the
         adapters are for another base.
 
@@ -66,7 +67,10 @@ def shardings(
       >>> tuple(found["kernel"].U.spec), tuple(found["kernel"].V.spec)
       (('data', None), (None, 'model'))
     """
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a mesh, as of jax.make_mesh, got {mesh!r}.")
     base, nodes = base_of(frozen), nodes_of(adapters)
+    stacked = any(getattr(node, "count", None) is not None for node in nodes.values())
     found: dict[Any, Any] = {}
     for key, node in nodes.items():
         path, leaf = path_of(key), base.get(key, empty_node)
@@ -84,7 +88,13 @@ def shardings(
                 f"devices, jax.ShapeDtypeStruct with sharding=, or a tree of NamedSharding. Or "
                 f"PartitionSpec or names of axes, and what they are of, shardings(..., mesh=mesh)."
             )
-        found[key] = _like_leaf(node, leaf, sharding, replicate=replicate)
+        ndim = len(next(iter(node.arrays.values())).shape) - stacked
+        ndim = node.axes.ndim if isinstance(node, Adapter | AdapterStack) else ndim
+        if isinstance(sharding, NamedSharding) and len(sharding.spec) > ndim:
+            raise ValueError(
+                f"{path!r} has {ndim} axes, and its sharding is for more: {sharding.spec}."
+            )
+        found[key] = _like_leaf(node, leaf, sharding, replicate=replicate, in_front=int(stacked))
     return unflatten_adapters(found, adapters)
 
 
@@ -125,8 +135,18 @@ def follow_base(adapters: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayT
     return unflatten(found, adapters)
 
 
-def _like_leaf(node: Node, leaf: Any, sharding: Sharding, *, replicate: bool = False) -> Any:
-    """The node with shardings for arrays, where its leaf has this one."""
+def _like_leaf(
+    node: Node, leaf: Any, sharding: Sharding, *, replicate: bool = False, in_front: int = 0
+) -> Any:
+    """The node with shardings for arrays, where its leaf has this one.
+
+    Args:
+      node: the node.
+      leaf: its leaf; where this has no shape, ``in_front`` are the axes of a stack.
+      sharding: of the leaf.
+      replicate: whether the arrays are whole on each device instead.
+      in_front: number of axes of the stack.
+    """
     leaf_shape = None if isinstance(leaf, Sharding) else getattr(unbox(leaf), "shape", None)
     if not isinstance(sharding, NamedSharding):  # one device
         return jax.tree.map(lambda _: sharding, node.as_leaf())
@@ -140,13 +160,13 @@ def _like_leaf(node: Node, leaf: Any, sharding: Sharding, *, replicate: bool = F
         )
 
     def as_leaf(array: Any) -> NamedSharding:  # several of them are on axes in front
-        more = 0 if leaf_shape is None else len(array.shape) - len(leaf_shape)
+        more = in_front if leaf_shape is None else len(array.shape) - len(leaf_shape)
         return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * more, *sharding.spec))
 
     return jax.tree.map(as_leaf, node.as_leaf())
 
 
-def _said(path: str, leaf: Any, mesh: Mesh | None) -> Sharding | None:
+def _said(path: str, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
     """How a leaf is sharded, by its array, by its names, or as it says itself."""
     array = unbox(leaf)
     if isinstance(array, Sharding):
