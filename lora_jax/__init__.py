@@ -31,6 +31,8 @@ from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._numerics import column_norm
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.quantized._array import QuantizedArray
+from lora_jax.core.quantized._quantization import Quantization
 from lora_jax.core.rules._config import LoraConfig
 from lora_jax.core.rules._rule import Rule
 from lora_jax.core.variants._dora import DoRA
@@ -51,6 +53,8 @@ from lora_jax.nnx._adapter_param import AdapterParam
 from lora_jax.nnx._lora_model import lora_model, lora_state, lora_update
 from lora_jax.peft._export import export
 from lora_jax.peft._lora_bias import LoraBias
+from lora_jax.quantized._dequantize import dequantize
+from lora_jax.quantized._quantize import quantize
 from lora_jax.trees._init import lora_init
 from lora_jax.trees._merge import lora_merge
 from lora_jax.trees._rounding import Rounding, RoundingReport, rounding
@@ -75,6 +79,8 @@ __all__ = [
     "LoraConfig",
     "ModelAxes",
     "NormalForm",
+    "Quantization",
+    "QuantizedArray",
     "Rounding",
     "RoundingReport",
     "Rule",
@@ -84,6 +90,7 @@ __all__ = [
     "column_norm",
     "combine",
     "compress",
+    "dequantize",
     "export",
     "kernel_axes",
     "load",
@@ -96,6 +103,7 @@ __all__ = [
     "lora_update",
     "peft",
     "per_adapter",
+    "quantize",
     "register",
     "register_variant",
     "rounding",

@@ -197,13 +197,17 @@ class KernelAxes:
     def of_layers(self, ndim: int) -> Iterator[KernelAxes]:
         """The axes in a layer that sees ``ndim`` of them, for each choice of those sliced off."""
         for sliced in itertools.combinations(self.batch, max(self.ndim - ndim, 0)):
-            kept = [axis for axis in range(self.ndim) if axis not in sliced]
-            yield dataclasses.replace(
-                self,
-                inputs=tuple(map(kept.index, self.inputs)),
-                outputs=tuple(map(kept.index, self.outputs)),
-                batch=tuple(kept.index(axis) for axis in self.batch if axis in kept),
-            )
+            yield self.without(*sliced)
+
+    def without(self, *sliced: int) -> KernelAxes:
+        """The axes where some of those that stack matrices are sliced off."""
+        kept = [axis for axis in range(self.ndim) if axis not in sliced]
+        return dataclasses.replace(
+            self,
+            inputs=tuple(map(kept.index, self.inputs)),
+            outputs=tuple(map(kept.index, self.outputs)),
+            batch=tuple(kept.index(axis) for axis in self.batch if axis in kept),
+        )
 
     def in_layer(self, layer: KernelAxes) -> KernelAxes | None:
         """The axes in a layer that contracts these; ``None`` where it does not fit."""

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, is_quantized, unbox
 from lora_jax.core._node import Node
 
 
@@ -106,8 +106,13 @@ def raise_precision(path: str, leaf: Any) -> Any:
       A plain array, or a :class:`FullyTrained`.
 
     Raises:
-      ValueError: if the leaf is not floating-point.
+      ValueError: if the leaf is not floating-point, or is quantized.
     """
+    if is_quantized(content(leaf)):
+        raise ValueError(
+            f"{path!r} is quantized, and cannot be fully trained: leave it out of what is quantized, "
+            f"or of what is trained."
+        )
     node = FullyTrained(leaf, None)
     dtype = getattr(node.array, "dtype", None)
     check_trainable(path, dtype)

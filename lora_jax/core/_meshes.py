@@ -49,12 +49,14 @@ def left_to_compiler(function: Callable[..., Any], *args: Any, like: Any) -> Any
 def spec_of(array: Any) -> PartitionSpec:
     """By which axes of a mesh each axis of an array is sharded, as its type says.
 
+    Of a quantized kernel, that of its codes, which have its axes.
+
     Example:
       >>> import jax.numpy as jnp
       >>> tuple(spec_of(jnp.ones((2, 3))))
       (None, None)
     """
-    spec: PartitionSpec = jax.typeof(array).sharding.spec
+    spec: PartitionSpec = jax.typeof(getattr(array, "codes", array)).sharding.spec
     return spec
 
 

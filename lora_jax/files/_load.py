@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node
 
-from lora_jax.core._boxes import rebox, unbox
+from lora_jax.core._boxes import content, rebox
 from lora_jax.core._fully_trained import FullyTrained, as_node
 from lora_jax.files import _collections as variables
 from lora_jax.files._bytes import StrPath
@@ -141,7 +141,7 @@ def in_box(path: str, node: FullyTrained, leaf: Any, file: str) -> FullyTrained:
     Raises:
       ValueError: if the model has another shape or dtype there.
     """
-    array, dtype, shape = unbox(leaf), node.merged_dtype(), node.array.shape
+    array, dtype, shape = content(leaf), node.merged_dtype(), node.array.shape
     if tuple(array.shape) != shape or jnp.dtype(array.dtype) != dtype:
         raise ValueError(
             f"{file} has {path!r} fully trained as {dtype.name} {shape}, but params has "

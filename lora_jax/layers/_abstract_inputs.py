@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.core._boxes import content, is_quantized, rebox
 from lora_jax.core._meshes import explicit_sharding
 
 
@@ -47,6 +48,19 @@ class AbstractInputs:
         return jax.tree.unflatten(
             self.treedef, [values.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         )
+
+
+def without_values(leaf: Any) -> Any:
+    """A leaf of the parameters, without its values. A quantized one is what it dequantizes to."""
+    return jax.tree.map(abstract, dequantized_abstractly(leaf))
+
+
+def dequantized_abstractly(leaf: Any) -> Any:
+    """A leaf; a quantized one as what it dequantizes to, without values."""
+    inside = content(leaf)
+    if not is_quantized(inside):
+        return leaf
+    return rebox(leaf, jax.eval_shape(type(inside).dequantize, inside))
 
 
 def abstract(leaf: Any) -> Any:

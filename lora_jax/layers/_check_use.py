@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.layers._abstract_inputs import dequantized_abstractly
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, entries_of, known_layers
 from lora_jax.layers._place_adapters import Placed
@@ -241,7 +242,7 @@ def _refuse_ties(
     another use. In a model that looks at its numbers, and so cannot be traced, it is not known.
     """
     cut = {key: dataclasses.replace(node, cut=True) for key, node in unknown.items()}
-    kernels = {key: params[key] for key in unknown}
+    kernels = {key: dequantized_abstractly(params[key]) for key in unknown}
     try:
         jaxpr = jax.make_jaxpr(lambda kernels: call({**params, **kernels}, {**placed, **cut}))(
             kernels

@@ -27,7 +27,7 @@ import numpy as np
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._adapter_stack import AdapterStack, stack_of
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, unbox
 from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core.products._normal_form import normalized
 from lora_jax.core.products._row_ids import BASE, Ids, taken
@@ -113,7 +113,7 @@ def place(
     def place_node(key: Key, leaf: Any, node: Any) -> dict[Key, Any]:
         if not node.in_layer:
             return {key: _materialized(path_of(key), leaf, node, ids)}
-        adapter, of_row = _in_layer(path_of(key), unbox(leaf), node, ids, dropout)
+        adapter, of_row = _in_layer(path_of(key), content(leaf), node, ids, dropout)
         placed[key] = Placed(adapter, path_of(key), handlers, product, of_row)
         return {key: leaf}
 
@@ -160,10 +160,10 @@ def _fully_trained(ids: CallIds, key: Key, leaf: Any, node: FullyTrained) -> dic
             f"not for each token."
         )
     dtype, box, shape = node.merged_dtype(), node.value, jnp.shape(node.array)
-    if leaf is not None and jnp.shape(unbox(leaf)) != shape[1:]:
+    if leaf is not None and tuple(content(leaf).shape) != shape[1:]:
         raise ValueError(
             f"{path!r} was fully trained: its stack is {shape}, but the base has "
-            f"{jnp.shape(unbox(leaf))} there. Was it made for another model?"
+            f"{tuple(content(leaf).shape)} there. Was it made for another model?"
         )
     base = (0.0 if ids.base_is_complete else jnp.nan) if leaf is None else unbox(leaf)
     return {key: jax.tree.map(lambda array: taken(array, ids.ids, base).astype(dtype), box)}

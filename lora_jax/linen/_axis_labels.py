@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content
 from lora_jax.trees._paths import Key, path_of
 
 # The name of a label is that of its parameter and this.
@@ -63,7 +63,7 @@ def labels_of(params: Mapping[Key, Any]) -> dict[Key, Label]:
     return {
         (*key[:-1], key[-1] + LABEL): Label(path_of(key), tuple(range(ndim)), ndim, 0)
         for key, leaf in params.items()
-        if (ndim := getattr(unbox(leaf), "ndim", None)) is not None
+        if (ndim := getattr(content(leaf), "ndim", None)) is not None
     }
 
 

@@ -21,7 +21,7 @@ import jax
 
 from lora_jax import _compat as compat
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, is_quantized
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
 from lora_jax.core.products._shared_input import SharedInputs
@@ -91,7 +91,7 @@ class Interceptor:
             classes.append(type(module))
         entry = entry_of(self.handlers, context.orig_method)
         names = entry.names(module) if entry else ()
-        if entry is None or not any(module.has_variable("params", n + SUFFIX) for n in names):
+        if entry is None or not any(map(functools.partial(_is_for_handler, module), names)):
             return self._inside(next_fun, args, kwargs)
         kernels = tuple(self._kernel(module, name) for name in names)
         return layer_output(entry, kernels, next_fun, args, kwargs, context)
@@ -110,7 +110,7 @@ class Interceptor:
         """A kernel of a module for its handler, with its adapter if there is one."""
         if not module.has_variable("params", name):
             return None
-        value = unbox(module.get_variable("params", name))
+        value = content(module.get_variable("params", name))
         if not module.has_variable("params", name + SUFFIX):
             return AdaptedKernel(path_of((*module.path, name)), value)
         placed: Placed = module.get_variable("params", name + SUFFIX)
@@ -153,3 +153,11 @@ class Interceptor:
 
 def _first(adapter: Adapter) -> Any:
     return next(iter(adapter.arrays.values()))
+
+
+def _is_for_handler(module: nn.Module, name: str) -> bool:
+    """Whether a kernel has an adapter, or is quantized, so that its layer must not keep it."""
+    return module.has_variable("params", name + SUFFIX) or (
+        module.has_variable("params", name)
+        and is_quantized(content(module.get_variable("params", name)))
+    )

@@ -15,7 +15,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax.core._boxes import unbox
 from lora_jax.core._model_axes import ModelAxes
-from lora_jax.layers._abstract_inputs import AbstractInputs, abstract
+from lora_jax.layers._abstract_inputs import AbstractInputs, abstract, without_values
 from lora_jax.layers._axes_seen import AxesSeen
 from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._find_axes import find_axes
@@ -89,7 +89,8 @@ class _AbstractCall:
             if leaf is not empty_node
         }
         rest = {name: value for name, value in variables.items() if name != "params"}
-        params, rest = jax.tree.map(abstract, (params, rest))
+        params = {key: without_values(leaf) for key, leaf in params.items()}
+        rest = jax.tree.map(abstract, rest)
         return cls(
             model=model,
             handlers=handlers,

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import empty_node
 
 from lora_jax.core._adapter import Adapter
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, unbox
 from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.products._normal_form import low_rank
 from lora_jax.core.variants._apply_variant import known
@@ -84,7 +84,7 @@ class AdapterStructure:
             leaf = self._leaf(key)
             if nodes[0].in_base:
                 check_alike(path, nodes)
-                nothing = _nothing(nodes, unbox(leaf))
+                nothing = _nothing(nodes, content(leaf))
             else:
                 nothing = fully_trained(path, None, nodes, leaf)
             self._nodes[key] = jax.tree.map(np.asarray, nothing)

@@ -26,9 +26,10 @@ from lora_jax.core.products._shared_input import SharedInputs
 from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers
 from lora_jax.layers._place_adapters import Placed
-from lora_jax.nnx._variables import value_of
+from lora_jax.nnx._variables import raw_value_of, value_of
 from lora_jax.tracing._as_given import changed_marks
 from lora_jax.trees._paths import Key, path_of
+from lora_jax.trees._quantized_leaf import is_quantized_variable
 
 # Something next to a kernel is called as its parameter and this.
 SUFFIX = "@lora"
@@ -185,5 +186,8 @@ def changed_kernels(jaxpr: Any, kernels: Mapping[Key, Any]) -> list[str]:
 
 
 def _value_in(module: nnx.Module, name: str) -> Any:
+    """The value of a variable, as a layer sees it; a quantized one as it is stored."""
     variable = vars(module).get(name)
-    return value_of(variable) if isinstance(variable, nnx.Variable) else None
+    if not isinstance(variable, nnx.Variable):
+        return None
+    return raw_value_of(variable) if is_quantized_variable(variable) else value_of(variable)

@@ -18,10 +18,13 @@ from lora_jax.nnx._adapted_class import adapted_class, own_class, set_class
 from lora_jax.nnx._calls import SUFFIX
 from lora_jax.nnx._variables import modules_of, variables_in, variables_of
 from lora_jax.trees._paths import Key
+from lora_jax.trees._quantized_leaf import is_quantized_variable
 
 
 def put_beside(model: Any, beside: Mapping[Key, Any], handlers: Handlers) -> None:
     """Puts something next to kernels, in every layer that has the kernel.
+
+    Layers with a quantized kernel compute by their handlers too, as these do not keep it.
 
     Args:
       model: is changed.
@@ -34,9 +37,11 @@ def put_beside(model: Any, beside: Mapping[Key, Any], handlers: Handlers) -> Non
     classes: dict[type[Any], Any] = {}
     for _, module in list(modules_of(model)):
         for name, variable in list(variables_in(module)):
-            if id(variable) not in by_variable:
+            if id(variable) in by_variable:
+                placed = by_variable[id(variable)]
+                setattr(module, name + SUFFIX, _of_type(type(variable), placed))
+            elif not is_quantized_variable(variable):
                 continue
-            setattr(module, name + SUFFIX, _of_type(type(variable), by_variable[id(variable)]))
             cls = own_class(module)
             if cls not in classes:
                 classes[cls] = adapted_class(cls, handlers)

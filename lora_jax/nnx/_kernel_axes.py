@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
-from lora_jax.layers._abstract_inputs import AbstractInputs, abstract
+from lora_jax.layers._abstract_inputs import AbstractInputs, without_values
 from lora_jax.layers._axes_seen import AxesSeen
 from lora_jax.layers._check_use import name_of_call
 from lora_jax.layers._entry import Entry
@@ -186,7 +186,7 @@ class _AbstractCall:
     ) -> _AbstractCall:
         """The call with these arguments."""
         kwargs = {name: value for name, value in kwargs.items() if name != "mutable"}
-        variables = jax.tree.map(abstract, flatten(state, "state"))
+        variables = {key: without_values(leaf) for key, leaf in flatten(state, "state").items()}
         params = parameters_in(variables)
         return cls(
             graphdef=graphdef,
@@ -280,7 +280,7 @@ class _AbstractCall:
     def _probes(self) -> dict[Key, Probe]:
         nonce, probes = next(_NONCES), {}
         for key, leaf in self.params.items():
-            path, shape = path_of(key), tuple(getattr(unbox(leaf), "shape", ()))
+            path, shape = path_of(key), tuple(getattr(content(leaf), "shape", ()))
             axes = self.sliced.get(path)
             if axes is not None:
                 shape = tuple(n if i in axes else next(_SIZES) for i, n in enumerate(shape))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.layers._check_use import (
     check_ties,
@@ -177,7 +177,7 @@ class NnxModel:
         )
         if dropout:
             placed = {
-                key: _with_key(node, unbox(params[key]), dropout_key)
+                key: _with_key(node, content(params[key]), dropout_key)
                 for key, node in placed.items()
             }
 
@@ -283,12 +283,17 @@ class NnxModel:
         found: dict[str, dict[str, Any]] = {}
         for key, variable in _after(model).items():
             if key in params:
-                changed = unbox(variable) is not unbox(params[key])
+                changed = _is_other(variable, params[key])
                 if not changed or key not in base:
                     continue
             if not (rows and isinstance(variable, nnx.Param | nnx.RngKey)):
                 found.setdefault(_kind(variable), {})[path_of(key)] = variable
         return found
+
+
+def _is_other(variable: Any, given: Any) -> bool:
+    """Whether a variable has other arrays than it was given."""
+    return any(map(operator.is_not, jax.tree.leaves(variable), jax.tree.leaves(given)))
 
 
 def _has_words(mutable: Any) -> bool:
@@ -300,7 +305,7 @@ def _has_words(mutable: Any) -> bool:
 def _refuse_lost_statistics(model: Any, given: Mapping[Key, Any]) -> None:
     """Raises ValueError if one row of many was normalized by itself."""
     for key, variable in _after(model).items():
-        changed = key in given and unbox(variable) is not unbox(given[key])
+        changed = key in given and _is_other(variable, given[key])
         if changed and isinstance(variable, nnx.BatchStat):
             raise ValueError(
                 f"The model changes the statistics {path_of(key)!r}, which are those of a batch, "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, unbox
 from lora_jax.files._array_names import named_pair
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._tensors import Info, write_tensors
@@ -67,7 +67,7 @@ def export(
     """
     base, found = named_pair(frozen, adapters)
     for leaf_path, leaf in base.items():
-        if not hasattr(unbox(leaf), "dtype"):
+        if not hasattr(content(leaf), "dtype"):
             raise TypeError(
                 f"frozen has {leaf!r} at {leaf_path!r}, which is not one array and has no place in "
                 f"a file. Make dicts of lists, as with flax.serialization.to_state_dict."
@@ -75,7 +75,7 @@ def export(
     for leaf_path, node in found.items():
         node.check_merges(leaf_path)
     trained = {p: node for p, node in found.items() if not node.in_base}
-    leaves = {p: unbox(leaf) for p, leaf in base.items()}
+    leaves = {p: content(leaf) for p, leaf in base.items()}
     leaves |= {p: node.merge(None) for p, node in trained.items()}
     dtypes = {p: node.merged_dtype(None) for p, node in trained.items()}
 
@@ -94,7 +94,7 @@ def export(
     last: dict[str, Any] = {}  # what is stacked in one leaf is merged once
 
     def merged(leaf_path: str) -> Any:
-        W, to = jnp.asarray(leaves[leaf_path]), dtype_of(leaf_path)
+        W, to = jnp.asarray(unbox(leaves[leaf_path])), dtype_of(leaf_path)
         if leaf_path not in found:
             return W.astype(to)
         node = found[leaf_path]

@@ -14,7 +14,7 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import is_module
 from lora_jax.core._adapter import Adapter, base_at_start, init_adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import rebox, unbox
+from lora_jax.core._boxes import content, is_quantized, rebox, unbox
 from lora_jax.core._fully_trained import raise_precision
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config
@@ -110,7 +110,7 @@ def lora_init(
         )
     if rules and not hasattr(key, "dtype"):
         raise TypeError(f"key must be a JAX random key, as jax.random.key(0), got {key!r}.")
-    leaves = {path: unbox(arrays[key_]) for path, key_ in paths.items()}
+    leaves = {path: content(arrays[key_]) for path, key_ in paths.items()}
     rules, resolved = resolve_axes(leaves, rules, axes)
     tied = axes.tied if isinstance(axes, ModelAxes) else frozenset()
     check_read(trainable, axes)
@@ -120,7 +120,7 @@ def lora_init(
     for path, key_ in paths.items():
         if path in rules:
             adapter_key = key_for(key, path)
-            kernel = jnp.asarray(leaves[path])
+            kernel = jnp.asarray(unbox(leaves[path]))
             untied = path in tied and not rules[path].materialize
             adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
             _check_finite(path, kernel, adapter)

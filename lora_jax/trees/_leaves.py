@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._compat import is_traced
+from lora_jax.core._boxes import content
 
 
 def dtype_of(leaf: Any) -> np.dtype[Any] | None:
     """The dtype of a leaf in or without a box; ``None`` where it is not one array."""
-    arrays = jax.tree.leaves(leaf)
-    if len(arrays) != 1 or not hasattr(arrays[0], "shape"):
+    array = content(leaf)
+    if not hasattr(array, "shape"):
         return None
     try:
-        dtype: np.dtype[Any] = jnp.dtype(arrays[0].dtype)
+        dtype: np.dtype[Any] = jnp.dtype(array.dtype)
     except (AttributeError, TypeError):  # of another library, or a key
         return None
     return dtype

@@ -15,7 +15,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import is_module
 from lora_jax.core._adapter_stack import AdapterStack
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, unbox
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._node import Node
 from lora_jax.core.rules._match_paths import nearest_paths
@@ -162,7 +162,7 @@ def check_pair(
     path, leaf = path_of(key), base.get(key, empty_node)
     if leaf is not empty_node:
         check_floating(path, leaf, "the base has" if name == "frozen" else f"{name} has")
-        node.check_fits(path, tuple(unbox(leaf).shape), count, name)
+        node.check_fits(path, tuple(content(leaf).shape), count, name)
         if node.base_hash not in (None, UNKNOWN) and (
             base_hash(unbox(leaf)) not in (None, node.base_hash)
         ):

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from lora_jax._compat import is_traced, mesh_in_force, spec_of_box
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._adapter_stack import AdapterStack
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, is_quantized
 from lora_jax.core._fully_trained import as_node
 from lora_jax.core._meshes import explicit_sharding
 from lora_jax.core._node import Node
@@ -74,8 +74,8 @@ def shardings(
     found: dict[Any, Any] = {}
     for key, node in nodes.items():
         path, leaf = path_of(key), base.get(key, empty_node)
-        if leaf is not empty_node and hasattr(unbox(leaf), "shape"):
-            check_pair(key, node, base, _count(node, unbox(leaf)))
+        if leaf is not empty_node and hasattr(content(leaf), "shape"):
+            check_pair(key, node, base, _count(node, content(leaf)))
         elif leaf is empty_node and node.in_base:
             raise ValueError(
                 f"There is an adapter for {path!r}, which frozen lacks. Were the adapters made for "
@@ -116,9 +116,9 @@ def follow(node: Any, leaf: Any) -> Any:
       node: the node, or a plain array for the leaf itself.
       leaf: the array, which may be in a box.
     """
-    array = unbox(leaf)
+    array = content(leaf)
     traced = any(map(is_traced, jax.tree.leaves((node, array))))
-    sharding = explicit_sharding(array) if traced else _of_array(array)
+    sharding = explicit_sharding(getattr(array, "codes", array)) if traced else _of_array(array)
     if sharding is None:
         return node
     put = jax.sharding.reshard if traced else jax.device_put
@@ -147,7 +147,7 @@ def _like_leaf(
       replicate: whether the arrays are whole on each device instead.
       in_front: number of axes of the stack.
     """
-    leaf_shape = None if isinstance(leaf, Sharding) else getattr(unbox(leaf), "shape", None)
+    leaf_shape = None if isinstance(leaf, Sharding) else getattr(content(leaf), "shape", None)
     if not isinstance(sharding, NamedSharding):  # one device
         return jax.tree.map(lambda _: sharding, node.as_leaf())
     whole = NamedSharding(sharding.mesh, PartitionSpec())
@@ -168,14 +168,15 @@ def _like_leaf(
 
 def _said(path: str, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | None:
     """How a leaf is sharded, by its array, by its names, or as it says itself."""
-    array = unbox(leaf)
+    array = content(leaf)
     if isinstance(array, Sharding):
         return array
     if (sharding := _of_array(array)) is not None:
         return sharding
-    said = array, names_of_variable(leaf), spec_of_box(leaf)
+    box = array.box if is_quantized(array) else leaf
+    said = array, names_of_variable(leaf), spec_of_box(box)
     spec = next((one for one in said if isinstance(one, PartitionSpec)), None)
-    mesh = mesh or getattr(leaf, "mesh", None) or mesh_in_force()
+    mesh = mesh or getattr(box, "mesh", None) or mesh_in_force()
     if spec is None or mesh is None:
         return None
     try:
@@ -187,6 +188,8 @@ def _said(path: str, leaf: Any, mesh: Mesh | AbstractMesh | None) -> Sharding | 
 def _of_array(array: Any) -> Sharding | None:
     """How an array is sharded, where it is anywhere."""
     sharding: Sharding | None
+    if is_quantized(array):  # its codes have the axes of the kernel
+        array = array.codes
     if is_traced(array):
         sharding = explicit_sharding(array)
         return sharding

@@ -15,7 +15,7 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import is_traced
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, is_quantized, unbox
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._node import Node
 from lora_jax.core._numerics import column_norm
@@ -77,7 +77,7 @@ def summary(
         raise TypeError(f"tx must be an optax optimizer, got {tx!r}.")
     flat, found = pair(frozen, adapters)
     base = {
-        path_of(key): unbox(leaf)
+        path_of(key): content(leaf)
         for key, leaf in parameters_in(flat).items()
         if leaf is not empty_node
     }
@@ -129,7 +129,7 @@ def _rules(
 
 def _row(path: str, node: Node, leaf: Any) -> Row:
     """The row of a node: what a kind of node has no field for is not in it."""
-    leaf = unbox(leaf) if node.in_base else node.merge(None)
+    leaf = content(leaf) if node.in_base else node.merge(None)
     return Row(
         path,
         tuple(leaf.shape),
@@ -146,15 +146,16 @@ def _row(path: str, node: Node, leaf: Any) -> Row:
 
 def _zero_columns(node: Node, kernel: Any) -> int | None:
     """How many columns of the kernel DoRA has no direction for; ``None`` where unknown."""
-    abstract = isinstance(kernel, jax.ShapeDtypeStruct) or is_traced(kernel)
+    arrays = jax.tree.leaves(kernel)
+    abstract = any(isinstance(a, jax.ShapeDtypeStruct) or is_traced(a) for a in arrays)
     if not (isinstance(node, Adapter) and isinstance(node.variant, DoRA)) or abstract:
         return None
-    matrix = node.axes.as_matrix(jnp.asarray(kernel))
+    matrix = node.axes.as_matrix(jnp.asarray(unbox(kernel)))
     return int(jnp.sum(column_norm(matrix.astype(jnp.float32)) == 0))
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(array.shape) for array in jax.tree.leaves(tree))
+    return sum(math.prod(array.shape) for array in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 def _nbytes(tree: Any) -> int:

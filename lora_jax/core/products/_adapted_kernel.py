@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lora_jax._deprecated import renamed_arguments
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core.products._dequantized import product_with
 from lora_jax.core.products._dropout_mask import dropped
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._factored import Product
@@ -23,6 +24,7 @@ from lora_jax.core.products._observer import Observer
 from lora_jax.core.products._product import adapted_einsum, adapted_linear
 from lora_jax.core.products._row_ids import BASE, Ids, repeat_ids
 from lora_jax.core.products._shared_input import SharedInputs
+from lora_jax.core.quantized._array import QuantizedArray
 
 
 class AdaptedKernel:
@@ -32,7 +34,7 @@ class AdaptedKernel:
     are with ``W``.
 
     Attributes:
-      value: the kernel ``W`` as it is stored.
+      value: the kernel ``W`` as it is stored, or what it dequantizes to.
       dtype: its dtype.
       ids: which of several adapters a row of the batch has, or ``None`` where there is one.
     """
@@ -53,12 +55,19 @@ class AdaptedKernel:
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.ids = use, ids
         self._draws = 0
-        self.value = self._observable(value)
+        self._stored, self._refused = value, False
+
+    @functools.cached_property
+    def value(self) -> chex.Array:
+        """The kernel ``W`` as it is stored, or what it dequantizes to."""
+        stored = self._stored
+        W = stored.dequantize() if isinstance(stored, QuantizedArray) else stored
+        return self._observable(W)
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the stored kernel."""
-        return self.value.dtype
+        """Dtype of the stored kernel, or what it dequantizes to."""
+        return self._stored.dtype
 
     @property
     def untied(self) -> bool:
@@ -111,6 +120,7 @@ class AdaptedKernel:
             plain = base or functools.partial(jnp.einsum, equation, precision=precision)
             return self._observed(x, plain(x, W))
         axes = eq.transposed_axes if transposed else eq.axes
+        base = self._base_product(W, base, functools.partial(eq.product, precision=precision))
         factors, ids = self._factors(axes, W, contracted=not transposed)
         if factors is None:
             return self._observed(x, eq.product(x, W, precision) if base is None else base(x, W))
@@ -167,7 +177,6 @@ class AdaptedKernel:
           >>> kernel.linear(take, jnp.array([1, 7]), inputs=(0,)).shape
           (2, 4)
         """
-        base = base or product
         if W is None:
             W = self.value
             if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -180,8 +189,9 @@ class AdaptedKernel:
                 f"its handler leaves {len(outputs)} axes of the kernel {W.shape} for the outputs, "
                 f"and linear() takes one; use einsum()"
             )
-            return self._observed(x, base(x, W))
+            return self._observed(x, (base or product)(x, W))
         axes = KernelAxes(inputs, outputs, batch_axes)
+        base = self._base_product(W, base, product) or product
         factors, ids = self._factors(axes, W, contracted=False)
         if factors is None:
             return self._observed(x, base(x, W))
@@ -222,6 +232,7 @@ class AdaptedKernel:
         Raises:
           ValueError: if the kernel has an adapter.
         """
+        self._refused = True
         if self._observer is not None:
             self._observer.refuse(reason)
         elif self._adapter is not None:
@@ -229,6 +240,20 @@ class AdaptedKernel:
                 f"The kernel {self._path!r} cannot be adapted in its layer: {reason}. Give it a "
                 f"rule with materialize=True."
             )
+
+    def _base_product(self, W: chex.Array, base: Product | None, plain: Product) -> Product | None:
+        """The layer's own product; of a quantized kernel one that does not keep it.
+
+        Args:
+          W: the kernel in the compute dtype.
+          base: the layer's own product, if it is more than the plain one.
+          plain: the plain one.
+        """
+        stored = self._stored
+        keeps = self._observer is not None or self._refused
+        if keeps or not isinstance(stored, QuantizedArray) or W.shape != stored.shape:
+            return base
+        return product_with(stored, base or plain, W.dtype)
 
     def _observable(self, W: chex.Array) -> chex.Array:
         """The kernel, or zeros where only its use is observed."""
@@ -271,8 +296,8 @@ class AdaptedKernel:
         adapter = self._sliced(layer, W)
         ids = None if self.ids is None else self.ids.in_layer(layer, W.shape)
         if ids is None:
-            adapter = normalized(self.value, adapter)  # as it is, where it was before its layer
-        return layer_factors(self.value, adapter, self._product, self._path), ids
+            adapter = normalized(self._stored, adapter)  # as it is, where it was before its layer
+        return layer_factors(self._stored, adapter, self._product, self._path), ids
 
     def _sliced(self, axes: KernelAxes, W: chex.Array) -> Adapter:
         """The adapter in the layer, where transforms have sliced it like the kernel."""

@@ -16,6 +16,7 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.products._dequantized import computed_of
 from lora_jax.core.products._normal_form import PLAIN, SCALED
 from lora_jax.core.variants._apply_variant import of_matrices
 
@@ -60,7 +61,8 @@ def layer_factors(
     if variant not in (PLAIN, SCALED):
         *batch, d, k = dataclasses.replace(axes, fused=1, parts=()).matrix_spec(kernel)
         like = PartitionSpec(*batch, d, k if axes.fused == 1 else None)
-        D = left_to_compiler(_change, kernel, adapter, like=like)
+        change = functools.partial(computed_of, _change)
+        D = left_to_compiler(change, kernel, adapter, like=like)
         return LayerFactors(D, None, None, 1.0, product, path)
     U, V, a = adapter.U, adapter.V, adapter.m
     if axes.fused > 1:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._meshes import left_to_compiler
+from lora_jax.core.products._dequantized import computed_by_layer
 from lora_jax.core.variants._apply_variant import Known, known, low_rank_form
 from lora_jax.core.variants._cached_norm import CachedNorm
 from lora_jax.core.variants._lora import LoRA
@@ -74,14 +75,10 @@ def _computed(kernel: chex.Array, adapter: Adapter, found: Known, exact: bool) -
         factors = {"U": adapter.arrays[found.left], "V": adapter.arrays[found.right]}
     if factors and not found.has_a:
         return _as_lora(adapter, factors)
-    compute = functools.partial(
-        _form,
-        axes=adapter.axes,
-        variant=adapter.variant,
-        s=adapter.scale,
-        found=found,
-        exact=exact,
+    form = functools.partial(
+        _form, variant=adapter.variant, s=adapter.scale, found=found, exact=exact
     )
+    compute = functools.partial(computed_by_layer, form, axes=adapter.axes)
     *stack, d, k = adapter.axes.matrix_spec(kernel)
     like = {"m": PartitionSpec(*stack, k)} if found.has_a else {}
     if not found.forwards:

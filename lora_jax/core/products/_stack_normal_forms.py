@@ -23,6 +23,7 @@ from lora_jax.core._adapter import Adapter
 from lora_jax.core._adapter_stack import AdapterStack, Member
 from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.products._dequantized import computed_of
 from lora_jax.core.products._normal_form import NOTHING, PLAIN, SCALED, dense, low_rank, normalized
 from lora_jax.core.products._row_ids import BASE, nan_where, taken
 from lora_jax.core.variants._apply_variant import Known, known, low_rank_form
@@ -84,9 +85,9 @@ def normalized_stack(kernel: chex.Array, stack: AdapterStack) -> Adapter:
                 "U": PartitionSpec(None, *lead, d, None),
                 "V": PartitionSpec(None, *lead, None, k),
             }
-        arrays |= left_to_compiler(
-            functools.partial(_stack_form, names=tuple(like)), kernel, stack, like=like
-        )
+        form = functools.partial(_stack_form, names=tuple(like))
+        compute = functools.partial(computed_of, form)
+        arrays |= left_to_compiler(compute, kernel, stack, like=like)
     rates = _rates(stack)
     rate = rates if len(set(rates)) > 1 else rates[0]
     return _layer_adapter(stack, arrays, scale).replace(dropout=rate)
@@ -218,7 +219,8 @@ def normalized_member(kernel: chex.Array, stack: AdapterStack, id_: chex.Array) 
         like = {"U": PartitionSpec(*lead, d, None), "V": PartitionSpec(*lead, None, k)}
         if any(group.known.has_a for group in groups):
             like["m"] = PartitionSpec(*lead, k)
-        selected = left_to_compiler(_selected, kernel, stack, some, like=like)
+        compute = functools.partial(computed_of, _selected)
+        selected = left_to_compiler(compute, kernel, stack, some, like=like)
         form = _layer_adapter(stack, selected, 1.0)
     arrays = {n: jnp.where(id_ == BASE, NOTHING[n], array) for n, array in form.arrays.items()}
     return form.replace(arrays=arrays, dropout=_rate_of(stack, id_))

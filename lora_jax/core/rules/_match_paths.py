@@ -31,10 +31,10 @@ def assign(
     """
     trainable: dict[str, str] = {}
     for pattern in config.trainable:
-        matched = _matches(pattern, paths)
+        matched = matching(pattern, paths)
         if not matched:
             what = f"trainable pattern {pattern!r}"
-            raise ValueError(_matches_nothing(what, pattern, paths, leaves=".*"))
+            raise ValueError(matches_nothing(what, pattern, paths, leaves=".*"))
         trainable |= dict.fromkeys(matched, f"trainable pattern {pattern!r}")
     owners = dict(trainable)
     rules: dict[str, Rule] = {}
@@ -73,14 +73,14 @@ def matched_by(rule: Rule, paths: Sequence[str], axes: object = None) -> list[st
                 f"your own register a handler, lora_jax.register."
             )
     else:
-        matched = _matches(rule.pattern, paths)
+        matched = matching(rule.pattern, paths)
         if not matched:
-            raise ValueError(_matches_nothing(where, rule.pattern, paths))
+            raise ValueError(matches_nothing(where, rule.pattern, paths))
     for name, patterns in (("only", rule.only), ("exclude", rule.exclude)):
         for pattern in patterns:
-            if not _matches(pattern, paths):
+            if not matching(pattern, paths):
                 what = f"{where}: {name}={pattern!r}"
-                raise ValueError(_matches_nothing(what, pattern, paths, leaves=".*"))
+                raise ValueError(matches_nothing(what, pattern, paths, leaves=".*"))
     left = [
         path
         for path in matched
@@ -95,12 +95,21 @@ def matched_by(rule: Rule, paths: Sequence[str], axes: object = None) -> list[st
     return left
 
 
-def _matches(pattern: str, paths: Iterable[str]) -> list[str]:
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a pattern matches as a whole."""
     fullmatch = re.compile(pattern).fullmatch
     return [path for path in paths if fullmatch(path)]
 
 
-def _matches_nothing(what: str, pattern: str, paths: Sequence[str], leaves: str = "kernel") -> str:
+def matches_nothing(what: str, pattern: str, paths: Sequence[str], leaves: str = "kernel") -> str:
+    """The message for a pattern that matches nothing.
+
+    Args:
+      what: it is a pattern of.
+      pattern: the pattern.
+      paths: those that are there.
+      leaves: what is tried in the place of the pattern's last part.
+    """
     suggested, found = meant(pattern, paths, leaves)
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     hint = f"Did you mean {suggested!r}? It matches {found[0]!r}{more}. " if found else ""

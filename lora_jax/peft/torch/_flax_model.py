@@ -15,7 +15,7 @@ from flax.traverse_util import empty_node
 
 from lora_jax._compat import GPT2_CONV1D
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.peft.names._key_mapping import KeyMapping, find
 from lora_jax.peft.torch._layout import CONV1D, CONV1D_LAYERS, output_axis
@@ -42,7 +42,7 @@ class FlaxModel:
         axes: Mapping[str, KernelAxes] | None,
         adapter_axes: Mapping[str, KernelAxes] | None = None,
     ) -> None:
-        self.leaves = {p: unbox(leaf) for p, leaf in leaves.items() if leaf is not empty_node}
+        self.leaves = {p: content(leaf) for p, leaf in leaves.items() if leaf is not empty_node}
         self.names, self._axes, self._adapter_axes = names, axes, adapter_axes or {}
         self.model_axes = axes if isinstance(axes, ModelAxes) else None
 

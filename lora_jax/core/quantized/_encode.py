@@ -1,0 +1,97 @@
+"""A kernel as a quantized leaf."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core._axes import KernelAxes
+from lora_jax.core._meshes import left_to_compiler, spec_of
+from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.quantized._array import Packing, QuantizedArray, scale_of
+from lora_jax.core.quantized._blocks import block_counts, block_max, spread
+from lora_jax.core.quantized._kinds import LARGEST, encode, is_packed
+from lora_jax.core.quantized._packed import packed
+from lora_jax.core.quantized._quantization import Quantization
+
+# How many scales share what they are quantized by (QLoRA, section 3).
+_SCALES = 256
+
+
+def quantized(
+    kernel: chex.Array, quantization: Quantization, axes: KernelAxes, box: Any = None
+) -> QuantizedArray:
+    """The leaf of a kernel, whose numbers are rounded to the nearest that there are codes for.
+
+    Args:
+      kernel: floating-point.
+      quantization: how.
+      axes: of the kernel: a block is in one column, along its inputs.
+      box: that it was in, with anything in it.
+
+    Example:
+      >>> leaf = quantized(jnp.eye(64), Quantization("int8"), KernelAxes())
+      >>> bool((leaf.dequantize() == jnp.eye(64)).all())
+      True
+    """
+    spec = spec_of(kernel)
+    encoded = functools.partial(_encoded, quantization=quantization, axes=axes)
+    shape = jax.eval_shape(encoded, kernel)
+    like = jax.tree.map(lambda x: _fits(spec, kernel.shape, x.shape), shape)
+    leaf: QuantizedArray = left_to_compiler(encoded, kernel, like=like)
+    return leaf if box is None else leaf.replace(box=box)
+
+
+def _fits(spec: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> Any:
+    """The sharding of codes or scales, along the axes on which they are as the kernel."""
+    whole = [n if a == b else None for n, a, b in zip(spec, shape, own, strict=True)]
+    return jax.sharding.PartitionSpec(*whole)
+
+
+@functools.partial(jax.jit, static_argnames=("quantization", "axes"))
+def _encoded(
+    kernel: chex.Array, *, quantization: Quantization, axes: KernelAxes
+) -> QuantizedArray:
+    kind, size = quantization.kind, quantization.block_size
+    assert size is not None
+    W = kernel.astype(float32_or_more(kernel.dtype))
+    inputs = axes.inputs[::-1]
+    scale = block_max(jnp.abs(W), block_counts(W.shape, inputs, size)) / LARGEST[kind]
+    scales = {"scale": scale.astype(jnp.float32)}
+    if quantization.double_quant:
+        counts = block_counts(scale.shape, (*inputs, *axes.outputs[::-1]), _SCALES)
+        scales = _of_8_bits(scales["scale"], counts)
+    packing = None
+    if is_packed(kind):
+        packing = _packing(kernel.shape, axes)
+    leaf = QuantizedArray(
+        codes=None,
+        **scales,
+        quantization=quantization,
+        kernel_dtype=jnp.dtype(kernel.dtype),
+        packing=packing,
+    )
+    # In units of the scale as it is stored, so that its own rounding is made up for.
+    divisor = spread(scale_of(leaf).astype(W.dtype), W.shape)
+    codes = encode(kind, W / jnp.where(divisor > 0, divisor, 1))
+    return leaf.replace(codes=codes if packing is None else packed(codes, packing.axis))
+
+
+def _of_8_bits(scale: chex.Array, counts: tuple[int, ...]) -> dict[str, chex.Array]:
+    """Scales as codes of 8 bits, from the smallest scale of their group to its largest."""
+    low, high = -block_max(-scale, counts), block_max(scale, counts)
+    step = (high - low) / 255
+    divisor = spread(jnp.where(step > 0, step, 1), scale.shape)
+    codes = jnp.round((scale - spread(low, scale.shape)) / divisor)
+    return {"scale": codes.astype(jnp.uint8), "scale_step": step, "scale_min": low}
+
+
+def _packing(shape: tuple[int, ...], axes: KernelAxes) -> Packing:
+    """Along an axis of an even size where there is one, of the inputs if possible."""
+    order = (*axes.inputs[::-1], *axes.outputs)
+    axis = next((axis for axis in order if shape[axis] % 2 == 0), order[0])
+    return Packing(axis, bool(shape[axis] % 2), len(shape), axes.batch)

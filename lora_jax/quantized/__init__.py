@@ -1,0 +1,5 @@
+"""Bases of few bits: functions over parameter trees whose kernels are quantized.
+
+- ``_quantize.py``: kernels that match a pattern, quantized (``quantize``).
+- ``_loftq.py``: adapters that start at what quantizing has lost (``loftq``).
+"""
