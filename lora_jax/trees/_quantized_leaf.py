@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -29,22 +31,35 @@ def quantized_leaf(leaf: Any, quantized: QuantizedArray) -> Any:
     return quantized
 
 
-def dequantized_when_read(variable: Any, value: Any) -> Any:
-    """The hook of a variable of NNX: what a layer sees of its value."""
-    del variable
-    return value.dequantize() if isinstance(value, QuantizedArray) else value
-
-
 def is_quantized_variable(variable: Any) -> bool:
     """Whether a layer sees what the value of a variable dequantizes to, and nothing else."""
-    hooks = variable.get_metadata().get("on_get_value", ())
-    return is_quantized(content(variable)) and hooks in ((dequantized_when_read,), dequantized_when_read)
+    hook = variable.get_metadata().get("on_get_value")
+    return is_quantized(content(variable)) and hook == _WHEN_READ
+
+
+@dataclasses.dataclass(frozen=True)
+class _WhenRead:
+    """The hook of a variable: what a layer sees of its value.
+
+    Attributes:
+      then: the hooks that it had, which see what it dequantizes to.
+    """
+
+    then: tuple[Callable[..., Any], ...] = ()
+
+    def __call__(self, variable: Any, value: Any) -> Any:
+        value = value.dequantize() if isinstance(value, QuantizedArray) else value
+        for hook in self.then:
+            value = hook(variable, value)
+        return value
+
+
+_WHEN_READ = _WhenRead()
 
 
 def _variable(leaf: Any, quantized: QuantizedArray) -> Any:
     metadata = leaf.get_metadata()
-    hooks = metadata.get("on_get_value", ())
-    hooks = tuple(hooks) if isinstance(hooks, tuple | list) else (hooks,)
-    if dequantized_when_read not in hooks:
-        metadata = {**metadata, "on_get_value": (dequantized_when_read, *hooks)}
-    return type(leaf).from_metadata(quantized, metadata)
+    hook = metadata.get("on_get_value", ())
+    if not isinstance(hook, _WhenRead):
+        hook = _WhenRead(tuple(hook) if isinstance(hook, tuple | list) else (hook,))
+    return type(leaf).from_metadata(quantized, {**metadata, "on_get_value": hook})

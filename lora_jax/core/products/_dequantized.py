@@ -48,12 +48,16 @@ def computed_of(function: Callable[..., Any], kernel: Any, *args: Any) -> Any:
     if not isinstance(kernel, QuantizedArray):
         return function(kernel, *args)
 
+    # Without it XLA finds that a layer dequantizes the same codes, and keeps what is found here
+    # until the layer comes.
+    return _recomputed(function, kernel.replace(codes=barrier(kernel.codes)), *args)
+
+
+def _recomputed(function: Callable[..., Any], kernel: QuantizedArray, *args: Any) -> Any:
     def dequantized(leaf: QuantizedArray, *args: Any) -> Any:
         return function(leaf.dequantize(), *args)
 
-    # Without it XLA finds that a layer dequantizes the same codes, and keeps what is found here
-    # until the layer comes.
-    return jax.checkpoint(dequantized)(kernel.replace(codes=barrier(kernel.codes)), *args)
+    return jax.checkpoint(dequantized)(kernel, *args)
 
 
 def computed_by_layer(
@@ -70,12 +74,12 @@ def computed_by_layer(
     if not (isinstance(kernel, QuantizedArray) and axes.batch):
         return computed_of(functools.partial(function, axes=axes), kernel, arrays)
     axis = axes.batch[0]
-    inner = axes.without(axis)
+    of_layer = functools.partial(function, axes=axes.without(axis))
     packing = kernel.packing and kernel.packing.without(axis)
     layers = jax.tree.map(lambda array: jnp.moveaxis(array, axis, 0), kernel)
 
     def one_layer(layer: tuple[QuantizedArray, dict[str, chex.Array]]) -> Any:
         leaf, arrays = layer
-        return computed_by_layer(function, leaf.replace(packing=packing), arrays, inner)
+        return _recomputed(of_layer, leaf.replace(packing=packing), arrays)
 
     return jax.lax.map(one_layer, (layers, dict(arrays)))

@@ -142,6 +142,13 @@ class QuantizedArray(flax.struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
         W: chex.Array = left_to_compiler(_dequantized, plain, like=spec_of(self.codes))
         return W
 
+    def __getitem__(self, index: Any) -> Any:
+        """A part of the kernel; all of it, ``[...]``, stays quantized.
+
+        So a variable of NNX is read, which hands on what this gives to what dequantizes it.
+        """
+        return self if index is Ellipsis else self.dequantize()[index]
+
     @property
     def is_array(self) -> bool:
         """Whether it has arrays, and not abstract ones or shardings in their places."""

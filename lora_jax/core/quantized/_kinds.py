@@ -81,19 +81,21 @@ def decode(kind: str, codes: chex.Array, dtype: Any) -> chex.Array:
       Array([-1.,  0.,  1.], dtype=float32)
     """
     if kind == "nf4":
-        return _chosen(codes, np.array(NF4, dtype))
+        return _chosen(codes.astype(jnp.uint8), np.array(NF4, dtype))
     values = codes.astype(dtype)
     return values - np.array(_ZERO, dtype) if kind == "int4" and codes.dtype == np.uint8 else values
 
 
 def _chosen(codes: chex.Array, table: np.ndarray[Any, Any]) -> chex.Array:
-    """``table[codes]``, by the bits of the codes: a compiler fuses that, and not a gather."""
-    codes = codes.astype(jnp.uint8)
-    values = [jnp.full(codes.shape, value) for value in table]
-    bit = 1
-    while len(values) > 1:
-        odd = (codes & np.uint8(bit)) != 0
+    """``table[codes]``, by the bits of the codes: any compiler fuses that, but not a gather.
+
+    Not by ``jnp.where`` of two numbers: each is a whole array to JAX, which a scan over layers
+    computes once and keeps.
+    """
+    values: list[Any] = list(table)
+    for bit in range(4):
+        odd = ((codes >> np.uint8(bit)) & np.uint8(1)).astype(table.dtype)
         pairs = zip(values[::2], values[1::2], strict=True)
-        values = [jnp.where(odd, high, low) for low, high in pairs]
-        bit *= 2
-    return values[0]
+        values = [odd * (high - low) + low for low, high in pairs]
+    chosen: chex.Array = values[0]
+    return chosen

@@ -38,8 +38,8 @@ def unpacked(codes: chex.Array, axis: int, odd: bool) -> chex.Array:
       >>> unpacked(jnp.array([33, 3], jnp.uint8), 0, odd=True)
       Array([1, 2, 3], dtype=uint8)
     """
-    pairs = jnp.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=axis + 1)
-    whole = jnp.reshape(
-        pairs, (*codes.shape[:axis], 2 * codes.shape[axis], *codes.shape[axis + 1 :])
-    )
+    shifts = np.array([0, 4], np.uint8).reshape((2, *(1,) * (codes.ndim - axis - 1)))
+    pairs = (jnp.expand_dims(codes, axis + 1) >> shifts[(None,) * (axis + 1)]) & np.uint8(15)
+    shape = (*codes.shape[:axis], 2 * codes.shape[axis], *codes.shape[axis + 1 :])
+    whole = jnp.reshape(pairs, shape)
     return whole[(slice(None),) * axis + (slice(-1),)] if odd else whole
