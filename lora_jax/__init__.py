@@ -54,6 +54,7 @@ from lora_jax.nnx._lora_model import lora_model, lora_state, lora_update
 from lora_jax.peft._export import export
 from lora_jax.peft._lora_bias import LoraBias
 from lora_jax.quantized._dequantize import dequantize
+from lora_jax.quantized._loftq import LoftQReport, QuantizationError, loftq
 from lora_jax.quantized._quantize import quantize
 from lora_jax.trees._init import lora_init
 from lora_jax.trees._merge import lora_merge
@@ -75,11 +76,13 @@ __all__ = [
     "Handlers",
     "KernelAxes",
     "LoRA",
+    "LoftQReport",
     "LoraBias",
     "LoraConfig",
     "ModelAxes",
     "NormalForm",
     "Quantization",
+    "QuantizationError",
     "QuantizedArray",
     "Rounding",
     "RoundingReport",
@@ -94,6 +97,7 @@ __all__ = [
     "export",
     "kernel_axes",
     "load",
+    "loftq",
     "lora_apply",
     "lora_init",
     "lora_init_model",

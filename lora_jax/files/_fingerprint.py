@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core._boxes import unbox
+from lora_jax.core._boxes import content, is_quantized, unbox
 from lora_jax.files._bytes import StrPath
 from lora_jax.files._to_host import host
 from lora_jax.trees._base_hash import hash_of
@@ -18,6 +18,8 @@ def fingerprint(leaf: Any, path: str) -> str:
     """A hash of a parameter: its dtype, shape and values; of several arrays, of their hashes."""
     if len(arrays := jax.tree.leaves(leaf)) > 1:
         hashes = "".join(fingerprint(array, path) for array in arrays)
+        if is_quantized(inside := content(leaf)):
+            hashes += f"{inside.quantization} {inside.dtype.name}"
         return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
     return hash_of(host(unbox(leaf), path))
 

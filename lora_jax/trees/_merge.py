@@ -8,16 +8,22 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
-from lora_jax.core._boxes import rebox, unbox
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._boxes import content, is_quantized, rebox, unbox
 from lora_jax.core._node import Node
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import Key, path_of, unflatten
+from lora_jax.trees._quantized_leaf import requantized_leaf
 from lora_jax.trees._rounding import key_for, round_to
 from lora_jax.trees._shardings import follow
 
 
 def lora_merge(
-    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, key: chex.PRNGKey | None = None
+    frozen: chex.ArrayTree,
+    adapters: chex.ArrayTree,
+    *,
+    key: chex.PRNGKey | None = None,
+    requantize: bool = False,
 ) -> chex.ArrayTree:
     """Merges adapters into the base: plain parameters for the plain model.
 
@@ -31,6 +37,9 @@ def lora_merge(
       adapters: the adapters, trained.
       key: round stochastically, up or down, so that the mean of many entries is right; by default
         to the nearest.
+      requantize: quantize the kernels again that are quantized in the base, each as it was, to the
+        nearest codes. By default they are floats, in the dtype that they dequantize to.
+        ``rounding(..., requantize=True)`` says how large the error is.
 
     Returns:
       Parameters with the structure, shapes and dtypes that ``lora_init`` was given.
@@ -54,7 +63,10 @@ def lora_merge(
     def merge(key_: Key, leaf: Any, node: Node) -> dict[Key, Any]:
         path = path_of(key_)
         node.check_merges(path)
-        return {key_: merged_leaf(leaf, node, None if key is None else key_for(key, path))}
+        path_key = None if key is None else key_for(key, path)
+        if requantize and isinstance(node, Adapter) and is_quantized(content(leaf)):
+            return {key_: requantized_leaf(leaf, node.merge(unbox(leaf)), node.axes)}
+        return {key_: merged_leaf(leaf, node, path_key)}
 
     return unflatten(join(frozen, adapters, merge), frozen)
 
@@ -68,7 +80,7 @@ def merged_leaf(leaf: Any, node: Node, key: chex.PRNGKey | None = None) -> Any:
       key: as for :func:`lora_merge`.
     """
     W = jnp.asarray(unbox(leaf))
-    return rebox(leaf, follow(round_to(node.merge(W), W.dtype, key), W))
+    return rebox(leaf, follow(round_to(node.merge(W), W.dtype, key), content(leaf)))
 
 
 def join(

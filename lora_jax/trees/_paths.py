@@ -9,13 +9,17 @@ import chex
 import flax.core
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lora_jax.trees._qwix_leaf import from_qwix
 from lora_jax.trees._states import is_state, leaves_of_state, state_of
 
 Key = tuple[str, ...]
 
 
 def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:
-    """The leaves of nested dicts, or of a state, by their keys. Boxes and adapters are leaves."""
+    """The leaves of nested dicts, or of a state, by their keys. Boxes and adapters are leaves.
+
+    Those that qwix has quantized are quantized leaves of ours.
+    """
     if is_state(tree):
         return leaves_of_state(tree, name)
     if not isinstance(tree, Mapping):
@@ -24,7 +28,7 @@ def flatten(tree: chex.ArrayTree, name: str) -> dict[Key, Any]:
             f"graphdef, state = nnx.split(model); got {type(tree).__name__}."
         )
     flat: dict[Key, Any] = flatten_dict(flax.core.unfreeze(dict(tree)), keep_empty_nodes=True)
-    return flat
+    return {key: from_qwix(leaf, path_of(key)) for key, leaf in flat.items()}
 
 
 def unflatten(flat: Mapping[Key, Any], like: chex.ArrayTree) -> chex.ArrayTree:

@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 from flax import nnx
 
+from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import content, is_quantized
 from lora_jax.core.quantized._array import QuantizedArray
+from lora_jax.core.quantized._encode import quantized
 
 
-def quantized_leaf(leaf: Any, quantized: QuantizedArray) -> Any:
+def quantized_leaf(leaf: Any, codes: QuantizedArray) -> Any:
     """The leaf, with a quantized kernel in place of the kernel.
 
     A box of Linen goes into the quantized one, as what it says is said of the kernel. A variable of
@@ -22,13 +25,27 @@ def quantized_leaf(leaf: Any, quantized: QuantizedArray) -> Any:
 
     Args:
       leaf: the kernel, in its box.
-      quantized: the kernel, quantized.
+      codes: the kernel, quantized.
     """
     if isinstance(leaf, nn.meta.AxisMetadata):
-        return quantized.replace(box=jax.tree.map(lambda _: None, leaf))
+        return codes.replace(box=jax.tree.map(lambda _: None, leaf))
     if isinstance(leaf, nnx.Variable):
-        return _variable(leaf, quantized)
-    return quantized
+        return _variable(leaf, codes)
+    return codes
+
+
+def requantized_leaf(leaf: Any, kernel: chex.Array, axes: KernelAxes) -> Any:
+    """A quantized leaf with another kernel, quantized as it was.
+
+    Args:
+      leaf: the leaf, in its box.
+      kernel: the kernel, in float32 or more.
+      axes: of the kernel.
+    """
+    had = content(leaf)
+    axes = dataclasses.replace(axes, fused=1, parts=(), alone=None)
+    new = quantized(kernel, had.quantization, axes).replace(kernel_dtype=had.dtype, box=had.box)
+    return jax.tree.map(lambda _: new, leaf, is_leaf=is_quantized)
 
 
 def is_quantized_variable(variable: Any) -> bool:
@@ -57,9 +74,9 @@ class _WhenRead:
 _WHEN_READ = _WhenRead()
 
 
-def _variable(leaf: Any, quantized: QuantizedArray) -> Any:
+def _variable(leaf: Any, codes: QuantizedArray) -> Any:
     metadata = leaf.get_metadata()
     hook = metadata.get("on_get_value", ())
     if not isinstance(hook, _WhenRead):
         hook = _WhenRead(tuple(hook) if isinstance(hook, tuple | list) else (hook,))
-    return type(leaf).from_metadata(quantized, {**metadata, "on_get_value": hook})
+    return type(leaf).from_metadata(codes, {**metadata, "on_get_value": hook})

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core._boxes import unbox
+from lora_jax.core._adapter import Adapter
+from lora_jax.core._boxes import content, is_quantized, unbox
 from lora_jax.core._numerics import float32_or_more
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import path_of
+from lora_jax.trees._quantized_leaf import requantized_leaf
 from lora_jax.trees._table import Report, text_table
 
 MOST = 0.5  # an update is reported as lost where more than this share of it vanishes
@@ -30,7 +32,7 @@ class Rounding:
     """What rounding does to one merged parameter.
 
     Attributes:
-      dtype: of the merged parameter.
+      dtype: of the merged parameter; the kind of its codes where it is quantized again.
       largest: the largest error of an entry, against ``W'`` in float32.
       mean: the mean error of an entry.
       vanished: share of the entries that the adapter changes and that come out as the base has
@@ -158,7 +160,11 @@ def _errors(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> 
 
 
 def rounding(
-    frozen: chex.ArrayTree, adapters: chex.ArrayTree, *, key: chex.PRNGKey | None = None
+    frozen: chex.ArrayTree,
+    adapters: chex.ArrayTree,
+    *,
+    key: chex.PRNGKey | None = None,
+    requantize: bool = False,
 ) -> RoundingReport:
     """What :func:`lora_jax.lora_merge` loses by rounding, parameter by parameter.
 
@@ -166,6 +172,7 @@ def rounding(
       frozen: the base.
       adapters: the adapters, trained.
       key: as for :func:`lora_jax.lora_merge`.
+      requantize: as for :func:`lora_jax.lora_merge`: the report is on what the new codes stand for.
 
     Returns:
       A report that prints as a table. Only one merged kernel is in memory at a time.
@@ -198,7 +205,13 @@ def rounding(
         exact, dtype = jnp.asarray(node.merge(W)), node.merged_dtype(W)
         if W is not None:
             path_key = None if key is None else key_for(key, path)
-            rows[path] = measure(exact, round_to(exact, dtype, path_key), W)
+            rounded, leaf = round_to(exact, dtype, path_key), base[key_]
+            kind = None
+            if requantize and isinstance(node, Adapter) and is_quantized(content(leaf)):
+                new = requantized_leaf(leaf, exact, node.axes)
+                rounded, kind = unbox(new), content(new).quantization.kind
+            row = measure(exact, rounded, W)
+            rows[path] = row if kind is None else dataclasses.replace(row, dtype=kind)
         elif exact.dtype != dtype:  # lora_merge rounds it to the nearest, whatever the key
             rows[path] = measure(exact, exact.astype(dtype), None)
     return RoundingReport(rows)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax._compat import is_traced
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._meshes import left_to_compiler, spec_of
+from lora_jax.core._meshes import left_to_compiler
 from lora_jax.core._numerics import float32_or_more
 from lora_jax.core.quantized._array import Packing, QuantizedArray, scale_of
 from lora_jax.core.quantized._blocks import block_counts, block_max, spread
@@ -23,33 +26,58 @@ _SCALES = 256
 
 
 def quantized(
-    kernel: chex.Array, quantization: Quantization, axes: KernelAxes, box: Any = None
+    kernel: chex.Array, quantization: Quantization, axes: KernelAxes
 ) -> QuantizedArray:
     """The leaf of a kernel, whose numbers are rounded to the nearest that there are codes for.
+
+    On a mesh it is where the kernel is.
 
     Args:
       kernel: floating-point.
       quantization: how.
       axes: of the kernel: a block is in one column, along its inputs.
-      box: that it was in, with anything in it.
 
     Example:
       >>> leaf = quantized(jnp.eye(64), Quantization("int8"), KernelAxes())
       >>> bool((leaf.dequantize() == jnp.eye(64)).all())
       True
     """
-    spec = spec_of(kernel)
     encoded = functools.partial(_encoded, quantization=quantization, axes=axes)
-    shape = jax.eval_shape(encoded, kernel)
-    like = jax.tree.map(lambda x: _fits(spec, kernel.shape, x.shape), shape)
+    sharding = jax.typeof(kernel).sharding if is_traced(kernel) else kernel.sharding
+    if not isinstance(sharding, NamedSharding):
+        return encoded(kernel)
+    nowhere = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    like = specs_like(jax.eval_shape(encoded, nowhere), sharding)
     leaf: QuantizedArray = left_to_compiler(encoded, kernel, like=like)
-    return leaf if box is None else leaf.replace(box=box)
+    if is_traced(kernel):
+        return leaf
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(sharding.mesh, spec)), leaf, like)
 
 
-def _fits(spec: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> Any:
-    """The sharding of codes or scales, along the axes on which they are as the kernel."""
-    whole = [n if a == b else None for n, a, b in zip(spec, shape, own, strict=True)]
-    return jax.sharding.PartitionSpec(*whole)
+def specs_like(leaf: Any, sharding: NamedSharding) -> Any:
+    """How codes and scales are sharded: as their kernel, along the axes that can be cut so.
+
+    Args:
+      leaf: a quantized kernel.
+      sharding: of the kernel.
+    """
+
+    def spec(array: Any) -> PartitionSpec:
+        names = [*sharding.spec, *(None,) * (len(array.shape) - len(sharding.spec))]
+        cuts = [
+            math.prod(sharding.mesh.shape[n] for n in ((one,) if isinstance(one, str) else one))
+            if isinstance(one, str | tuple)
+            else 1
+            for one in names
+        ]
+        return PartitionSpec(
+            *(
+                one if size % cut == 0 else None
+                for one, size, cut in zip(names, array.shape, cuts, strict=True)
+            )
+        )
+
+    return jax.tree.map(spec, leaf)
 
 
 @functools.partial(jax.jit, static_argnames=("quantization", "axes"))
