@@ -195,6 +195,141 @@ def wide_product(A: chex.Array, W: chex.Array, transposed: bool = False) -> chex
     return jnp.matmul(A, W, precision=jax.lax.Precision.HIGHEST)
 
 
+# --- a linear map whose transpose computes its constants anew ---
+
+
+def defined_linear_map() -> Callable[..., list[Any]] | None:
+    """``linear_map(function, linear, constants)``, a list of arrays: ``function(linear, constants)``.
+
+    ``function`` takes two lists, is linear in the first, and computes what it needs of the second,
+    such as the kernel that codes stand for. So does its transpose, in the backward pass: nothing of
+    it is kept from the forward pass. On CPUs each computes it when its arrays are there, and not
+    before.
+
+    Why: that is what ``jax.checkpoint`` is for. But XLA's compiler for CPUs takes barriers out
+    before it looks for what is computed twice, finds all of it, and keeps it for the backward pass.
+    Gone: ``None``, and there is ``jax.checkpoint``: on CPUs more memory, and the same numbers.
+
+    Example:
+      >>> def product(linear, constants):
+      ...     return [linear[0] @ constants[0].astype("float32")]
+      >>> codes = jax.numpy.ones((2, 3), "int8")
+      >>> def loss(x):
+      ...     return linear_map(product, [x], [codes])[0].sum()
+      >>> jax.grad(loss)(jax.numpy.ones((1, 2)))
+      Array([[3., 3.]], dtype=float32)
+    """
+    try:
+        from jax.interpreters import ad, batching, mlir
+
+        p = jax.extend.core.Primitive("lora_jax_linear_map")
+        p.multiple_results = True
+
+        def called(*args: Any, function: Any, count: int, backward: bool) -> list[Any]:
+            del backward
+            return list(function(list(args[:count]), list(args[count:])))
+
+        def behind_barrier(*args: Any, count: int, backward: bool, **static: Any) -> list[Any]:
+            if backward:
+                args = tuple(jax.lax.optimization_barrier(args))
+            return called(*args, count=count, backward=backward, **static)
+
+        def behind_bits(*args: Any, count: int, **static: Any) -> list[Any]:
+            constants = [_waits(array, args[0]) for array in args[count:]]
+            return called(*args[:count], *constants, count=count, **static)
+
+        def abstract(*args: Any, **static: Any) -> Any:
+            given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+            out = jax.eval_shape(functools.partial(called, **static), *given)
+            kind = args[0]
+            return [kind.update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in out]
+
+        def jvp(primals: Any, tangents: Any, *, count: int, **static: Any) -> Any:
+            full = [ad.instantiate_zeros(t) for t in tangents]
+            if any(type(t) is not ad.Zero for t in tangents[count:]):
+                call = functools.partial(called, count=count, **static)
+                return jax.jvp(call, tuple(primals), tuple(full))
+            bound = functools.partial(p.bind, count=count, **static)
+            return bound(*primals), bound(*full[:count], *primals[count:])
+
+        def transposed(cotangents: Any, *args: Any, function: Any, count: int, backward: Any) -> Any:
+            avals, constants = [one.aval for one in args[:count]], args[count:]
+            if all(type(c) is ad.Zero for c in cotangents):
+                return [*map(ad.Zero, avals), *[None] * len(constants)]
+            given = [ad.instantiate_zeros(c) for c in cotangents]
+            shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
+            static = {"function": _Transposed(function, shapes), "count": len(given)}
+            out = p.bind(*given, *constants, **static, backward=not backward)
+            return [*out, *[None] * len(constants)]
+
+        def batched(args: Any, axes: Any, *, function: Any, count: int, backward: bool) -> Any:
+            mapped = _Mapped(function, tuple(axes[:count]), tuple(axes[count:]))
+            out = p.bind(*args, function=mapped, count=count, backward=backward)
+            return out, [0] * len(out)
+
+        p.def_impl(jax.jit(p.bind, static_argnames=("function", "count", "backward")))
+        p.def_abstract_eval(abstract)
+        ad.primitive_jvps[p] = jvp
+        ad.primitive_transposes[p] = transposed
+        batching.primitive_batchers[p] = batched
+        mlir.register_lowering(p, mlir.lower_fun(behind_barrier, multiple_results=True))
+        on_cpus = mlir.lower_fun(behind_bits, multiple_results=True)
+        mlir.register_lowering(p, on_cpus, platform="cpu")
+    except (AttributeError, ImportError, TypeError):
+        return None
+
+    def linear_map(function: Any, linear: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
+        bound = functools.partial(p.bind, function=function, count=len(linear), backward=False)
+        return list(bound(*linear, *constants))
+
+    return linear_map
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed:
+    """The transpose of a linear map."""
+
+    function: Callable[..., Any]
+    shapes: tuple[Any, ...]
+
+    def __call__(self, linear: list[Any], constants: list[Any]) -> list[Any]:
+        def function(*arrays: Any) -> Any:
+            return list(self.function(list(arrays), constants))
+
+        return list(jax.linear_transpose(function, *self.shapes)(linear))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+    """A linear map under ``jax.vmap``."""
+
+    function: Callable[..., Any]
+    linear: tuple[int | None, ...]
+    constants: tuple[int | None, ...]
+
+    def __call__(self, linear: list[Any], constants: list[Any]) -> list[Any]:
+        axes = (list(self.linear), list(self.constants))
+        return list(jax.vmap(self.function, in_axes=axes)(linear, constants))
+
+
+def _waits(codes: chex.Array, to: chex.Array) -> chex.Array:
+    """Codes of 8 bits that cannot be computed with before an array is there, on CPUs.
+
+    By a bit that is never set, as nothing is above infinity, which the compiler does not see.
+    """
+    if codes.dtype.itemsize > 1 or not (to.size and jnp.issubdtype(to.dtype, jnp.floating)):
+        return codes
+    one = jnp.reshape(jax.lax.slice(to, (0,) * to.ndim, (1,) * to.ndim), ())
+    never = one > jnp.array(jnp.inf, one.dtype)
+    integers = codes
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        integers = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    flipped = integers ^ never.astype(integers.dtype)
+    return flipped if integers is codes else jax.lax.bitcast_convert_type(flipped, codes.dtype)
+
+
+linear_map = defined_linear_map()
+
 # --- what jax.make_jaxpr gives ---
 
 

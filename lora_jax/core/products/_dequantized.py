@@ -14,9 +14,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
-from lora_jax._compat import barrier
+from lora_jax._compat import linear_map
 from lora_jax.core._axes import KernelAxes
+from lora_jax.core._numerics import known_tangent
 from lora_jax.core.quantized._array import QuantizedArray
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
@@ -27,14 +29,21 @@ def product_with(leaf: QuantizedArray, product: Product, dtype: Any) -> Product:
 
     Args:
       leaf: the kernel.
-      product: of an input and the kernel.
+      product: of an input and the kernel, linear in the input.
       dtype: that the layer has the kernel in.
     """
 
-    def dequantized(x: chex.Array, leaf: QuantizedArray) -> chex.Array:
+    def dequantized(leaf: QuantizedArray, x: chex.Array) -> chex.Array:
         return product(x, leaf.dequantize().astype(dtype))
 
-    return lambda x, W: jax.checkpoint(dequantized)(x, leaf)
+    def product_of(x: chex.Array, W: chex.Array) -> chex.Array:
+        del W
+        if not jnp.issubdtype(x.dtype, jnp.inexact):  # rows of a table, which nothing is kept for
+            return dequantized(leaf, x)
+        y: chex.Array = _linear(dequantized, leaf, x)
+        return y
+
+    return product_of
 
 
 def computed_of(function: Callable[..., Any], kernel: Any, *args: Any) -> Any:
@@ -48,16 +57,10 @@ def computed_of(function: Callable[..., Any], kernel: Any, *args: Any) -> Any:
     if not isinstance(kernel, QuantizedArray):
         return function(kernel, *args)
 
-    # Without it XLA finds that a layer dequantizes the same codes, and keeps what is found here
-    # until the layer comes.
-    return _recomputed(function, kernel.replace(codes=barrier(kernel.codes)), *args)
-
-
-def _recomputed(function: Callable[..., Any], kernel: QuantizedArray, *args: Any) -> Any:
-    def dequantized(leaf: QuantizedArray, *args: Any) -> Any:
+    def dequantized(leaf: QuantizedArray, args: Any) -> Any:
         return function(leaf.dequantize(), *args)
 
-    return jax.checkpoint(dequantized)(kernel, *args)
+    return _differentiable(dequantized, kernel, args)
 
 
 def computed_by_layer(
@@ -80,6 +83,65 @@ def computed_by_layer(
 
     def one_layer(layer: tuple[QuantizedArray, dict[str, chex.Array]]) -> Any:
         leaf, arrays = layer
-        return _recomputed(of_layer, leaf.replace(packing=packing), arrays)
+        return computed_of(of_layer, leaf.replace(packing=packing), arrays)
 
     return jax.lax.map(one_layer, (layers, dict(arrays)))
+
+
+def _linear(function: Callable[..., Any], leaf: Any, linear: Any) -> Any:
+    """``function(leaf, linear)``, linear in the second, whose transpose computes the first anew."""
+    if linear_map is None or _has_types_of_meshes():
+        return jax.checkpoint(function)(leaf, linear)
+    constants, of_leaf = jax.tree.flatten(leaf)
+    arrays, of_linear = jax.tree.flatten(linear)
+    out_structure: list[Any] = []
+
+    def flat(linear: list[Any], constants: list[Any]) -> list[Any]:
+        out = function(of_leaf.unflatten(constants), of_linear.unflatten(linear))
+        out, structure = jax.tree.flatten(out)
+        out_structure[:] = [structure]
+        return list(out)
+
+    out = linear_map(flat, arrays, constants)
+    return out_structure[0].unflatten(out)
+
+
+def _differentiable(function: Callable[..., Any], leaf: Any, args: Any) -> Any:
+    """``function(leaf, args)``, whose derivative computes what it needs of the leaf anew."""
+    if linear_map is None or _has_types_of_meshes():
+        return jax.checkpoint(function)(leaf, args)
+    arrays, structure = jax.tree.flatten(args)
+    of_leaf = jax.tree.structure(leaf)
+
+    @jax.custom_jvp
+    def computed(constants: list[Any], arrays: list[Any]) -> Any:
+        return function(of_leaf.unflatten(constants), structure.unflatten(arrays))
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        constants, arrays = primals
+        given = [known_tangent(t) for t in tangents[1]]
+        which = [i for i, tangent in enumerate(given) if tangent is not None]
+        out = computed(constants, arrays)
+        if not which:
+            return out, jax.tree.map(jnp.zeros_like, out)
+
+        def derivative(kept: Any, some: list[Any]) -> Any:
+            constants, arrays = kept
+
+            def of_some(some: list[Any]) -> Any:
+                changed = dict(zip(which, some, strict=True))
+                new = [changed.get(i, array) for i, array in enumerate(arrays)]
+                return function(of_leaf.unflatten(constants), structure.unflatten(new))
+
+            return jax.jvp(of_some, ([arrays[i] for i in which],), (some,))[1]
+
+        return out, _linear(derivative, (constants, arrays), [given[i] for i in which])
+
+    computed.defjvp(jvp, symbolic_zeros=True)
+    return computed(jax.tree.leaves(leaf), arrays)
+
+
+def _has_types_of_meshes() -> bool:
+    """Whether types of arrays say more than shapes and dtypes, as inside of ``jax.shard_map``."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return AxisType.Manual in kinds or AxisType.Explicit in kinds
