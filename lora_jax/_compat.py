@@ -195,19 +195,20 @@ def wide_product(A: chex.Array, W: chex.Array, transposed: bool = False) -> chex
     return jnp.matmul(A, W, precision=jax.lax.Precision.HIGHEST)
 
 
-# --- a linear map whose transpose computes its constants anew ---
+# --- a linear function whose transpose computes its constants anew ---
 
 
-def defined_linear_map() -> Callable[..., list[Any]] | None:
-    """``linear_map(function, linear, constants)``, a list of arrays: ``function(linear, constants)``.
+def defined_calls_anew() -> Callable[..., list[Any]] | None:
+    """``calls_anew(function, linear, constants)``: what ``function(linear, constants)`` gives.
 
-    ``function`` takes two lists, is linear in the first, and computes what it needs of the second,
-    such as the kernel that codes stand for. So does its transpose, in the backward pass: nothing of
-    it is kept from the forward pass. On CPUs each computes it when its arrays are there, and not
-    before.
+    ``function`` gives a list of arrays. It takes two lists, is linear in the first if it is
+    differentiated, and computes what it needs of the second, such as the kernel that codes stand
+    for. So does its transpose, in the backward pass: nothing of it is kept from the forward pass.
 
     Why: that is what ``jax.checkpoint`` is for. But XLA's compiler for CPUs takes barriers out
-    before it looks for what is computed twice, finds all of it, and keeps it for the backward pass.
+    before it looks for what is computed twice, finds all of it, and keeps it for the backward pass;
+    and it computes early what depends on parameters only, for all layers. There each call is in a
+    branch, which is always taken, and out of which nothing is moved.
     Gone: ``None``, and there is ``jax.checkpoint``: on CPUs more memory, and the same numbers.
 
     Example:
@@ -215,14 +216,14 @@ def defined_linear_map() -> Callable[..., list[Any]] | None:
       ...     return [linear[0] @ constants[0].astype("float32")]
       >>> codes = jax.numpy.ones((2, 3), "int8")
       >>> def loss(x):
-      ...     return linear_map(product, [x], [codes])[0].sum()
+      ...     return calls_anew(product, [x], [codes])[0].sum()
       >>> jax.grad(loss)(jax.numpy.ones((1, 2)))
       Array([[3., 3.]], dtype=float32)
     """
     try:
         from jax.interpreters import ad, batching, mlir
 
-        p = jax.extend.core.Primitive("lora_jax_linear_map")
+        p = jax.extend.core.Primitive("lora_jax_calls_anew")
         p.multiple_results = True
 
         def called(*args: Any, function: Any, count: int, backward: bool) -> list[Any]:
@@ -234,9 +235,10 @@ def defined_linear_map() -> Callable[..., list[Any]] | None:
                 args = tuple(jax.lax.optimization_barrier(args))
             return called(*args, count=count, backward=backward, **static)
 
-        def behind_bits(*args: Any, count: int, **static: Any) -> list[Any]:
-            constants = [_waits(array, args[0]) for array in args[count:]]
-            return called(*args[:count], *constants, count=count, **static)
+        def in_branch(*args: Any, **static: Any) -> list[Any]:
+            computed = functools.partial(called, **static)
+            never = _above_infinity(args[0])
+            return list(jax.lax.cond(never, functools.partial(_zeros, computed), computed, *args))
 
         def abstract(*args: Any, **static: Any) -> Any:
             given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
@@ -252,7 +254,9 @@ def defined_linear_map() -> Callable[..., list[Any]] | None:
             bound = functools.partial(p.bind, count=count, **static)
             return bound(*primals), bound(*full[:count], *primals[count:])
 
-        def transposed(cotangents: Any, *args: Any, function: Any, count: int, backward: Any) -> Any:
+        def transposed(
+            cotangents: Any, *args: Any, function: Any, count: int, backward: Any
+        ) -> Any:
             avals, constants = [one.aval for one in args[:count]], args[count:]
             if all(type(c) is ad.Zero for c in cotangents):
                 return [*map(ad.Zero, avals), *[None] * len(constants)]
@@ -273,21 +277,21 @@ def defined_linear_map() -> Callable[..., list[Any]] | None:
         ad.primitive_transposes[p] = transposed
         batching.primitive_batchers[p] = batched
         mlir.register_lowering(p, mlir.lower_fun(behind_barrier, multiple_results=True))
-        on_cpus = mlir.lower_fun(behind_bits, multiple_results=True)
+        on_cpus = mlir.lower_fun(in_branch, multiple_results=True)
         mlir.register_lowering(p, on_cpus, platform="cpu")
     except (AttributeError, ImportError, TypeError):
         return None
 
-    def linear_map(function: Any, linear: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
-        bound = functools.partial(p.bind, function=function, count=len(linear), backward=False)
-        return list(bound(*linear, *constants))
+    def bound(function: Any, linear: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
+        static = {"function": function, "count": len(linear), "backward": False}
+        return list(p.bind(*linear, *constants, **static))
 
-    return linear_map
+    return bound
 
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed:
-    """The transpose of a linear map."""
+    """The transpose of a linear function."""
 
     function: Callable[..., Any]
     shapes: tuple[Any, ...]
@@ -301,7 +305,7 @@ class _Transposed:
 
 @dataclasses.dataclass(frozen=True)
 class _Mapped:
-    """A linear map under ``jax.vmap``."""
+    """A function under ``jax.vmap``."""
 
     function: Callable[..., Any]
     linear: tuple[int | None, ...]
@@ -312,23 +316,20 @@ class _Mapped:
         return list(jax.vmap(self.function, in_axes=axes)(linear, constants))
 
 
-def _waits(codes: chex.Array, to: chex.Array) -> chex.Array:
-    """Codes of 8 bits that cannot be computed with before an array is there, on CPUs.
-
-    By a bit that is never set, as nothing is above infinity, which the compiler does not see.
-    """
-    if codes.dtype.itemsize > 1 or not (to.size and jnp.issubdtype(to.dtype, jnp.floating)):
-        return codes
-    one = jnp.reshape(jax.lax.slice(to, (0,) * to.ndim, (1,) * to.ndim), ())
-    never = one > jnp.array(jnp.inf, one.dtype)
-    integers = codes
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        integers = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    flipped = integers ^ never.astype(integers.dtype)
-    return flipped if integers is codes else jax.lax.bitcast_convert_type(flipped, codes.dtype)
+def _above_infinity(array: chex.Array) -> chex.Array:
+    """Whether the first number is above infinity, which none is, as no compiler finds out."""
+    if not (array.size and jnp.issubdtype(array.dtype, jnp.floating)):
+        return jnp.bool_(False)
+    one = jnp.reshape(jax.lax.slice(array, (0,) * array.ndim, (1,) * array.ndim), ())
+    return one > jnp.array(jnp.inf, one.dtype)
 
 
-linear_map = defined_linear_map()
+def _zeros(function: Callable[..., Any], *args: Any) -> Any:
+    shapes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+calls_anew = defined_calls_anew()
 
 # --- what jax.make_jaxpr gives ---
 

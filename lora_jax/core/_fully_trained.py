@@ -110,8 +110,8 @@ def raise_precision(path: str, leaf: Any) -> Any:
     """
     if is_quantized(content(leaf)):
         raise ValueError(
-            f"{path!r} is quantized, and cannot be fully trained: leave it out of what is quantized, "
-            f"or of what is trained."
+            f"{path!r} is quantized, and cannot be fully trained: leave it out of what is "
+            f"quantized, or of what is trained."
         )
     node = FullyTrained(leaf, None)
     dtype = getattr(node.array, "dtype", None)

@@ -6,7 +6,7 @@ Algorithm 1 alternates between the two: with ``U V = 0`` at first,
     s U V = the best approximation of W - W_q of rank r, by its singular values
 
 so that ``W_q + s U V`` is near to ``W`` from the first step on.
-"""  # noqa: D415
+"""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _alternated(
     kernel = jnp.asarray(unbox(leaf))
     wide = kernel.astype(float32_or_more(kernel.dtype))
     W, axes = adapter.axes.as_matrix(wide), adapter.axes
-    size = jnp.maximum(jnp.linalg.norm(W), jnp.finfo(W.dtype).tiny)
+    size = jnp.maximum(jnp.linalg.norm(W), 1e-30)
     best: tuple[float, Any, Any] | None = None
     alone = 0.0
     for step in range(steps):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
@@ -119,10 +118,7 @@ def assigned(
                 f"kinds[{pattern!r}] must be one of {', '.join(KINDS)}, or a Quantization, got "
                 f"{kind!r}."
             )
-        if pattern == ALL_LINEAR:
-            matched = _linear(axes, paths)
-        else:
-            matched = matching(pattern, paths)
+        matched = _linear(axes, paths) if pattern == ALL_LINEAR else matching(pattern, paths)
         if not matched:
             raise ValueError(matches_nothing(f"The pattern {pattern!r}", pattern, paths))
         quantization = Quantization(kind) if isinstance(kind, str) else kind
@@ -180,6 +176,6 @@ def axes_to_quantize(
     raise ValueError(
         f"A pattern matches {path!r}, of shape {shape}, which is {there}. Pass "
         f"axes=lora_jax.kernel_axes(model, variables, *args), or a mapping of paths to "
-        f"lora_jax.KernelAxes; and where it is not a kernel at all, such as a bias or a scale, make "
-        f"the pattern narrower."
+        f"lora_jax.KernelAxes; and where it is not a kernel at all, such as a bias or a scale, "
+        f"make the pattern narrower."
     )

@@ -14,7 +14,7 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import is_module
 from lora_jax.core._adapter import Adapter, base_at_start, init_adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import content, is_quantized, rebox, unbox
+from lora_jax.core._boxes import content, rebox, unbox
 from lora_jax.core._fully_trained import raise_precision
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config

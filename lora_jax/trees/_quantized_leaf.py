@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
-import flax.linen as nn
+import flax.core.meta
 import jax
 from flax import nnx
 
@@ -27,7 +27,7 @@ def quantized_leaf(leaf: Any, codes: QuantizedArray) -> Any:
       leaf: the kernel, in its box.
       codes: the kernel, quantized.
     """
-    if isinstance(leaf, nn.meta.AxisMetadata):
+    if isinstance(leaf, flax.core.meta.AxisMetadata):
         return codes.replace(box=jax.tree.map(lambda _: None, leaf))
     if isinstance(leaf, nnx.Variable):
         return _variable(leaf, codes)

@@ -1,7 +1,7 @@
 """A kernel that qwix has quantized, as a quantized leaf of ours: the same codes and scales.
 
-Qwix keeps a kernel as a ``QArray`` of codes and scales with the kernel's axes, in a ``WithAux`` that
-says how. It is known by its attributes, so qwix need not be installed.
+Qwix keeps a kernel as a ``QArray`` of codes and scales with the kernel's axes, in a ``WithAux``
+that says how. It is known by its attributes, so qwix need not be installed.
 """
 
 from __future__ import annotations

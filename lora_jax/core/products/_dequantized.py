@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from lora_jax._compat import linear_map
+from lora_jax._compat import calls_anew
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._numerics import known_tangent
 from lora_jax.core.quantized._array import QuantizedArray
@@ -33,14 +33,14 @@ def product_with(leaf: QuantizedArray, product: Product, dtype: Any) -> Product:
       dtype: that the layer has the kernel in.
     """
 
-    def dequantized(leaf: QuantizedArray, x: chex.Array) -> chex.Array:
+    def dequantized(x: chex.Array, leaf: QuantizedArray) -> chex.Array:
         return product(x, leaf.dequantize().astype(dtype))
 
     def product_of(x: chex.Array, W: chex.Array) -> chex.Array:
         del W
         if not jnp.issubdtype(x.dtype, jnp.inexact):  # rows of a table, which nothing is kept for
-            return dequantized(leaf, x)
-        y: chex.Array = _linear(dequantized, leaf, x)
+            return dequantized(x, leaf)
+        y: chex.Array = _linear(dequantized, x, leaf)
         return y
 
     return product_of
@@ -57,10 +57,10 @@ def computed_of(function: Callable[..., Any], kernel: Any, *args: Any) -> Any:
     if not isinstance(kernel, QuantizedArray):
         return function(kernel, *args)
 
-    def dequantized(leaf: QuantizedArray, args: Any) -> Any:
+    def dequantized(args: Any, leaf: QuantizedArray) -> Any:
         return function(leaf.dequantize(), *args)
 
-    return _differentiable(dequantized, kernel, args)
+    return _differentiable(dequantized, args, kernel)
 
 
 def computed_by_layer(
@@ -88,57 +88,68 @@ def computed_by_layer(
     return jax.lax.map(one_layer, (layers, dict(arrays)))
 
 
-def _linear(function: Callable[..., Any], leaf: Any, linear: Any) -> Any:
-    """``function(leaf, linear)``, linear in the second, whose transpose computes the first anew."""
-    if linear_map is None or _has_types_of_meshes():
-        return jax.checkpoint(function)(leaf, linear)
-    constants, of_leaf = jax.tree.flatten(leaf)
-    arrays, of_linear = jax.tree.flatten(linear)
-    out_structure: list[Any] = []
-
-    def flat(linear: list[Any], constants: list[Any]) -> list[Any]:
-        out = function(of_leaf.unflatten(constants), of_linear.unflatten(linear))
-        out, structure = jax.tree.flatten(out)
-        out_structure[:] = [structure]
-        return list(out)
-
-    out = linear_map(flat, arrays, constants)
-    return out_structure[0].unflatten(out)
+def _linear(function: Callable[..., Any], linear: Any, leaf: Any) -> Any:
+    """``function(linear, leaf)``, whose transpose computes what it needs of the second anew."""
+    if calls_anew is None or _has_types_of_meshes():
+        return jax.checkpoint(function)(linear, leaf)
+    return _called(function, linear, leaf)
 
 
-def _differentiable(function: Callable[..., Any], leaf: Any, args: Any) -> Any:
-    """``function(leaf, args)``, whose derivative computes what it needs of the leaf anew."""
-    if linear_map is None or _has_types_of_meshes():
-        return jax.checkpoint(function)(leaf, args)
-    arrays, structure = jax.tree.flatten(args)
-    of_leaf = jax.tree.structure(leaf)
+def _differentiable(function: Callable[..., Any], args: Any, leaf: Any) -> Any:
+    """``function(args, leaf)``, whose derivative computes what it needs of the second anew."""
+    if calls_anew is None or _has_types_of_meshes():
+        return jax.checkpoint(function)(args, leaf)
+
+    arrays, structure = _flattened(args)
 
     @jax.custom_jvp
-    def computed(constants: list[Any], arrays: list[Any]) -> Any:
-        return function(of_leaf.unflatten(constants), structure.unflatten(arrays))
+    def computed(arrays: list[Any], leaf: Any) -> Any:
+        return _called(
+            lambda arrays, leaf: function(structure.unflatten(arrays), leaf), arrays, leaf
+        )
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        constants, arrays = primals
-        given = [known_tangent(t) for t in tangents[1]]
+        arrays, leaf = primals
+        given = [known_tangent(t) for t in tangents[0]]
         which = [i for i, tangent in enumerate(given) if tangent is not None]
-        out = computed(constants, arrays)
+        out = computed(arrays, leaf)
         if not which:
             return out, jax.tree.map(jnp.zeros_like, out)
 
-        def derivative(kept: Any, some: list[Any]) -> Any:
-            constants, arrays = kept
+        def derivative(some: list[Any], kept: Any) -> Any:
+            arrays, leaf = kept
 
-            def of_some(some: list[Any]) -> Any:
+            def of_some(*some: Any) -> Any:
                 changed = dict(zip(which, some, strict=True))
                 new = [changed.get(i, array) for i, array in enumerate(arrays)]
-                return function(of_leaf.unflatten(constants), structure.unflatten(new))
+                return function(structure.unflatten(new), leaf)
 
-            return jax.jvp(of_some, ([arrays[i] for i in which],), (some,))[1]
+            return jax.jvp(of_some, tuple(arrays[i] for i in which), tuple(some))[1]
 
-        return out, _linear(derivative, (constants, arrays), [given[i] for i in which])
+        return out, _linear(derivative, [given[i] for i in which], (arrays, leaf))
 
     computed.defjvp(jvp, symbolic_zeros=True)
-    return computed(jax.tree.leaves(leaf), arrays)
+    return computed(arrays, leaf)
+
+
+def _called(function: Callable[..., Any], linear: Any, leaf: Any) -> Any:
+    """``function(linear, leaf)`` by what calls functions of lists of arrays."""
+    assert calls_anew is not None
+    arrays, of_linear = _flattened(linear)
+    constants, of_leaf = _flattened(leaf)
+
+    def whole(arrays: list[Any], constants: list[Any]) -> Any:
+        return function(of_linear.unflatten(arrays), of_leaf.unflatten(constants))
+
+    def flat(arrays: list[Any], constants: list[Any]) -> list[Any]:
+        return list(jax.tree.leaves(whole(arrays, constants)))
+
+    _, structure = _flattened(jax.eval_shape(whole, arrays, constants))
+    return structure.unflatten(calls_anew(flat, arrays, constants))
+
+
+def _flattened(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree)
 
 
 def _has_types_of_meshes() -> bool:

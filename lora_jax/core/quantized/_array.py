@@ -8,17 +8,14 @@ and scales as they do with a kernel: all of them have the kernel's axes in their
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import chex
-import flax.linen as nn
+import flax.core.meta
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.core._meshes import left_to_compiler, spec_of
 from lora_jax.core._numerics import float32_or_more
@@ -73,7 +70,7 @@ class Packing:
         return found.pop()
 
 
-class QuantizedArray(flax.struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+class QuantizedArray(flax.struct.PyTreeNode, flax.core.meta.AxisMetadata[Any]):
     """A quantized kernel, which dequantizes where the model reads it.
 
     It stands in a tree of parameters in the place of the kernel. ``shape``, ``ndim`` and ``dtype``

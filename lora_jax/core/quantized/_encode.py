@@ -25,9 +25,7 @@ from lora_jax.core.quantized._quantization import Quantization
 _SCALES = 256
 
 
-def quantized(
-    kernel: chex.Array, quantization: Quantization, axes: KernelAxes
-) -> QuantizedArray:
+def quantized(kernel: chex.Array, quantization: Quantization, axes: KernelAxes) -> QuantizedArray:
     """The leaf of a kernel, whose numbers are rounded to the nearest that there are codes for.
 
     On a mesh it is where the kernel is.
@@ -44,14 +42,21 @@ def quantized(
     """
     encoded = functools.partial(_encoded, quantization=quantization, axes=axes)
     sharding = jax.typeof(kernel).sharding if is_traced(kernel) else kernel.sharding
+    leaf: QuantizedArray
     if not isinstance(sharding, NamedSharding):
-        return encoded(kernel)
+        leaf = encoded(kernel)
+        return leaf
     nowhere = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
     like = specs_like(jax.eval_shape(encoded, nowhere), sharding)
-    leaf: QuantizedArray = left_to_compiler(encoded, kernel, like=like)
+    leaf = left_to_compiler(encoded, kernel, like=like)
     if is_traced(kernel):
         return leaf
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(sharding.mesh, spec)), leaf, like)
+
+    def placed(array: chex.Array, spec: PartitionSpec) -> chex.Array:
+        return jax.device_put(array, NamedSharding(sharding.mesh, spec))
+
+    leaf = jax.tree.map(placed, leaf, like)
+    return leaf
 
 
 def specs_like(leaf: Any, sharding: NamedSharding) -> Any:
@@ -81,9 +86,7 @@ def specs_like(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("quantization", "axes"))
-def _encoded(
-    kernel: chex.Array, *, quantization: Quantization, axes: KernelAxes
-) -> QuantizedArray:
+def _encoded(kernel: chex.Array, *, quantization: Quantization, axes: KernelAxes) -> QuantizedArray:
     kind, size = quantization.kind, quantization.block_size
     assert size is not None
     W = kernel.astype(float32_or_more(kernel.dtype))

@@ -1,13 +1,14 @@
 """The numbers that codes stand for, in units of the scale of their block.
 
-    nf4     one of 16 quantiles of a normal distribution, from -1 to 1 (QLoRA, appendix E)
-    int8    -127 to 127
-    int4    -7 to 7
-    fp8     float8_e4m3fn, -448 to 448
-"""  # noqa: D415
+nf4     one of 16 quantiles of a normal distribution, from -1 to 1 (QLoRA, appendix E)
+int8    -127 to 127
+int4    -7 to 7
+fp8     float8_e4m3fn, -448 to 448
+"""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import chex
@@ -57,7 +58,7 @@ def encode(kind: str, x: chex.Array) -> chex.Array:
     """
     if kind == "nf4":
         code = jnp.zeros(x.shape, jnp.uint8)
-        for low, high in zip(NF4[:-1], NF4[1:], strict=True):
+        for low, high in itertools.pairwise(NF4):
             code = code + (x > (low + high) / 2).astype(jnp.uint8)
         return code
     limited = jnp.clip(x, -LARGEST[kind], LARGEST[kind])
