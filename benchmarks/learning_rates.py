@@ -85,7 +85,7 @@ def accuracy(
     config, encoder = minilm.load_pretrained()
     model, params = classifier.make("linen", config, 2, encoder, seed)
     if variant in trained_variants():
-        rule = lora_jax.Rule(finetune.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
+        rule = lora_jax.Rule(classifier.KERNELS, 8, alpha=16.0, variant=variant, **STARTS[start])
         lora_config = lora_jax.LoraConfig([rule], trainable=[finetune.HEAD])
     else:
         lora_config = finetune.methods(8, 16.0)[variant].config

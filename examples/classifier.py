@@ -12,7 +12,9 @@ from flax import nnx
 import lora_jax
 from examples import minilm, minilm_nnx
 
+KERNELS = r"encoder/.*/kernel"
 Api: TypeAlias = Literal["linen", "nnx"]
+Base: TypeAlias = Literal["float32", "int8", "int4", "nf4", "fp8"]
 Model: TypeAlias = minilm.Classifier | nnx.GraphDef[minilm_nnx.Classifier]
 
 
@@ -27,6 +29,11 @@ def make(
     model, tokens = minilm.Classifier(config, classes), jnp.ones((1, 4), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), tokens, tokens)["params"]
     return model, {**params, "encoder": encoder}
+
+
+def with_base(params: Any, base: Base) -> Any:
+    """The parameters with the encoder's kernels as the base shall have them."""
+    return params if base == "float32" else lora_jax.quantize(params, {KERNELS: base})
 
 
 def logits(

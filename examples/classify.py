@@ -99,6 +99,7 @@ def main(options: Options) -> None:
     one = next(iter(facts.values()))
     api = one.get("api", "linen")
     model, params = classifier.make(api, config, len(one["classes"]), encoder, one["seed"])
+    params = classifier.with_base(params, one.get("base", "float32"))
     split = {name: lora_jax.load(folder, params, verify=True) for name, folder in found.items()}
     table = answers(options.texts, model, one["classes"], split, one["length"])
     Console().print(table)

@@ -31,7 +31,6 @@ from examples.assets import MissingAsset
 from examples.checkpoint import CannotResume, Checkpoints, Log
 
 HEAD = r"classifier/.*"
-KERNELS = r"encoder/.*/kernel"
 CURVE_TEXTS = 256  # the accuracy on the way is on the first of the test texts only
 FREE = {"seeds", "out", "save_every", "resume"}  # options that a training does not depend on
 
@@ -51,7 +50,7 @@ def methods(rank: int, alpha: float) -> dict[str, Method]:
 
     The colors are those of Okabe and Ito, which colour-blind readers can tell apart.
     """
-    factors = functools.partial(lora_jax.Rule, KERNELS, rank=rank, alpha=alpha)
+    factors = functools.partial(lora_jax.Rule, classifier.KERNELS, rank=rank, alpha=alpha)
     adapted = functools.partial(lora_jax.LoraConfig, trainable=[HEAD])
     return {
         "head": Method("head alone", adapted(), 3e-2, "#777777"),
@@ -69,6 +68,8 @@ class Options:
     """Movie reviews, positive or negative; or the topic of Reuters news."""
     api: classifier.Api = "linen"
     """Flax's API that the model is written in."""
+    base: classifier.Base = "float32"
+    """What the frozen kernels of the encoder are kept in. To train it in full they are floats."""
     seeds: int = 1
     """How many times to repeat all of it."""
     quick: bool = False
@@ -416,7 +417,8 @@ def main(options: Options) -> None:
     make = functools.partial(classifier.make, options.api, config, len(task.classes), encoder)
     ways = methods(options.rank, options.alpha)
     console.print(
-        f"all-MiniLM-L6-v2 in {'NNX' if options.api == 'nnx' else 'Linen'} on {task.name}: "
+        f"all-MiniLM-L6-v2 in {'NNX' if options.api == 'nnx' else 'Linen'}, its kernels in "
+        f"{options.base}, on {task.name}: "
         f"{count:,} training texts, {options.epochs} epoch(s), "
         f"batches of {options.batch} x {options.length} tokens.",
         soft_wrap=True,
@@ -432,6 +434,7 @@ def main(options: Options) -> None:
     ) as progress:
         for seed in range(options.seeds):
             model, params = make(seed)
+            quantized = classifier.with_base(params, options.base)
             for name, way in ways.items():
                 title = way.title + (f", seed {seed}" if options.seeds > 1 else "")
                 bar = progress.add_task(title.ljust(18), total=steps, state="compiling")
@@ -443,7 +446,9 @@ def main(options: Options) -> None:
                 maybe = Checkpoints(path, every, steps, fixed) if every else nullcontext()
                 with maybe as checkpoints:
                     run = train(
-                        *(model, params, way, train_set, test_set, options, seed, on_step),
+                        model,
+                        params if name == "full" else quantized,
+                        *(way, train_set, test_set, options, seed, on_step),
                         checkpoints,
                     )
                 runs[name].append(run)
@@ -464,7 +469,7 @@ def main(options: Options) -> None:
     console.print(table(runs, ways, task, options.out))
     console.print("\n".join(differences(runs, ways)), highlight=False)
     for name in ("lora", "dora"):
-        report = check(options.out / name, model, params, runs[name][-1], test_set)
+        report = check(options.out / name, model, quantized, runs[name][-1], test_set)
         console.print(report, highlight=False, soft_wrap=True)
     figure(options.out / "curves.png", runs, ways, task)
     results = {

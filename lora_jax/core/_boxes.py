@@ -30,6 +30,8 @@ def rebox(leaf: Any, array: chex.Array) -> Any:
     inside = content(leaf)
     if is_quantized(inside) and inside.box is not None:
         array = inside.box.replace_boxed(array)
+    if hasattr(type(leaf), "without_codes"):  # a variable whose type says that it has codes
+        return leaf.without_codes(array)
     return jax.tree.map(lambda _: array, leaf, is_leaf=is_quantized)
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import empty_node
 from lora_jax._compat import is_module
 from lora_jax.core._adapter import Adapter, base_at_start, init_adapter
 from lora_jax.core._axes import KernelAxes
-from lora_jax.core._boxes import content, rebox, unbox
+from lora_jax.core._boxes import content, is_quantized, rebox, unbox
 from lora_jax.core._fully_trained import raise_precision
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core.rules._config import LoraConfig, check_config
@@ -129,6 +129,12 @@ def lora_init(
                     f"{path!r} is tied, and its variant {adapter.kind!r} changes the base, which "
                     f"the other readers of the parameter would see too: tied='untie' is not "
                     f"possible. Give it a rule with tied='materialize'."
+                )
+            if adapter.changes_base and is_quantized(leaves[path]):
+                raise ValueError(
+                    f"{path!r} is quantized, and its variant {adapter.kind!r} changes the base, "
+                    f"which codes cannot hold: make the adapters on the parameters in floats, or "
+                    f"give it 'lora' or 'dora', which lora_jax.loftq starts near to them."
                 )
             if adapter.changes_base:
                 base = base_at_start(adapter, kernel)

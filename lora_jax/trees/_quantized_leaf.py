@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ def quantized_leaf(leaf: Any, codes: QuantizedArray) -> Any:
     """The leaf, with a quantized kernel in place of the kernel.
 
     A box of Linen goes into the quantized one, as what it says is said of the kernel. A variable of
-    NNX gets a hook, by which it dequantizes when a layer reads it.
+    NNX dequantizes when a layer reads it.
 
     Args:
       leaf: the kernel, in its box.
@@ -50,13 +51,62 @@ def requantized_leaf(leaf: Any, kernel: chex.Array, axes: KernelAxes) -> Any:
 
 def is_quantized_variable(variable: Any) -> bool:
     """Whether a layer sees what the value of a variable dequantizes to, and nothing else."""
-    hook = variable.get_metadata().get("on_get_value")
-    return is_quantized(content(variable)) and hook == _WHEN_READ
+    if not is_quantized(content(variable)):
+        return False
+    if _HAS_GET_VALUE:
+        kind = getattr(type(variable), "without_codes", None) and type(variable).__mro__[1]
+        own = getattr(kind, "get_value", None) is not nnx.Variable.get_value
+        return not own and not variable.get_metadata().get("on_get_value")
+    return bool(variable.get_metadata().get("on_get_value") == _WhenRead())
+
+
+# Older variables say by hooks what a layer sees; of newer ones it is a method of their type.
+_HAS_GET_VALUE = hasattr(nnx.Variable, "get_value")
+
+
+def _variable(leaf: Any, codes: QuantizedArray) -> Any:
+    """The variable with codes, which dequantizes when a layer reads it."""
+    metadata = leaf.get_metadata()
+    if _HAS_GET_VALUE:
+        return _quantized_type(type(leaf)).from_metadata(codes, metadata)
+    hooks = metadata.get("on_get_value", ())
+    if not isinstance(hooks, _WhenRead):
+        hooks = _WhenRead(tuple(hooks) if isinstance(hooks, tuple | list) else (hooks,))
+    return type(leaf).from_metadata(codes, {**metadata, "on_get_value": hooks})
+
+
+@functools.cache
+def _quantized_type(cls: Any) -> Any:
+    """A type of variables that dequantizes what is read, and then does what ``cls`` does."""
+    if hasattr(cls, "without_codes"):
+        return cls
+
+    class Quantized(cls):  # type: ignore[misc]
+        """A variable that dequantizes when a layer reads it."""
+
+        def get_value(self, **kwargs: Any) -> Any:
+            if not is_quantized(codes := self.get_raw_value()):
+                return super().get_value(**kwargs)
+            return self.without_codes(codes.dequantize()).get_value(**kwargs)
+
+        def without_codes(self, kernel: chex.Array) -> Any:
+            """The variable as it was, with another kernel."""
+            return cls.from_metadata(kernel, self.get_metadata())
+
+        def __reduce__(self) -> Any:
+            return _unpickled, (cls, self.get_raw_value(), self.get_metadata())
+
+    Quantized.__name__ = Quantized.__qualname__ = f"Quantized{cls.__name__}"
+    return Quantized
+
+
+def _unpickled(cls: type[Any], codes: Any, metadata: dict[str, Any]) -> Any:
+    return _quantized_type(cls).from_metadata(codes, metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class _WhenRead:
-    """The hook of a variable: what a layer sees of its value.
+    """The hook of an older variable: what a layer sees of its value.
 
     Attributes:
       then: the hooks that it had, which see what it dequantizes to.
@@ -65,18 +115,7 @@ class _WhenRead:
     then: tuple[Callable[..., Any], ...] = ()
 
     def __call__(self, variable: Any, value: Any) -> Any:
-        value = value.dequantize() if isinstance(value, QuantizedArray) else value
+        value = value.dequantize() if is_quantized(value) else value
         for hook in self.then:
             value = hook(variable, value)
         return value
-
-
-_WHEN_READ = _WhenRead()
-
-
-def _variable(leaf: Any, codes: QuantizedArray) -> Any:
-    metadata = leaf.get_metadata()
-    hook = metadata.get("on_get_value", ())
-    if not isinstance(hook, _WhenRead):
-        hook = _WhenRead(tuple(hook) if isinstance(hook, tuple | list) else (hook,))
-    return type(leaf).from_metadata(codes, {**metadata, "on_get_value": hook})
