@@ -34,8 +34,8 @@ def check_floating(path: str, leaf: Any, what: str = "the base has") -> None:
     dtype = dtype_of(leaf)
     if dtype is None:
         raise TypeError(
-            f"{what} {leaf!r} at {path!r}, which is not one array of numbers: dequantize a "
-            f"quantized base first."
+            f"{what} {leaf!r} at {path!r}, which is not one array of numbers, nor quantized by "
+            f"lora_jax.quantize or qwix."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(

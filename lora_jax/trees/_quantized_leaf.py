@@ -68,7 +68,8 @@ def _variable(leaf: Any, codes: QuantizedArray) -> Any:
     """The variable with codes, which dequantizes when a layer reads it."""
     metadata = leaf.get_metadata()
     if _HAS_GET_VALUE:
-        return _quantized_type(type(leaf)).from_metadata(codes, metadata)
+        cls: Any = type(leaf)
+        return _quantized_type(cls).from_metadata(codes, metadata)
     hooks = metadata.get("on_get_value", ())
     if not isinstance(hooks, _WhenRead):
         hooks = _WhenRead(tuple(hooks) if isinstance(hooks, tuple | list) else (hooks,))
@@ -100,7 +101,7 @@ def _quantized_type(cls: Any) -> Any:
     return Quantized
 
 
-def _unpickled(cls: type[Any], codes: Any, metadata: dict[str, Any]) -> Any:
+def _unpickled(cls: Any, codes: Any, metadata: dict[str, Any]) -> Any:
     return _quantized_type(cls).from_metadata(codes, metadata)
 
 
