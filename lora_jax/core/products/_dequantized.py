@@ -100,36 +100,32 @@ def _differentiable(function: Callable[..., Any], args: Any, leaf: Any) -> Any:
     if calls_anew is None or _has_types_of_meshes():
         return jax.checkpoint(function)(args, leaf)
 
-    arrays, structure = _flattened(args)
+    everything, structure = _flattened((args, leaf))
 
     @jax.custom_jvp
-    def computed(arrays: list[Any], leaf: Any) -> Any:
-        return _called(
-            lambda arrays, leaf: function(structure.unflatten(arrays), leaf), arrays, leaf
-        )
+    def computed(arrays: list[Any]) -> Any:
+        return _called(function, *structure.unflatten(arrays))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        arrays, leaf = primals
-        given = [known_tangent(t) for t in tangents[0]]
+        (arrays,), (tangents,) = primals, tangents
+        given = [known_tangent(tangent) for tangent in tangents]
         which = [i for i, tangent in enumerate(given) if tangent is not None]
-        out = computed(arrays, leaf)
+        out = computed(arrays)
         if not which:
             return out, jax.tree.map(jnp.zeros_like, out)
 
-        def derivative(some: list[Any], kept: Any) -> Any:
-            arrays, leaf = kept
-
+        def derivative(some: list[Any], arrays: list[Any]) -> Any:
             def of_some(*some: Any) -> Any:
                 changed = dict(zip(which, some, strict=True))
                 new = [changed.get(i, array) for i, array in enumerate(arrays)]
-                return function(structure.unflatten(new), leaf)
+                return function(*structure.unflatten(new))
 
             return jax.jvp(of_some, tuple(arrays[i] for i in which), tuple(some))[1]
 
-        return out, _linear(derivative, [given[i] for i in which], (arrays, leaf))
+        return out, _linear(derivative, [given[i] for i in which], arrays)
 
     computed.defjvp(jvp, symbolic_zeros=True)
-    return computed(arrays, leaf)
+    return computed(everything)
 
 
 def _called(function: Callable[..., Any], linear: Any, leaf: Any) -> Any:
