@@ -276,6 +276,26 @@ def test_all_that_is_made_follows_the_base(kind, tmp_path):
     assert placed(from_peft, jax.tree.map(lambda x: x.sharding, lora))
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+def test_codes_are_where_their_kernel_was(kind):
+    plain, tree_of_specs, axes = base()
+    mesh = mesh_of(kind)
+    params = on(mesh, plain, tree_of_specs)
+    kinds = {"(?!head).*kernel": lora_jax.Quantization("nf4", 4)}
+    quantized = lora_jax.quantize(params, kinds, axes=axes)
+    query = quantized["attention"]["query"]["kernel"]
+    assert query.shape == (8, 2, 4)
+    assert tuple(query.codes.sharding.spec) == ("data", "model", None)
+    assert tuple(query.scale.sharding.spec) == (None, "model", None)  # of 2 blocks, on 4 devices
+    frozen, adapters = lora_jax.lora_init(KEY, quantized, RULES, axes=axes)
+    assert placed(adapters, lora_jax.shardings(params, adapters))
+    assert placed(adapters, lora_jax.shardings(quantized, adapters))
+    merged = lora_jax.lora_merge(frozen, adapters)
+    assert placed(merged, jax.tree.map(lambda x: x.sharding, params))
+    again = lora_jax.lora_merge(frozen, adapters, requantize=True)
+    assert placed(again, jax.tree.map(lambda x: x.sharding, {**quantized, "head": params["head"]}))
+
+
 def test_a_pool_stays_where_its_base_is():
     plain, tree_of_specs, axes = base()
     params = on(mesh_of(), plain, tree_of_specs)
@@ -298,8 +318,9 @@ def test_a_pool_stays_where_its_base_is():
     assert relative_error(y[0], alone[0]) < 1e-5
 
 
+@pytest.mark.parametrize("quantization", [None, lora_jax.Quantization("nf4", 4)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
-def test_a_step_is_that_of_one_device_and_leaves_all_in_its_place(kind):
+def test_a_step_is_that_of_one_device_and_leaves_all_in_its_place(kind, quantization):
     plain, tree_of_specs, axes = base()
     tx = optax.adam(1e-2)
 
@@ -312,6 +333,8 @@ def test_a_step_is_that_of_one_device_and_leaves_all_in_its_place(kind):
         return optax.apply_updates(adapters, updates), state, grads
 
     def started(params):
+        if quantization is not None:
+            params = lora_jax.quantize(params, {"(?!head).*kernel": quantization}, axes=axes)
         frozen, adapters = lora_jax.lora_init(KEY, params, RULES, axes=axes)
         return random_like(adapters, scale=0.1), frozen
 

@@ -105,7 +105,7 @@ def test_summary_counts_the_kernel():
 
 @pytest.mark.parametrize("ids", [jnp.array([0, 1, -1, 0]), jnp.int32(1)])
 def test_stacked(ids):
-    base, frozen, one, floats = made("dora")
+    base, _, one, floats = made("dora")
     other = random_like(one, seed=5)
     stacked = lora_jax.stack([one, other], base)
     whole = {**floats, "head": base["head"]}
@@ -405,5 +405,5 @@ def test_model_of_nnx_as_an_object():
     adapted = lora_jax.lora_model(graphdef, frozen, trained)
     assert relative_error(adapted(x), expected) < 1e-5
     assert relative_error(lora_jax.lora_apply(graphdef, frozen, trained, x), expected) < 1e-5
-    y, after = lora_jax.lora_apply(graphdef, frozen, trained, x, mutable=True)
+    _, after = lora_jax.lora_apply(graphdef, frozen, trained, x, mutable=True)
     assert jax.tree.structure(after) == jax.tree.structure(frozen)
