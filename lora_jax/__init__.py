@@ -31,6 +31,7 @@ from lora_jax.core._fully_trained import FullyTrained
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.core._numerics import column_norm
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.products._product_with_U import save_only_xU
 from lora_jax.core.quantized._array import QuantizedArray
 from lora_jax.core.quantized._quantization import Quantization
 from lora_jax.core.rules._config import LoraConfig
@@ -112,6 +113,7 @@ __all__ = [
     "register_variant",
     "rounding",
     "save",
+    "save_only_xU",
     "shardings",
     "stack",
     "summary",

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lora_jax.core._numerics import known_tangent, not_zero, product
 from lora_jax.core.products._einsum_equation import Equation
+from lora_jax.core.products._product_with_U import with_derivative
 from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, times_U
 
 
@@ -28,6 +29,7 @@ def dense_product(
     U: chex.Array,
     V: chex.Array | None,
     a: chex.Array | None,
+    xU: chex.Array | None,
     *,
     equation: Equation,
     s: float,
@@ -42,6 +44,7 @@ def dense_product(
       U: left factor.
       V: right factor, or ``None`` where ``U`` is the product already.
       a: one number for each output, or ``None`` for 1.
+      xU: ``x U``, for the gradient of ``V``, or ``None`` where there is none.
       equation: of ``x``, the kernel and the result.
       s: the scale.
       precision: of the products.
@@ -55,16 +58,17 @@ def dense_product(
     if V is None:  # its gradient is of the size of the kernel whatever is done
         K = _times(a, equation.axes.as_matrix(W) + s * U)
         return equation.product(x, equation.axes.as_kernel(K, W.shape), precision)
-    return _dense(x, W, U, V, a, s, equation, precision, platform)
+    return _dense(x, W, U, V, a, xU, s, equation, precision, platform)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8, 9))
 def _dense(
     x: chex.Array,
     W: chex.Array,
     U: chex.Array,
     V: chex.Array,
     a: chex.Array | None,
+    xU: chex.Array,
     s: float,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
@@ -100,9 +104,9 @@ def _dense_jvp(
     tangents: Sequence[Any],
 ) -> tuple[chex.Array, chex.Array]:
     """The derivative, which JAX transposes to the gradient at the top of this file."""
-    x, W, U, V, a = primals
-    dx, dW, dU, dV, da = map(known_tangent, tangents)
-    y = _dense(x, W, U, V, a, s, equation, precision, platform)
+    x, W, U, V, a, xU = primals
+    dx, dW, dU, dV, da, _ = map(known_tangent, tangents)
+    y = _dense(x, W, U, V, a, xU, s, equation, precision, platform)
     rows = merge_free_axes(equation.operand(x), len(equation.axes.batch), platform)
     terms, low_rank = [], []
     if dx is not None:
@@ -116,7 +120,9 @@ def _dense_jvp(
         xdU = times_U(rows, dU, precision, platform=platform)
         low_rank.append(contract(xdU, _times(a, s * V), -2, precision))
     if dV is not None:
-        xU = times_U(rows, U, precision, platform=platform)
+        static: dict[str, Any] = {"equation": equation, "precision": precision}
+        xU = with_derivative(xU, x, U, platform=platform, **static)
+        xU = merge_free_axes(xU, len(equation.axes.batch), platform)
         low_rank.append(contract(xU, _times(a, s * dV), -2, precision))
     if low_rank:
         terms.append(equation.result(functools.reduce(jnp.add, low_rank)))

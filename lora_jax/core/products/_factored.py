@@ -31,7 +31,8 @@ from lora_jax.core._numerics import along, float32_or_more, known_tangent, not_z
 from lora_jax.core.products._einsum_equation import Equation
 from lora_jax.core.products._layer_factors import LayerFactors
 from lora_jax.core.products._platform import by_platform
-from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, times_U, times_V
+from lora_jax.core.products._product_with_U import named_xU, product_with_U, with_derivative
+from lora_jax.core.products._skinny_matmul import contract, merge_free_axes, times_V
 
 Product = Callable[[chex.Array, chex.Array], chex.Array]
 
@@ -67,8 +68,15 @@ def factored_product(
       mask: of the columns of ``U``.
       from_result: whether the gradient of ``a`` may divide the result by it.
     """
-    delta = functools.partial(_delta, outer=outer, equation=equation, s=s, precision=precision)
-    y = y + by_platform(delta, x, U, V, mask).astype(y.dtype)
+    static: dict[str, Any] = {"equation": equation, "precision": precision}
+    if V is None:
+        delta = by_platform(functools.partial(_whole_delta, s=s, **static), x, U)
+    else:
+        xU = product_with_U(x, U, **static)
+        if mask is not None:
+            xU = xU * along(mask, xU).astype(xU.dtype)
+        delta = by_platform(functools.partial(_delta, outer=outer, s=s, **static), xU, V)
+    y = y + delta.astype(y.dtype)
     return y if a is None else scaled(equation.on_y(a), y, from_result=from_result)
 
 
@@ -79,21 +87,39 @@ def factored_on(
     U: chex.Array,
     V: chex.Array | None,
     a: chex.Array | None,
+    xU: chex.Array | None,
     *,
     equation: Equation,
-    from_result: bool = False,
-    **static: Any,
+    precision: jax.lax.PrecisionLike,
+    s: float,
 ) -> chex.Array:
-    """:func:`factored_product` as it is on one platform."""
-    y = y + _delta(x, U, V, None, equation=equation, platform=platform, **static).astype(y.dtype)
-    return y if a is None else scaled(equation.on_y(a), y, from_result=from_result)
+    """:func:`factored_product` as it is on one platform, with ``x U`` of :func:`known_xU`."""
+    static: dict[str, Any] = {"equation": equation, "precision": precision, "platform": platform}
+    if V is None:
+        delta = _whole_delta(x, U, s=s, **static)
+    else:
+        delta = _delta(with_derivative(xU, x, U, **static), V, outer=False, s=s, **static)
+    y = y + delta.astype(y.dtype)
+    return y if a is None else scaled(equation.on_y(a), y)
+
+
+def _whole_delta(
+    x: chex.Array,
+    D: chex.Array,
+    *,
+    equation: Equation,
+    s: float,
+    precision: jax.lax.PrecisionLike,
+    platform: str,
+) -> chex.Array:
+    """``s x D``, of the shape of ``x W``."""
+    x = merge_free_axes(equation.operand(x), len(equation.axes.batch), platform)
+    return equation.result(s * contract(x, D.astype(x.dtype), -2, precision))
 
 
 def _delta(
-    x: chex.Array,
-    U: chex.Array,
-    V: chex.Array | None,
-    mask: chex.Array | None,
+    xU: chex.Array,
+    V: chex.Array,
     *,
     outer: bool,
     equation: Equation,
@@ -102,17 +128,13 @@ def _delta(
     platform: str,
 ) -> chex.Array:
     """``s (x U) V``, of the shape of ``x W``."""
-    dtype = x.dtype
-    x = merge_free_axes(equation.operand(x), len(equation.axes.batch), platform)
-    if V is None:
-        return equation.result(s * contract(x, U.astype(dtype), -2, precision))
+    xU = merge_free_axes(xU, len(equation.axes.batch), platform)
     # The scale is where it moves the fewest bytes, and is not rounded by itself.
-    U, V = U.astype(dtype), (s * V).astype(dtype)
+    V = (s * V).astype(xU.dtype)
+    if outer:
+        return equation.result(_outer(xU, V, precision))
     form: dict[str, Any] = {"platform": platform, "W_is_transposed": equation.is_transposed}
-    xU = times_U(x, U, precision, **form)
-    if mask is not None:
-        xU = xU * along(mask, xU).astype(xU.dtype)
-    return equation.result(_outer(xU, V, precision) if outer else times_V(xU, V, precision, **form))
+    return equation.result(times_V(xU, V, precision, **form))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -180,7 +202,7 @@ def factored_linear(
     kernel = axes.as_kernel(U, shape)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out)
-    xU = factors.s * linear(x, kernel)
+    xU = factors.s * named_xU(linear(x, kernel))
     if y.shape[-1:] != (W.shape[out],) or xU.shape != (*y.shape[:-1], groups * rank):
         raise ValueError(
             f"The result of a linear product must have its outputs last: with a kernel {W.shape} "

@@ -38,6 +38,7 @@ from lora_jax.core.products._factored import (
 )
 from lora_jax.core.products._layer_factors import LayerFactors
 from lora_jax.core.products._platform import PLATFORMS, by_platform
+from lora_jax.core.products._product_with_U import known_xU
 from lora_jax.core.products._tuning import TUNING
 
 
@@ -121,13 +122,16 @@ def _dense_on_some(
     """The dense product on some platforms, and the factored one on the others."""
     static: dict[str, Any] = {"equation": equation, "s": s, "precision": precision}
 
-    def form(x: Any, W: Any, U: Any, V: Any, a: Any, *, platform: str) -> chex.Array:
+    def form(x: Any, W: Any, U: Any, V: Any, a: Any, xU: Any, *, platform: str) -> chex.Array:
         if platform in dense_on:
-            return dense_product(x, W, U, V, a, platform=platform, **static)
+            return dense_product(x, W, U, V, a, xU, platform=platform, **static)
         y = equation.product(x, W, precision)
-        return factored_on(platform, y, x, U, V, a, outer=False, **static)
+        return factored_on(platform, y, x, U, V, a, xU, **static)
 
-    return by_platform(form, x, W, U, V, a)
+    xU = None
+    if V is not None:  # out here a policy sees its name; in the forms it has its derivative
+        xU = known_xU(x, U, equation=equation, precision=precision, exact_on=dense_on)
+    return by_platform(form, x, W, U, V, a, xU)
 
 
 def adapted_linear(
