@@ -370,10 +370,67 @@ def test_a_step_is_that_of_one_device_and_leaves_all_in_its_place(kind, quantiza
         assert relative_error(one, other) < 1e-4
 
 
-def test_under_jit_nothing_is_on_one_device_first():
+def gathered(tree, where):
+    """What is cut inside of a `jax.shard_map`, whole; its gradient is summed up and cut again."""
+
+    def one(x, sharding):
+        for axis, names in enumerate(sharding.spec):
+            if names is not None:
+                x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
+        return x
+
+    return jax.tree.map(one, tree, where)
+
+
+def test_a_step_inside_of_shard_map():
+    """Where devices say themselves what they send: each has its part of all arrays, as derived."""
+    plain, tree_of_specs, axes = base()
+    mesh, tx = mesh_of(), optax.adam(1e-2)
+    frozen, start = lora_jax.lora_init(KEY, on(mesh, plain, tree_of_specs), RULES, axes=axes)
+    where, where_frozen = (
+        lora_jax.shardings(frozen, start),
+        jax.tree.map(lambda x: x.sharding, frozen),
+    )
+    adapters = jax.device_put(random_like(start, scale=0.1), where)
+
+    def loss(adapters, frozen, x):
+        return jnp.mean(jnp.sin(lora_jax.lora_apply(Model(), {"params": frozen}, adapters, x)))
+
+    def of_device(adapters, frozen, x):
+        frozen = gathered(frozen, where_frozen)
+        return jax.grad(lambda a: loss(gathered(a, where), frozen, x) / mesh.size)(adapters)
+
+    def specs_of(tree):
+        return jax.tree.map(lambda sharding: sharding.spec, tree)
+
+    grads_of = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(specs_of(where), specs_of(where_frozen), P(("data", "model"))),
+        out_specs=specs_of(where),
+    )
+
+    @jax.jit
+    def step(adapters, state, frozen, x):
+        grads = grads_of(adapters, frozen, x)
+        updates, state = tx.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, grads
+
+    x = jax.device_put(X, NamedSharding(mesh, P(("data", "model"))))
+    new, state, grads = step(adapters, tx.init(adapters), frozen, x)
+    for tree in (new, grads, state[0].mu):
+        assert placed(tree, where)
+    alone = jax.tree.map(np.asarray, (adapters, frozen))
+    expected = jax.jit(jax.grad(loss))(*alone, X)
+    for one, other in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
+        assert relative_error(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+def test_under_jit_nothing_is_on_one_device_first(kind):
     """Places are derived of shapes alone, and a compiled program makes each array in its place."""
     plain, tree_of_specs, axes = base()
-    mesh = mesh_of()
+    mesh = mesh_of(kind)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)),
         plain,
