@@ -145,6 +145,8 @@ bench-sweeps: $(BENCH_VENV)/.bench
 
 bench-tpu: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.tpu $(ARGS)
+	$(BENCH_VENV)/bin/python -m benchmarks.mesh
+	$(BENCH_VENV)/bin/python -m benchmarks.remat
 	$(BENCH_VENV)/bin/python -m benchmarks.report
 
 # Installs nothing: where there is a GPU, there is a Python with JAX for it.

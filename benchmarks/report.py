@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.reports import gpu, many, operations, overheads, tpu, train_step
+from benchmarks.reports import gpu, many, mesh, operations, overheads, remat, tpu, train_step
 from benchmarks.reports.figure import bars
 from benchmarks.reports.markdown import places
 from benchmarks.running import files
@@ -24,6 +24,8 @@ SECTIONS = (
     ("many", "Many adapters of one base", many.section),
     ("operations", "Where the time of a step goes", operations.section),
     ("tpu", "A step on a TPU, as its compiler counts it", tpu.section),
+    ("mesh", "A step on 16 TPUs, as their compiler counts it", mesh.section),
+    ("remat", "Rematerialised layers, as the compilers count them", remat.section),
 )
 
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import guard
+from benchmarks import guard, mesh
 from benchmarks.contenders.problems import PROBLEMS
 from benchmarks.models.cases import CASES
-from benchmarks.models.sharded import ScannedDecoder, spec_of
-from benchmarks.running import accelerators, compilers, hlo
+from benchmarks.models.sharded import ScannedDecoder
+from benchmarks.reports import mesh as mesh_report
+from benchmarks.running import accelerators, compilers, files, hlo
 
 PROGRAM = """\
 HloModule step
@@ -82,15 +83,19 @@ def test_an_abstract_problem_is_the_problem_without_arrays():
     assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(got.frozen))
 
 
-def test_adapters_are_sharded_as_their_kernels():
+def test_only_the_base_is_sharded_by_hand():
     case = CASES["tiny-decoder"]
     ids = jnp.ones((1, 4), jnp.int32)
     model = ScannedDecoder(case, lambda x: x)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), ids)["params"])
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    where = accelerators.by_hand(params, mesh)
+    params = accelerators.placed(params, where)
     adapters, _ = accelerators._trained("dora", case, model, params)
+    trees = where["layers"], accelerators._where("dora", adapters, params, mesh)["layers"]
     specs = {
-        jax.tree_util.keystr(path): spec_of(path, leaf)
-        for tree in (params["layers"], adapters["layers"])
+        jax.tree_util.keystr(path): leaf.spec
+        for tree in trees
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     ends = {
@@ -132,3 +137,24 @@ def test_the_guard_counts_copies_beyond_the_floor(monkeypatch):
         {"costs": {"h100": {"dora": {"copied_MiB": 2.0}}}, "traces": 1},
     )
     assert len(found) == 1
+
+
+def test_a_mesh_is_counted_with_all_turns_of_its_loops(monkeypatch, tmp_path):
+    """XLA counts a loop's body once; with two layers in it there is one more."""
+    outside, layer = 5.0, 3.0
+
+    def count(name, case, topology, layout, unroll=1):
+        if name == "qwix":
+            raise ImportError("no module")
+        sizes = {f"{key}_bytes": 2.0 for key in ("argument", "temp", "output", "alias", "sent")}
+        return {**sizes, "flops": outside + unroll * layer, "bytes_accessed": 1.0}
+
+    monkeypatch.setattr(mesh, "on_a_mesh", count)
+    out = tmp_path / "mesh.json"
+    mesh.main(mesh.Options(layouts=("data",), contenders=("lora", "qwix"), layers=7, out=out))
+    results = files.read(out)
+    found = results["v5e:4x4, data"]["contenders"]
+    assert found["lora"]["flops"] == outside + 7 * layer
+    assert found["lora"]["held_bytes"] == 4.0
+    assert "not installed" in found["qwix"]["error"]
+    assert "| qwix |  |" in mesh_report.section(results)

@@ -29,6 +29,7 @@ class Case:
       adapted: names of the kernels that get an adapter; all of a layer's by default.
       tied: the head of a decoder is its embedding.
       remat: layers are rematerialised.
+      save_xU: they keep ``x U`` of their adapters then.
       attention: ``"einsum"``, or an implementation of `jax.nn.dot_product_attention`.
     """
 
@@ -50,6 +51,7 @@ class Case:
     adapted: tuple[str, ...] = ()
     tied: bool = False
     remat: bool = False
+    save_xU: bool = False
     attention: str = "einsum"
 
     @property

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import lora_jax
 from benchmarks.models.attention import Cache, attend, attend_cached
 from benchmarks.models.cases import EPSILON, Case
 
@@ -36,6 +37,11 @@ def queries_keys_values(case: Case, x: jax.Array) -> tuple[jax.Array, jax.Array,
     return q, k, dense(case, case.kv_width, "v")(x)
 
 
+def rematerialised(case: Case, layer: Any, **options: Any) -> Any:
+    """A layer that is computed again for its gradient."""
+    return nn.remat(layer, policy=lora_jax.save_only_xU if case.save_xU else None, **options)
+
+
 class EncoderLayer(nn.Module):
     """A layer of BERT: norms after the sums, biases, gelu."""
 
@@ -63,7 +69,7 @@ class Encoder(nn.Module):
         x = embed(case, case.vocab, "embed")(ids)
         x = x + embed(case, ids.shape[1], "positions")(jnp.arange(ids.shape[1]))
         x = norm(case, "norm")(x)
-        layer = nn.remat(EncoderLayer) if case.remat else EncoderLayer
+        layer = rematerialised(case, EncoderLayer) if case.remat else EncoderLayer
         for i in range(case.layers):
             x = layer(case, name=f"layers_{i}")(x)
         return dense(case, 2, "head")(x.mean(1))
@@ -108,7 +114,7 @@ class Decoder(nn.Module):
         case = self.case
         table = embed(case, case.vocab, "embed")
         x, new = table(ids), []
-        layer = nn.remat(DecoderLayer) if case.remat else DecoderLayer
+        layer = rematerialised(case, DecoderLayer) if case.remat else DecoderLayer
         for i in range(case.layers):
             cache = None if caches is None else caches[i]
             x, cache = layer(case, name=f"layers_{i}")(x, cache, position)

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from benchmarks.models.cases import Case
-from benchmarks.models.linen import DecoderLayer, dense, embed, norm
+from benchmarks.models.linen import DecoderLayer, dense, embed, norm, rematerialised
 
 # Over the axes "data" and "model" of a mesh, how many chips of 16 are in each.
 LAYOUTS = {"data": (16, 1), "model": (1, 16), "both": (4, 4)}
@@ -22,10 +22,12 @@ class ScannedDecoder(nn.Module):
     Attributes:
       case: the case.
       constrain: says of activations how they are sharded.
+      unroll: how many layers are in one turn of the loop.
     """
 
     case: Case
     constrain: Callable[[jax.Array], jax.Array]
+    unroll: int = 1
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -33,27 +35,28 @@ class ScannedDecoder(nn.Module):
         case = self.case
         x = self.constrain(embed(case, case.vocab, "embed")(ids))
         layers = nn.scan(
-            nn.remat(DecoderLayer, prevent_cse=False),
+            rematerialised(case, DecoderLayer, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=case.layers,
+            unroll=self.unroll,
         )
         x, _ = layers(case, name="layers")(x, None, None)
         return dense(case, case.vocab, "head")(norm(case, "norm")(x))
 
 
-def spec_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-    """How a parameter of it is sharded, or an adapter's array: as its kernel is.
+def spec_of(path: tuple[Any, ...]) -> PartitionSpec:
+    """How a parameter of it is sharded, as its user says it; also the factors of qwix.
 
     Args:
       path: to it, as `jax.tree_util` gives it.
-      leaf: the array.
     """
-    names = [str(getattr(part, "key", getattr(part, "name", part))).strip(".[]'") for part in path]
-    if "kernel" not in names:
-        return PartitionSpec()
+    names = [part.key for part in path]
     inputs, outputs = ("model", "data") if set(SECOND) & set(names) else ("data", "model")
-    ends = {"U": (inputs, None), "V": (None, outputs), "m": (outputs,)}
-    end = ends.get(names[-1], (inputs, outputs))
-    return PartitionSpec(*(None,) * (leaf.ndim - len(end)), *end)
+    spec = {
+        "kernel": (inputs, outputs),
+        "kernel_lora_a": (inputs, None),
+        "kernel_lora_b": (None, outputs),
+    }.get(names[-1], ())
+    return PartitionSpec(*(None,) * (spec != () and "layers" in names), *spec)

@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
+from benchmarks.contenders import qwix
 from benchmarks.contenders.baselines import with_vector
 from benchmarks.contenders.problems import PROBLEMS
 from benchmarks.contenders.program import costs
@@ -32,6 +33,10 @@ LAYERS = Case(
     *("layers of an 8B decoder", "decoder", 4096, 14336, 32, 4, 16, 2048, 16, "bfloat16"),
     kv_heads=8,
     vocab=32_000,
+)
+# All of an 8B model, Llama 3's, with one sequence for each of 16 chips.
+EIGHT_B = dataclasses.replace(
+    LAYERS, name="8B decoder", layers=32, vocab=128_256, scale=1.0, remat=True
 )
 
 
@@ -81,15 +86,18 @@ def on_one_device(name: str, case: Case, accelerator: str) -> dict[str, float]:
     return {**found, "kernel_bytes": hlo.written(compiled.as_text(), is_of_the_base)}
 
 
-def on_a_mesh(name: str, case: Case, topology: str, layout: str) -> dict[str, float]:
+def on_a_mesh(
+    name: str, case: Case, topology: str, layout: str, unroll: int = 1
+) -> dict[str, float]:
     """What a step of AdamW needs on each of 16 chips, and what their collectives move.
 
     Args:
-      name: ``"floor"``, ``"lora"`` or ``"dora"``.
+      name: ``"floor"``, ``"lora"``, ``"dora"``, ``"qwix"`` or ``"qwix-float32"``.
       case: a decoder.
       topology: of 16 TPUs.
       layout: one of `LAYOUTS`: the batch, and the inputs of kernels, are sharded by the axis
-        ``data``, and their outputs by ``model``.
+        ``data``, and their outputs by ``model``. Adapters are where the library puts them.
+      unroll: how many layers are in one turn of the loop, whose body XLA counts once.
     """
     chips = compilers.devices(topology).reshape(LAYOUTS[layout])
     mesh = Mesh(chips, ("data", "model"))
@@ -98,36 +106,60 @@ def on_a_mesh(name: str, case: Case, topology: str, layout: str) -> dict[str, fl
     def constrain(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, by_rows)
 
-    def sharded(tree: Any) -> Any:
-        def one(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = NamedSharding(mesh, spec_of(path, leaf))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree_util.tree_map_with_path(one, tree)
-
-    model = ScannedDecoder(case, constrain)
+    model = ScannedDecoder(case, constrain, unroll)
     ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=by_rows)
     params = jax.eval_shape(
         lambda ids: ScannedDecoder(case, lambda x: x).init(jax.random.key(0), ids)["params"], ids
     )
+    params = placed(params, by_hand(params, mesh))
     trained, loss = _trained(name, case, model, params)
     tx = optax.adamw(1e-4)
-    state = trained, jax.eval_shape(tx.init, trained)
-    state = tuple(map(sharded, state))
+    where = _where(name, trained, params, mesh)
+    opt_state = jax.eval_shape(tx.init, trained)
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = (
+        where,
+        optax.tree_map_params(
+            tx, lambda _, one: one, opt_state, where, transform_non_params=lambda _: whole
+        ),
+    )
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def step(state: Any, frozen: Any, ids: Any) -> Any:
         trained, opt_state = state
         value, grads = jax.value_and_grad(loss)(trained, frozen, ids)
         updates, opt_state = tx.update(grads, opt_state, trained)
-        new = optax.apply_updates(trained, updates), opt_state
-        return jax.lax.with_sharding_constraint(new, shardings), value
+        return (optax.apply_updates(trained, updates), opt_state), value
 
-    compiled = step.lower(state, sharded(params), ids).compile()
-    memory = compiled.memory_analysis()
-    return {"sent_bytes": hlo.sent(compiled.as_text()), "temp_bytes": memory.temp_size_in_bytes}
+    lowered = step.lower(placed((trained, opt_state), shardings), params, ids)
+    compiled = lowered.compile()
+    found = {key: value for key, value in costs(compiled, lowered).items() if value is not None}
+    return {**found, "sent_bytes": hlo.sent(compiled.as_text())}
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree, each in its place."""
+
+    def one(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def by_hand(params: Any, mesh: Mesh) -> Any:
+    """Where parameters are, as a user says it of their paths."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, spec_of(path)), params
+    )
+
+
+def _where(name: str, trained: Any, params: Any, mesh: Mesh) -> Any:
+    """Where what is trained is."""
+    if name == "floor":
+        return NamedSharding(mesh, PartitionSpec())
+    if name.startswith("qwix"):
+        return by_hand(trained, mesh)
+    return lora_jax.shardings(params, trained)
 
 
 def _trained(name: str, case: Case, model: Any, params: Any) -> tuple[Any, Any]:
@@ -140,6 +172,9 @@ def _trained(name: str, case: Case, model: Any, params: Any) -> tuple[Any, Any]:
             return cross_entropy(logits, ids)
 
         return vector, loss
+    if name.startswith("qwix"):
+        dtype = jnp.float32 if name == "qwix-float32" else None
+        return qwix.abstract_lora(case, model, "layers/({})", dtype)
     rule = lora_jax.Rule(
         "layers/.*/kernel", rank=case.rank, variant=name, input_axes=(1,), batch_axes=(0,)
     )

@@ -35,7 +35,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def has(accelerator: str) -> bool:
-    """Whether the compiler of an accelerator is installed: ``"h100"``, or a topology of TPUs."""
+    """Whether the compiler of an accelerator is installed: ``"h100"``, or a topology of TPUs.
+
+    That of a CPU, ``"cpu"``, always is.
+    """
+    if accelerator == "cpu":
+        return True
     packages = ("jax_cuda12_plugin", "jax_cuda13_plugin") if accelerator == "h100" else ("libtpu",)
     return any(importlib.util.find_spec(package) for package in packages)
 
@@ -43,6 +48,8 @@ def has(accelerator: str) -> bool:
 @functools.cache
 def devices(accelerator: str) -> np.ndarray:
     """The devices of an accelerator, such as ``"v5e:2x2"`` or ``"h100"``."""
+    if accelerator == "cpu":
+        return np.array(jax.devices("cpu"))
     if accelerator == "h100":
         found = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1"
