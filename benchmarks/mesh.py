@@ -23,11 +23,9 @@ import tyro
 
 from benchmarks.models.cases import Case
 from benchmarks.running import files
-from benchmarks.running.accelerators import EIGHT_B, on_a_mesh
+from benchmarks.running.accelerators import EIGHT_B, IN_LOOPS, of_all_layers, on_a_mesh
 from benchmarks.running.environment import environment
 
-# Of which XLA counts what is in a loop once.
-IN_LOOPS = ("flops", "bytes_accessed")
 SHOWN = (*IN_LOOPS, "sent_bytes", "temp_bytes", "held_bytes")
 
 
@@ -66,14 +64,6 @@ def counted(contender: str, case: Case, options: Options, layout: str) -> dict[s
     return {**found, "compile_seconds": time.perf_counter() - begin}
 
 
-def of_all_layers(
-    contender: str, case: Case, options: Options, layout: str, once: dict[str, float]
-) -> dict[str, float]:
-    """The others: a loop with two layers in a turn has one layer more in what XLA counts."""
-    two = on_a_mesh(contender, case, options.topology, layout, unroll=2)
-    return {key: once[key] + (case.layers - 1) * (two[key] - once[key]) for key in IN_LOOPS}
-
-
 def main(options: Options) -> None:
     """Counts, and writes each result as soon as it is there."""
     case = dataclasses.replace(EIGHT_B, layers=options.layers)
@@ -86,7 +76,7 @@ def main(options: Options) -> None:
         if part == "memory":
             one = counted(contender, case, options, layout)
         elif "once" in one:
-            one |= of_all_layers(contender, case, options, layout, one["once"])
+            one |= of_all_layers(one["once"], case, contender, options.topology, layout)
         entry |= {"case": dataclasses.asdict(case), "environment": environment()}
         entry["contenders"][contender] = one
         files.write(options.out, results)

@@ -1,4 +1,4 @@
-"""What a step needs whose layers are rematerialised, and whose layers then keep `x U`.
+"""What a step needs whose layers, in one loop, are rematerialised, and then keep `x U`.
 
 The compilers of a CPU and, where `libtpu` is installed, of a TPU count it: nothing is run.
 
@@ -9,6 +9,7 @@ The compilers of a CPU and, where `libtpu` is installed, of a TPU count it: noth
 import dataclasses
 import os
 from pathlib import Path
+from typing import Literal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -17,7 +18,7 @@ import tyro
 
 from benchmarks.models.cases import CASES
 from benchmarks.running import compilers, files
-from benchmarks.running.accelerators import on_one_device
+from benchmarks.running.accelerators import of_all_layers, on_a_mesh
 from benchmarks.running.environment import environment
 
 CASE = dataclasses.replace(CASES["decoder"], dtype="bfloat16")
@@ -38,6 +39,8 @@ class Options:
     """Compilers to ask."""
     contenders: tuple[str, ...] = ("lora", "dora")
     """What is compiled."""
+    kept: tuple[Literal["all", "nothing", "save_only_xU"], ...] = ("all", "nothing", "save_only_xU")
+    """What layers keep."""
     out: Path = Path("benchmarks/results/remat.json")
     """Where results go; others that are there already stay."""
 
@@ -49,8 +52,10 @@ def main(options: Options) -> None:
             print(f"not counted: there is no compiler for {accelerator}")
             continue
         for contender in options.contenders:
-            for kept, fields in KEPT.items():
-                one = on_one_device(contender, dataclasses.replace(CASE, **fields), accelerator)
+            for kept in options.kept:
+                case = dataclasses.replace(CASE, **KEPT[kept])
+                one = on_a_mesh(contender, case, accelerator, "one")
+                one |= of_all_layers(one, case, contender, accelerator, "one")
                 results = files.read(options.out)
                 entry = results.setdefault(accelerator, {"counts": {}})
                 entry |= {"case": dataclasses.asdict(CASE), "environment": environment()}

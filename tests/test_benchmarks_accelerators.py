@@ -149,7 +149,8 @@ def test_a_mesh_is_counted_with_all_turns_of_its_loops(monkeypatch, tmp_path):
         sizes = {f"{key}_bytes": 2.0 for key in ("argument", "temp", "output", "alias", "sent")}
         return {**sizes, "flops": outside + unroll * layer, "bytes_accessed": 1.0}
 
-    monkeypatch.setattr(mesh, "on_a_mesh", count)
+    for module in (mesh, accelerators):
+        monkeypatch.setattr(module, "on_a_mesh", count)
     out = tmp_path / "mesh.json"
     mesh.main(mesh.Options(layouts=("data",), contenders=("lora", "qwix"), layers=7, out=out))
     results = files.read(out)

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 from benchmarks.models.cases import Case
 from benchmarks.models.linen import DecoderLayer, dense, embed, norm, rematerialised
 
-# Over the axes "data" and "model" of a mesh, how many chips of 16 are in each.
-LAYOUTS = {"data": (16, 1), "model": (1, 16), "both": (4, 4)}
+# Over the axes "data" and "model" of a mesh, how many chips of 16 are in each, or of one.
+LAYOUTS = {"data": (16, 1), "model": (1, 16), "both": (4, 4), "one": (1, 1)}
 # Their inputs are sharded by "model", where those of others are their outputs.
 SECOND = ("o", "down")
 
@@ -34,8 +34,9 @@ class ScannedDecoder(nn.Module):
         """``(batch, length)`` to logits ``(batch, length, vocab)``."""
         case = self.case
         x = self.constrain(embed(case, case.vocab, "embed")(ids))
+        layer = rematerialised(case, DecoderLayer, prevent_cse=False)
         layers = nn.scan(
-            rematerialised(case, DecoderLayer, prevent_cse=False),
+            layer if case.remat else DecoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

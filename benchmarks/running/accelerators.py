@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 from unittest import mock
 
@@ -33,11 +34,12 @@ LAYERS = Case(
     *("layers of an 8B decoder", "decoder", 4096, 14336, 32, 4, 16, 2048, 16, "bfloat16"),
     kv_heads=8,
     vocab=32_000,
+    remat=True,
 )
+# Of which XLA counts what is in a loop once.
+IN_LOOPS = ("flops", "bytes_accessed")
 # All of an 8B model, Llama 3's, with one sequence for each of 16 chips.
-EIGHT_B = dataclasses.replace(
-    LAYERS, name="8B decoder", layers=32, vocab=128_256, scale=1.0, remat=True
-)
+EIGHT_B = dataclasses.replace(LAYERS, name="8B decoder", layers=32, vocab=128_256, scale=1.0)
 
 
 def abstract_problem(name: str, case: Case) -> Any:
@@ -89,17 +91,18 @@ def on_one_device(name: str, case: Case, accelerator: str) -> dict[str, float]:
 def on_a_mesh(
     name: str, case: Case, topology: str, layout: str, unroll: int = 1
 ) -> dict[str, float]:
-    """What a step of AdamW needs on each of 16 chips, and what their collectives move.
+    """What a step of AdamW needs on each chip of a mesh, and what their collectives move.
 
     Args:
       name: ``"floor"``, ``"lora"``, ``"dora"``, ``"qwix"`` or ``"qwix-float32"``.
       case: a decoder.
-      topology: of 16 TPUs.
+      topology: of TPUs, or ``"cpu"``.
       layout: one of `LAYOUTS`: the batch, and the inputs of kernels, are sharded by the axis
         ``data``, and their outputs by ``model``. Adapters are where the library puts them.
       unroll: how many layers are in one turn of the loop, whose body XLA counts once.
     """
-    chips = compilers.devices(topology).reshape(LAYOUTS[layout])
+    sizes = LAYOUTS[layout]
+    chips = compilers.devices(topology)[: math.prod(sizes)].reshape(sizes)
     mesh = Mesh(chips, ("data", "model"))
     by_rows = NamedSharding(mesh, PartitionSpec("data"))
 
@@ -135,6 +138,21 @@ def on_a_mesh(
     compiled = lowered.compile()
     found = {key: value for key, value in costs(compiled, lowered).items() if value is not None}
     return {**found, "sent_bytes": hlo.sent(compiled.as_text())}
+
+
+def of_all_layers(once: dict[str, float], case: Case, *args: Any) -> dict[str, float]:
+    """What XLA counts once of a loop, as often as it runs.
+
+    A loop with two layers in a turn has one layer more in what is counted.
+
+    Args:
+      once: what was counted of the loop with one.
+      case: a decoder.
+      *args: of `on_a_mesh`, its contender, topology and layout.
+    """
+    name, topology, layout = args
+    two = on_a_mesh(name, case, topology, layout, unroll=2)
+    return {key: once[key] + (case.layers - 1) * (two[key] - once[key]) for key in IN_LOOPS}
 
 
 def placed(tree: Any, shardings: Any) -> Any:
