@@ -4,6 +4,9 @@
 adapters, their gradients and the state of their optimizer are where `lora_jax.shardings` puts them.
 A program that does not fit into the memory of a chip does not compile. These are no times.
 
+Arithmetic and bytes accessed are not counted: XLA counts what is in a loop once, and makes of a
+product with a kernel that is gathered a loop over its parts, of some kernels and not of others.
+
     python -m benchmarks.mesh
     python -m benchmarks.mesh --layouts model --contenders lora dora
 """
@@ -23,10 +26,10 @@ import tyro
 
 from benchmarks.models.cases import Case
 from benchmarks.running import files
-from benchmarks.running.accelerators import EIGHT_B, IN_LOOPS, of_all_layers, on_a_mesh
+from benchmarks.running.accelerators import EIGHT_B, on_a_mesh
 from benchmarks.running.environment import environment
 
-SHOWN = (*IN_LOOPS, "sent_bytes", "temp_bytes", "held_bytes")
+COUNTS = ("sent_bytes", "temp_bytes", "argument_bytes", "output_bytes", "alias_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +42,24 @@ class Options:
     """How they share the model."""
     contenders: tuple[str, ...] = ("floor", "lora", "dora", "qwix", "qwix-float32")
     """What is compiled."""
-    parts: tuple[Literal["memory", "loops"], ...] = ("memory", "loops")
-    """Which counts; those of loops take another program, and are added to the others."""
     layers: int = EIGHT_B.layers
     """Layers of the model."""
     out: Path = Path("benchmarks/results/mesh.json")
     """Where results go; others that are there already stay."""
 
 
-def counted(contender: str, case: Case, options: Options, layout: str) -> dict[str, Any]:
-    """Costs of a step on each chip, but for those that XLA counts once in a loop."""
+def counted(contender: str, case: Case, topology: str, layout: str) -> dict[str, Any]:
+    """Bytes of a step on each chip."""
     begin = time.perf_counter()
     try:
-        found = on_a_mesh(contender, case, options.topology, layout)
+        found = on_a_mesh(contender, case, topology, layout)
     except ImportError as error:
         return {"error": f"not installed: {error}"}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"error": f"does not fit: {str(error).splitlines()[0]}"}
-    found["once"] = {key: found.pop(key) for key in IN_LOOPS}
+    found = {key: found[key] for key in COUNTS}
     held = sum(found[f"{key}_bytes"] for key in ("argument", "temp", "output"))
     found["held_bytes"] = held - found["alias_bytes"]
     return {**found, "compile_seconds": time.perf_counter() - begin}
@@ -67,21 +68,14 @@ def counted(contender: str, case: Case, options: Options, layout: str) -> dict[s
 def main(options: Options) -> None:
     """Counts, and writes each result as soon as it is there."""
     case = dataclasses.replace(EIGHT_B, layers=options.layers)
-    for layout, part, contender in itertools.product(
-        options.layouts, options.parts, options.contenders
-    ):
+    for layout, contender in itertools.product(options.layouts, options.contenders):
+        one = counted(contender, case, options.topology, layout)
         results = files.read(options.out)
         entry = results.setdefault(f"{options.topology}, {layout}", {"contenders": {}})
-        one = entry["contenders"].get(contender, {})
-        if part == "memory":
-            one = counted(contender, case, options, layout)
-        elif "once" in one:
-            one |= of_all_layers(one["once"], case, contender, options.topology, layout)
         entry |= {"case": dataclasses.asdict(case), "environment": environment()}
         entry["contenders"][contender] = one
         files.write(options.out, results)
-        cells = [f"{key} {one[key]:.5g}" for key in SHOWN if key in one]
-        print(layout, contender, one.get("error") or ", ".join(cells), flush=True)
+        print(layout, contender, one, flush=True)
 
 
 if __name__ == "__main__":

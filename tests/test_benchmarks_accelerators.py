@@ -1,5 +1,7 @@
 """What is counted of programs for accelerators; their compilers are not needed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -139,23 +141,29 @@ def test_the_guard_counts_copies_beyond_the_floor(monkeypatch):
     assert len(found) == 1
 
 
-def test_a_mesh_is_counted_with_all_turns_of_its_loops(monkeypatch, tmp_path):
+def test_what_is_in_a_loop_is_counted_as_often_as_it_runs(monkeypatch):
     """XLA counts a loop's body once; with two layers in it there is one more."""
-    outside, layer = 5.0, 3.0
+    case = dataclasses.replace(CASES["tiny-decoder"], layers=7)
 
-    def count(name, case, topology, layout, unroll=1):
+    def count(*_, unroll=1):
+        return {"flops": 5.0 + 3.0 * unroll, "bytes_accessed": 1.0}
+
+    monkeypatch.setattr(accelerators, "on_a_mesh", count)
+    found = accelerators.of_all_layers(count(), case, "lora", "cpu", "one")
+    assert found == {"flops": 5.0 + 3.0 * 7, "bytes_accessed": 1.0}
+
+
+def test_a_mesh_is_counted_and_shown(monkeypatch, tmp_path):
+    def count(name, case, topology, layout):
         if name == "qwix":
             raise ImportError("no module")
-        sizes = {f"{key}_bytes": 2.0 for key in ("argument", "temp", "output", "alias", "sent")}
-        return {**sizes, "flops": outside + unroll * layer, "bytes_accessed": 1.0}
+        return dict.fromkeys((*mesh.COUNTS, "flops"), 2.0)
 
-    for module in (mesh, accelerators):
-        monkeypatch.setattr(module, "on_a_mesh", count)
+    monkeypatch.setattr(mesh, "on_a_mesh", count)
     out = tmp_path / "mesh.json"
     mesh.main(mesh.Options(layouts=("data",), contenders=("lora", "qwix"), layers=7, out=out))
     results = files.read(out)
     found = results["v5e:4x4, data"]["contenders"]
-    assert found["lora"]["flops"] == outside + 7 * layer
     assert found["lora"]["held_bytes"] == 4.0
     assert "not installed" in found["qwix"]["error"]
     assert "| qwix |  |" in mesh_report.section(results)

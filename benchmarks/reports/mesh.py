@@ -6,8 +6,6 @@ from benchmarks.reports import markdown
 
 # Names of counts, with their key in the results and their unit.
 COUNTS = {
-    "TFLOP": ("flops", 1e12),
-    "GiB accessed": ("bytes_accessed", 2**30),
     "GiB sent": ("sent_bytes", 2**30),
     "GiB temporary": ("temp_bytes", 2**30),
     "GiB held": ("held_bytes", 2**30),
