@@ -37,7 +37,7 @@ class Options:
     variants: tuple[Literal["lora", "dora", "loftq"], ...] = ("lora", "dora")
     """What is trained on them; loftq is LoRA that starts so, and is for quantized ones."""
     steps: int = 20
-    """Batches to train on."""
+    """Batches to train on; with 0 only what the base loses is measured, by adapters that start."""
     tests: int = 64
     """Held-out texts."""
     out: Path = Path("benchmarks/results/quantized.json")
@@ -100,9 +100,13 @@ def main(options: Options) -> None:
                 rows = report.rows.values()
                 found["error"] = float(np.mean([row.quantized for row in rows]))
                 found["error_with_loftq"] = float(np.mean([row.with_adapter for row in rows]))
+            before = styles_finetune.held_out(model, frozen, adapters, test_set, own.batch)
+            found["perplexity"] = math.exp(before)
+            print(kind, variant, found, flush=True)
+            if not options.steps:
+                continue
             first = tuple(array[: own.batch] for array in train_set)
             memory = step_memory(model, frozen, adapters, first)
-            before = styles_finetune.held_out(model, frozen, adapters, test_set, own.batch)
             adapters = jax.tree.map(jnp.copy, adapters)  # a step donates its state
             adapters, seconds = styles_finetune.train(
                 model, frozen, adapters, train_set, own, lambda *_: None
@@ -110,6 +114,7 @@ def main(options: Options) -> None:
             after = styles_finetune.held_out(model, frozen, adapters, test_set, own.batch)
             found[variant] = {
                 "perplexity_before": math.exp(before),
+                "steps": options.steps,
                 "perplexity_after": math.exp(after),
                 "seconds_per_step": seconds,
                 "memory": memory,
