@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import lora_jax
 from lora_jax import Adapter, FullyTrained, LoraBias
 from lora_jax.cli.__main__ import main
+from lora_jax.core._boxes import unbox
 from lora_jax.files._checkpoint import Checkpoint
 from lora_jax.files._tensors import Tensors
 
@@ -168,6 +169,7 @@ BASES = {  # which take a base, and no adapters
     "kernel_axes": lambda case, tmp: lora_jax.kernel_axes(MODEL, {"params": case.params}, X),
     "load": load,
     "peft.load": peft_load,
+    "quantize": lambda case, tmp: lora_jax.quantize(case.params, {"dense/kernel": "int8"}),
 }
 
 
@@ -302,6 +304,7 @@ UNTIED = {"dense": {"kernel": LORA.replace(untied=True)}, "head": HEAD}
 NAN = changed(TREES["lora"], dense_kernel=LORA.replace(V=array(2, 4) * np.nan))
 ON_DISK = {"save", "save, no base", "export", "peft.save"}
 NEED_W = {"combine, no base", "compress, no base"}
+QUANTIZED = lora_jax.quantize(PARAMS, {"dense/kernel": "int8"})["dense"]["kernel"]
 # Name: the case, what is said where it is refused, and who takes it.
 SOME = {
     "good": (Case(), [], {*ADAPTERS, *ALONE}),
@@ -351,6 +354,7 @@ SOME = {
         [],
         {*ADAPTERS, *ALONE},
     ),
+    "quantized": (base(dense_kernel=QUANTIZED), [], {*ADAPTERS, *ALONE}),
     "FrozenDict": (
         Case(*map(flax.core.freeze, (FROZEN, PARAMS, TREES["lora"], TREES["lora"]))),
         [],
@@ -362,7 +366,7 @@ SOME = {
 def output(case):
     """What the model gives, by the formulas, in NumPy."""
     frozen, adapters = map(flax.core.unfreeze, (case.frozen, case.adapters))
-    W = np.asarray(jax.tree.leaves(frozen["dense"]["kernel"])[0], np.float32)
+    W = np.asarray(unbox(frozen["dense"]["kernel"]), np.float32)
     node, head = adapters["dense"]["kernel"], adapters["head"]
     W = W + node.scale * node.U @ node.V
     if node.m is not None:

@@ -7,8 +7,9 @@ Nothing here knows a Flax module. From the ground up:
 - ``variants/``: LoRA and DoRA as the papers write them, the reference for all the rest; and what a
   variant is.
 - ``_meshes.py``: arrays whose sharding is a part of their type.
-- ``_boxes.py``: leaves out of their boxes, ``nn.Partitioned`` and the like.
 - ``_axes.py``: a kernel of any number of axes as a stack of matrices.
+- ``quantized/``: kernels of few bits, which dequantize where they are read.
+- ``_boxes.py``: leaves out of their boxes, ``nn.Partitioned`` and the like, and dequantized.
 - ``_model_axes.py``: the axes of all kernels of a model.
 - ``rules/``: what the user says, and which parameters it is for.
 - ``_node.py``: what every node of an adapter tree can do.

@@ -15,6 +15,9 @@ What they are made of:
 - ``_base_hash.py``: the hash of a kernel that a variant has changed.
 - ``_refuse_plain_arrays.py``: refuses adapters whose arrays are in plain dicts.
 - ``_leaves.py``: one leaf: its dtype, and whether it is floating-point and finite.
+- ``_quantized_leaf.py``: a quantized kernel in the box, or the variable, that the kernel was in.
+- ``_qwix_leaf.py``: a kernel that qwix has quantized, as a leaf of ours.
+- ``_states.py``: ``nnx.State`` as a tree.
 - ``_paths.py``: nested dicts by the paths of their leaves.
 - ``_resolve_axes.py``: which axes of a matched kernel are inputs, outputs and batch.
 - ``_stack_size.py``: how many adapters are stacked in a tree.

@@ -35,7 +35,7 @@ def check_floating(path: str, leaf: Any, what: str = "the base has") -> None:
     if dtype is None:
         raise TypeError(
             f"{what} {leaf!r} at {path!r}, which is not one array of numbers, nor quantized by "
-            f"lora_jax.quantize or qwix."
+            f"lora_jax.quantize or qwix: dequantize it first."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(

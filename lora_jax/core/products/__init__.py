@@ -16,6 +16,8 @@ What they are made of:
 - ``_platform.py``: forms of a computation, of which the program keeps that of its platform.
 - ``_tuning.py``: what is chosen by, for each platform.
 - ``_skinny_matmul.py``: products with the thin factors, in the layout that a platform wants.
+- ``_product_with_U.py``: ``x U`` under a name, and the policy of remat that keeps it.
+- ``_dequantized.py``: what is computed of a quantized kernel, which is not kept.
 - ``_shared_input.py``: the input that several layers read.
 - ``_row_ids.py``: which of several adapters each row of a batch has.
 - ``_row_factors.py``: the factors of the rows, gathered or one-hot.
