@@ -47,9 +47,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("double", [False, True])
+QUICK = ("a matrix", "odd", "a convolution")
+
+
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHAPES],
+)
 def test_each_number_is_the_nearest_that_there_is_a_code_for(shape, kind, double):
     """In units of the scale of its block, which is the block's largest number, or near to it."""
     shape, axes = SHAPES[shape]

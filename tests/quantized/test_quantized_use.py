@@ -136,8 +136,15 @@ def losses(frozen):
     return lambda adapters, x=X: jnp.sum(apply(frozen, adapters, x) ** 2)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("with_calls", [True, False], ids=["calls", "checkpoint"])
+LORA_TOO = [pytest.param("lora", marks=pytest.mark.slow), "dora"]
+
+
+@pytest.mark.parametrize("variant", LORA_TOO)
+@pytest.mark.parametrize(
+    "with_calls",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["calls", "checkpoint"],
+)
 def test_derivatives(variant, with_calls, monkeypatch):
     """Forwards, twice, and for each example; also where there is only `jax.checkpoint`."""
     if not with_calls:
@@ -220,8 +227,10 @@ class Deep(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+@pytest.mark.parametrize("variant", LORA_TOO)
+@pytest.mark.parametrize(
+    "remat", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "remat"]
+)
 @pytest.mark.parametrize("loop", [False, True], ids=["unrolled", "scan"])
 def test_no_two_layers_are_dequantized_at_once(loop, remat, variant):
     """By the compiler: of eight kernels a step holds one in floats, besides what it has anyway."""
