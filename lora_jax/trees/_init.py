@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +18,13 @@ from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import content, is_quantized, rebox, unbox
 from lora_jax.core._fully_trained import raise_precision
 from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core.quantized._array import QuantizedArray, scale_of
 from lora_jax.core.rules._config import LoraConfig, check_config
 from lora_jax.core.rules._hints import key_comes_first, look_first
 from lora_jax.core.rules._match_paths import assign
+from lora_jax.core.rules._rule import Rule
+from lora_jax.core.variants._dora import DoRA
+from lora_jax.core.variants._lora import LoRA
 from lora_jax.trees._base_hash import UNKNOWN, base_hash
 from lora_jax.trees._leaves import is_finite
 from lora_jax.trees._pair import base_of
@@ -120,9 +125,13 @@ def lora_init(
     for path, key_ in paths.items():
         if path in rules:
             adapter_key = key_for(key, path)
-            kernel = jnp.asarray(unbox(leaves[path]))
             untied = path in tied and not rules[path].materialize
-            adapter = init_adapter(adapter_key, kernel, rules[path], resolved[path], untied)
+            given = adapter_key, leaves[path], rules[path], resolved[path], untied
+            if is_quantized(leaves[path]) and type(rules[path].as_variant()) in (LoRA, DoRA):
+                kernel, adapter = scale_of(leaves[path]), _of_quantized(*given)
+            else:
+                kernel = jnp.asarray(unbox(leaves[path]))
+                adapter = init_adapter(adapter_key, kernel, *given[2:])
             _check_finite(path, kernel, adapter)
             if adapter.changes_base and untied:
                 raise ValueError(
@@ -144,6 +153,14 @@ def lora_init(
         elif path in trainable:
             adapters[key_] = raise_precision(path, frozen.pop(key_))
     return unflatten(frozen, params), unflatten_adapters(adapters, params)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "axes", "untied"))
+def _of_quantized(
+    key: chex.PRNGKey, leaf: QuantizedArray, rule: Rule, axes: KernelAxes, untied: bool
+) -> Adapter:
+    """The adapter of a quantized kernel, of which nothing of its size is made in floats."""
+    return init_adapter(key, leaf.dequantize(), rule, axes, untied)
 
 
 def _check_lists(flat: Mapping[Key, Any], config: LoraConfig) -> None:
