@@ -199,11 +199,11 @@ def wide_product(A: chex.Array, W: chex.Array, transposed: bool = False) -> chex
 
 
 def defined_calls_anew() -> Callable[..., list[Any]] | None:
-    """``calls_anew(function, linear, constants)``: what ``function(linear, constants)`` gives.
+    """``calls_anew(jaxpr, linear, constants)``: what the jaxpr gives for these lists of arrays.
 
-    ``function`` gives a list of arrays. It takes two lists, is linear in the first if it is
-    differentiated, and computes what it needs of the second, such as the kernel that codes stand
-    for. So does its transpose, in the backward pass: nothing of it is kept from the forward pass.
+    It is that of a function that is linear in the first if it is differentiated, and computes what
+    it needs of the second, such as the kernel that codes stand for. So does its transpose, in the
+    backward pass: nothing of it is kept from the forward pass.
 
     Why: that is what ``jax.checkpoint`` is for. But XLA's compiler for CPUs takes barriers out
     before it looks for what is computed twice, finds all of it, and keeps it for the backward pass;
@@ -212,11 +212,12 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
     Gone: ``None``, and there is ``jax.checkpoint``: on CPUs more memory, and the same numbers.
 
     Example:
-      >>> def product(linear, constants):
-      ...     return [linear[0] @ constants[0].astype("float32")]
       >>> codes = jax.numpy.ones((2, 3), "int8")
+      >>> def product(linear, constants):
+      ...     return linear[0] @ constants[0].astype("float32")
       >>> def loss(x):
-      ...     return calls_anew(product, [x], [codes])[0].sum()
+      ...     jaxpr = jax.make_jaxpr(product)([x], [codes])
+      ...     return calls_anew(jaxpr, [x], [codes])[0].sum()
       >>> jax.grad(loss)(jax.numpy.ones((1, 2)))
       Array([[3., 3.]], dtype=float32)
     """
@@ -271,7 +272,9 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
             out = p.bind(*args, function=mapped, count=count, backward=backward)
             return out, [0] * len(out)
 
-        p.def_impl(jax.jit(p.bind, static_argnames=("function", "count", "backward")))
+        as_function = jax.extend.core.jaxpr_as_fun
+        closed_jaxpr = jax.extend.core.ClosedJaxpr
+        p.def_impl(called)
         p.def_abstract_eval(abstract)
         ad.primitive_jvps[p] = jvp
         ad.primitive_transposes[p] = transposed
@@ -282,9 +285,16 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
     except (AttributeError, ImportError, TypeError):
         return None
 
-    def bound(function: Any, linear: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
-        static = {"function": function, "count": len(linear), "backward": False}
-        return list(p.bind(*linear, *constants, **static))
+    def bound(jaxpr: Any, linear: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
+        # What the function has closed over are constants too: they may be of a trace around.
+        count, of_linear = len(constants), len(linear)
+
+        def function(linear: list[Any], constants: list[Any]) -> list[Any]:
+            run = as_function(closed_jaxpr(jaxpr.jaxpr, constants[count:]))
+            return list(run(*linear, *constants[:count]))
+
+        static = {"function": function, "count": of_linear, "backward": False}
+        return list(p.bind(*linear, *constants, *jaxpr.consts, **static))
 
     return bound
 

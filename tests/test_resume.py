@@ -193,7 +193,7 @@ def test_other_options_are_refused(tmp_path):
 
 def test_all_but_free_options_are_compared():
     """A new option of the demo has to be thought of: is a training another one by it?"""
-    fixed = {"task", "api", "quick", "train", "epochs", "length", "batch", "rank", "alpha"}
+    fixed = {"task", "api", "base", "quick", "train", "epochs", "length", "batch", "rank", "alpha"}
     assert set(vars(OPTIONS)) - finetune.FREE == fixed
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -22,9 +22,10 @@ import jax
 from lora_jax import _compat as compat
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._boxes import content, is_quantized
-from lora_jax.core.products._adapted_kernel import AdaptedKernel
+from lora_jax.core.products._adapted_kernel import AdaptedKernel, ComputesItself
 from lora_jax.core.products._observer import Unseen
 from lora_jax.core.products._shared_input import SharedInputs
+from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, entry_of
 from lora_jax.layers._place_adapters import Placed
 from lora_jax.linen._layer_output import layer_output
@@ -49,12 +50,14 @@ class Interceptor:
     Attributes:
       handlers: of the call.
       placed: the adapters next to kernels, as no transform has sliced them yet.
+      codes: the identities of the codes of quantized kernels, likewise.
       classes: of the modules that were called, by their paths.
       used: the paths of the kernels that a handler has computed with.
     """
 
     handlers: Handlers
     placed: Mapping[Key, Placed] = dataclasses.field(default_factory=dict)
+    codes: Collection[int] = ()
     classes: dict[Key, list[type[nn.Module]]] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
     _draws: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -93,8 +96,12 @@ class Interceptor:
         names = entry.names(module) if entry else ()
         if entry is None or not any(map(functools.partial(_is_for_handler, module), names)):
             return self._inside(next_fun, args, kwargs)
-        kernels = tuple(self._kernel(module, name) for name in names)
-        return layer_output(entry, kernels, next_fun, args, kwargs, context)
+        adapted = any(module.has_variable("params", n + SUFFIX) for n in names)
+        kernels = tuple(self._kernel(module, name, entry, adapted) for name in names)
+        try:
+            return layer_output(entry, kernels, next_fun, args, kwargs, context)
+        except ComputesItself:
+            return self._inside(next_fun, args, kwargs)
 
     def _inside(
         self, next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -106,13 +113,30 @@ class Interceptor:
         finally:
             self._inputs = outside
 
-    def _kernel(self, module: nn.Module, name: str) -> AdaptedKernel | None:
-        """A kernel of a module for its handler, with its adapter if there is one."""
+    def _kernel(
+        self, module: nn.Module, name: str, entry: Entry, adapted: bool
+    ) -> AdaptedKernel | None:
+        """A kernel of a module for its handler, with its adapter if there is one.
+
+        Args:
+          module: the layer.
+          name: of its parameter.
+          entry: has the handler.
+          adapted: whether a kernel of the layer has an adapter.
+        """
         if not module.has_variable("params", name):
             return None
         value = content(module.get_variable("params", name))
+        if is_quantized(value) and self._maps_codes(module, value):
+            raise ValueError(
+                f"{path_of((*module.path, name))!r} is quantized, and its layer is inside of "
+                f"nn.map_variables, which would map codes and scales: leave it out of what is "
+                f"quantized."
+            )
+        of_handler: dict[str, Any] = {"built_in": entry.built_in}
         if not module.has_variable("params", name + SUFFIX):
-            return AdaptedKernel(path_of((*module.path, name)), value)
+            path = path_of((*module.path, name))
+            return AdaptedKernel(path, value, **of_handler, optional=not adapted)
         placed: Placed = module.get_variable("params", name + SUFFIX)
         path, adapter = placed.path, placed.adapter
         if placed.cut:
@@ -131,7 +155,12 @@ class Interceptor:
             ids=placed.ids,
             product=placed.product,
             inputs=self._inputs,
+            **of_handler,
         )
+
+    def _maps_codes(self, module: nn.Module, value: Any) -> bool:
+        """Whether a map of variables has changed codes, which no other transform has made."""
+        return id(value.codes) not in self.codes and self._maps.may_be_of_params(module)
 
     @functools.cached_property
     def _as_placed(self) -> set[int]:

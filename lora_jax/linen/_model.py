@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 
+from lora_jax.core._boxes import content, is_quantized
 from lora_jax.core._model_axes import ModelAxes
 from lora_jax.layers._check_use import (
     check_ties,
@@ -131,13 +132,16 @@ class LinenModel:
             with interceptor.active():
                 return call_model(self.model, {**rest, "params": tree}, args, kwargs)
 
+        leaves = [content(leaf) for leaf in params.values()]
+        codes = {id(leaf.codes) for leaf in leaves if is_quantized(leaf)}
+
         def results(params: Mapping[Key, Any], placed: Mapping[Key, Placed]) -> list[Any]:
-            out = call(with_adapters(params, placed, self.base), Interceptor(handlers))
+            out = call(with_adapters(params, placed, self.base), Interceptor(handlers, {}, codes))
             if gives_variables(kwargs):  # that the parameters are given back is no use of them
                 out = out[0], {name: tree for name, tree in out[1].items() if name != "params"}
             return list(arrays_in(out))
 
-        interceptor = Interceptor(handlers, placed)
+        interceptor = Interceptor(handlers, placed, codes)
         tree = with_adapters(params, placed, self.base)
         out = call(tree, interceptor)
         if not allow_unused:

@@ -21,6 +21,7 @@ from typing import Any
 from flax import nnx
 
 from lora_jax._compat import nnx_class_options
+from lora_jax.core.products._adapted_kernel import ComputesItself
 from lora_jax.layers._handlers import Handlers, entry_of
 from lora_jax.nnx._calls import Call, call_under_way
 
@@ -89,7 +90,10 @@ def _hooked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         kernels = tuple(call.kernel(self, name, entry, n) for n in entry.names(self))
         if all(kernel is None for kernel in kernels):
             return function(self, *args, **kwargs)
-        return entry.output(self, kernels, function, args, kwargs)
+        try:
+            return entry.output(self, kernels, function, args, kwargs)
+        except ComputesItself:
+            return function(self, *args, **kwargs)
 
     return method
 

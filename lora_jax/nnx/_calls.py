@@ -20,6 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax._compat import trace_state
+from lora_jax.core._boxes import is_quantized
 from lora_jax.core.products._adapted_kernel import AdaptedKernel
 from lora_jax.core.products._observer import Unseen
 from lora_jax.core.products._shared_input import SharedInputs
@@ -114,13 +115,16 @@ class AdaptedCall:
         self, module: nnx.Module, method: str, entry: Entry, name: str
     ) -> AdaptedKernel | None:
         """The kernel with its adapter, if it has one."""
-        del method, entry
-        value = _value_in(module, name)
+        del method
+        value = value_in(module, name)
         if value is None:
             return None
         beside = vars(module).get(name + SUFFIX)
+        of_handler: dict[str, Any] = {"built_in": entry.built_in}
         if beside is None:
-            return AdaptedKernel(name, value)
+            alone = not any(n + SUFFIX in vars(module) for n in entry.names(module))
+            optional = alone and is_quantized(value)
+            return AdaptedKernel(name, value, **of_handler, optional=optional)
         placed: Placed = value_of(beside)
         path, adapter = placed.path, placed.adapter
         if placed.cut:
@@ -135,6 +139,7 @@ class AdaptedCall:
             ids=placed.ids,
             product=placed.product,
             inputs=self._shared_inputs(),
+            **of_handler,
         )
 
     def _shared_inputs(self) -> SharedInputs:
@@ -185,7 +190,7 @@ def changed_kernels(jaxpr: Any, kernels: Mapping[Key, Any]) -> list[str]:
     return [name.removeprefix(KERNEL) for name in sorted(changed)]
 
 
-def _value_in(module: nnx.Module, name: str) -> Any:
+def value_in(module: nnx.Module, name: str) -> Any:
     """The value of a variable, as a layer sees it; a quantized one as it is stored."""
     variable = vars(module).get(name)
     if not isinstance(variable, nnx.Variable):

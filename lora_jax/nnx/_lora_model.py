@@ -28,6 +28,7 @@ from lora_jax.layers._entry import Entry
 from lora_jax.layers._handlers import Handlers, handlers_of_call
 from lora_jax.nnx._adapted_class import OWN_CALL, adapted_class, own_class, set_class
 from lora_jax.nnx._adapter_param import AdapterParam
+from lora_jax.nnx._calls import value_in
 from lora_jax.nnx._model import NnxModel
 from lora_jax.nnx._variables import (
     copied,
@@ -95,18 +96,22 @@ class LayerAdapters:
         self, module: nnx.Module, method: str, entry: Entry, name: str
     ) -> AdaptedKernel | None:
         """The kernel with its adapter, if it has one."""
-        del method, entry
-        variable = vars(module).get(name)
-        if not isinstance(variable, nnx.Variable):
+        del method
+        if (value := value_in(module, name)) is None:
             return None
         spec = dict(self.specs).get(name)
         if spec is None:
-            return AdaptedKernel(name, value_of(variable))
+            return AdaptedKernel(name, value, built_in=entry.built_in)
         arrays = {field: value_of(v) for field, v in _arrays_of(module, name, spec)}
         adapter = spec.adapter(arrays)
         key = _dropout_key(module) if adapter.dropout else None
         return AdaptedKernel(
-            path_of(spec.key), value_of(variable), adapter, key, product=self.product
+            path_of(spec.key),
+            value,
+            adapter,
+            key,
+            product=self.product,
+            built_in=entry.built_in,
         )
 
 

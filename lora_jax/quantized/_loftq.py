@@ -18,11 +18,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core._adapter import Adapter
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import content, unbox
+from lora_jax.core._meshes import explicit_sharding
 from lora_jax.core._numerics import column_norm, float32_or_more, product
+from lora_jax.core.quantized._encode import specs_like
 from lora_jax.core.quantized._quantization import Quantization
 from lora_jax.core.variants._dora import DoRA
 from lora_jax.core.variants._lora import LoRA
@@ -129,6 +132,10 @@ def _alternated(
 ) -> tuple[Any, Adapter, QuantizationError]:
     """The quantized leaf and the adapter that are nearest to the kernel, and their error."""
     kernel = jnp.asarray(unbox(leaf))
+    sharding = None if explicit_sharding(kernel) is None else kernel.sharding
+    if sharding is not None:  # what is sharded in its type has no singular values
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        kernel, codes = jax.device_put((kernel, codes), whole)
     wide = kernel.astype(float32_or_more(kernel.dtype))
     W, axes = adapter.axes.as_matrix(wide), adapter.axes
     size = jnp.maximum(jnp.linalg.norm(W), 1e-30)
@@ -151,6 +158,11 @@ def _alternated(
         arrays["m"] = column_norm(start)
     arrays = {name: a.astype(adapter.arrays[name].dtype) for name, a in arrays.items()}
     adapter = follow(adapter.replace(arrays=arrays), leaf)
+    if sharding is not None:
+        place = functools.partial(NamedSharding, sharding.mesh)
+        codes = jax.tree.map(
+            lambda x, spec: jax.device_put(x, place(spec)), codes, specs_like(codes, sharding)
+        )
     kind = content(codes).quantization.kind
     return codes, adapter, QuantizationError(kind, alone, error)
 

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import empty_node
 
+from lora_jax._compat import is_traced
 from lora_jax.core._axes import KernelAxes
 from lora_jax.core._boxes import content, is_quantized
 from lora_jax.core._model_axes import ModelAxes
+from lora_jax.core._numerics import float32_or_more
+from lora_jax.core.quantized._array import QuantizedArray
 from lora_jax.core.quantized._encode import quantized
 from lora_jax.core.quantized._quantization import KINDS, Quantization
 from lora_jax.core.rules._match_paths import matches_nothing, matching
@@ -92,9 +96,29 @@ def quantize_leaf(path: str, leaf: Any, quantization: Quantization, axes: Kernel
             f"{path!r} is quantized, {kernel.quantization}. Quantize the parameters as they were "
             f"before; to have it as a float, lora_jax.dequantize(params)."
         )
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{path!r} is a jax.ShapeDtypeStruct, which has no numbers. To see what quantizing "
+            f"gives: jax.eval_shape(lambda params: lora_jax.quantize(params, kinds), params)."
+        )
     if not is_finite(kernel):
         raise ValueError(f"The kernel {path!r} has NaN or infinite values, which have no codes.")
-    return quantized_leaf(leaf, quantized(jnp.asarray(kernel), quantization, axes))
+    kernel = jnp.asarray(kernel)
+    codes = quantized(kernel, quantization, axes)
+    if not is_traced(kernel) and bool(_lost(kernel, codes)):
+        raise ValueError(
+            f"The kernel {path!r} has numbers that are too small or too large for scales in "
+            f"float32: leave it out of what is quantized."
+        )
+    return quantized_leaf(leaf, codes)
+
+
+@jax.jit
+def _lost(kernel: chex.Array, codes: QuantizedArray) -> chex.Array:
+    """Whether the numbers of a block are all beyond what its scale can say."""
+    largest = jnp.max(jnp.abs(kernel.astype(float32_or_more(kernel.dtype))))
+    W = codes.dequantize().astype(largest.dtype)
+    return (jnp.max(jnp.abs(W)) < largest / 2) | ~jnp.isfinite(W).all()
 
 
 def assigned(

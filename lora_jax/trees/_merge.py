@@ -14,7 +14,7 @@ from lora_jax.core._node import Node
 from lora_jax.trees._pair import pair
 from lora_jax.trees._paths import Key, path_of, unflatten
 from lora_jax.trees._quantized_leaf import requantized_leaf
-from lora_jax.trees._rounding import key_for, round_to
+from lora_jax.trees._rounding import check_requantize, key_for, round_to
 from lora_jax.trees._shardings import follow
 
 
@@ -37,8 +37,9 @@ def lora_merge(
       adapters: the adapters, trained.
       key: round stochastically, up or down, so that the mean of many entries is right; by default
         to the nearest.
-      requantize: quantize the kernels again that are quantized in the base, each as it was, to the
-        nearest codes. By default they are floats, in the dtype that they dequantize to.
+      requantize: quantize the merged kernels again that are quantized in the base, each as it was,
+        to the nearest codes. By default they are floats, in the dtype that they dequantize to.
+        Kernels without an adapter stay as they are.
         ``rounding(..., requantize=True)`` says how large the error is.
 
     Returns:
@@ -59,6 +60,7 @@ def lora_merge(
       Array([[1., 1.],
              [1., 1.]], dtype=float32)
     """
+    check_requantize(key, requantize)
 
     def merge(key_: Key, leaf: Any, node: Node) -> dict[Key, Any]:
         path = path_of(key_)

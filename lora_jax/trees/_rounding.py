@@ -114,6 +114,15 @@ def key_for(key: chex.PRNGKey, path: str) -> chex.PRNGKey:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
+def check_requantize(key: chex.PRNGKey | None, requantize: bool) -> None:
+    """Raises ValueError if codes shall be rounded stochastically."""
+    if requantize and key is not None:
+        raise ValueError(
+            "requantize=True rounds to the nearest codes, and key= is to round stochastically: "
+            "pass one of the two."
+        )
+
+
 def measure(exact: chex.Array, rounded: chex.Array, base: chex.Array | None) -> Rounding:
     """The rounding of one parameter.
 
@@ -196,6 +205,7 @@ def rounding(
       ------  --------  -------------  ----------  -----------
       Most of the update vanishes in 1 of 1 parameters: keep the adapters apart, merge ...
     """
+    check_requantize(key, requantize)
     base, nodes = pair(frozen, adapters)
     rows: dict[str, Rounding] = {}
     for key_, node in sorted(nodes.items(), key=lambda item: not item[1].in_base):

@@ -27,6 +27,10 @@ from lora_jax.core.products._shared_input import SharedInputs
 from lora_jax.core.quantized._array import QuantizedArray
 
 
+class ComputesItself(Exception):
+    """A layer whose kernels have no adapter shall compute as it would without a handler."""
+
+
 class AdaptedKernel:
     """A kernel of a layer, as the layer's handler gets it: it computes products with ``W'``.
 
@@ -50,7 +54,12 @@ class AdaptedKernel:
         ids: Ids | None = None,
         product: str = "auto",
         inputs: SharedInputs | None = None,
+        built_in: bool = False,
+        optional: bool = False,
     ) -> None:
+        # Whether a handler is of this library, so that the W it gives is the kernel in another
+        # dtype; and whether a layer may compute itself, as nothing of it is adapted.
+        self._built_in, self._optional = built_in, optional
         self._product, self._inputs = product, inputs
         self._path, self._adapter, self._rng, self._observer = path, adapter, rng, observer
         self._use, self.ids = use, ids
@@ -109,6 +118,7 @@ class AdaptedKernel:
           >>> kernel.einsum("btd,dhk->bthk", jnp.ones((1, 5, 2))).shape
           (1, 5, 3, 4)
         """
+        is_kernel = self._built_in or W is None or W is self.value
         if W is None:
             dtype = jnp.result_type(x, self.value)
             x, W = x.astype(dtype), self.value.astype(dtype)
@@ -120,7 +130,8 @@ class AdaptedKernel:
             plain = base or functools.partial(jnp.einsum, equation, precision=precision)
             return self._observed(x, plain(x, W))
         axes = eq.transposed_axes if transposed else eq.axes
-        base = self._base_product(W, base, functools.partial(eq.product, precision=precision))
+        if is_kernel:
+            base = self._base_product(W, base, functools.partial(eq.product, precision=precision))
         factors, ids = self._factors(axes, W, contracted=not transposed)
         if factors is None:
             return self._observed(x, eq.product(x, W, precision) if base is None else base(x, W))
@@ -177,6 +188,7 @@ class AdaptedKernel:
           >>> kernel.linear(take, jnp.array([1, 7]), inputs=(0,)).shape
           (2, 4)
         """
+        is_kernel = self._built_in or W is None or W is self.value
         if W is None:
             W = self.value
             if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -191,7 +203,9 @@ class AdaptedKernel:
             )
             return self._observed(x, (base or product)(x, W))
         axes = KernelAxes(inputs, outputs, batch_axes)
-        base = self._base_product(W, base, product) or product
+        if is_kernel:
+            base = self._base_product(W, base, product)
+        base = base or product
         factors, ids = self._factors(axes, W, contracted=False)
         if factors is None:
             return self._observed(x, base(x, W))
@@ -233,6 +247,8 @@ class AdaptedKernel:
           ValueError: if the kernel has an adapter.
         """
         self._refused = True
+        if self._optional:
+            raise ComputesItself
         if self._observer is not None:
             self._observer.refuse(reason)
         elif self._adapter is not None:

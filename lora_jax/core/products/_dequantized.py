@@ -90,14 +90,14 @@ def computed_by_layer(
 
 def _linear(function: Callable[..., Any], linear: Any, leaf: Any) -> Any:
     """``function(linear, leaf)``, whose transpose computes what it needs of the second anew."""
-    if calls_anew is None or _has_types_of_meshes():
+    if calls_anew is None or _have_types_of_meshes(linear, leaf):
         return jax.checkpoint(function)(linear, leaf)
     return _called(function, linear, leaf)
 
 
 def _differentiable(function: Callable[..., Any], args: Any, leaf: Any) -> Any:
     """``function(args, leaf)``, whose derivative computes what it needs of the second anew."""
-    if calls_anew is None or _has_types_of_meshes():
+    if calls_anew is None or _have_types_of_meshes(args, leaf):
         return jax.checkpoint(function)(args, leaf)
 
     everything, structure = _flattened((args, leaf))
@@ -129,26 +129,21 @@ def _differentiable(function: Callable[..., Any], args: Any, leaf: Any) -> Any:
 
 
 def _called(function: Callable[..., Any], linear: Any, leaf: Any) -> Any:
-    """``function(linear, leaf)`` by what calls functions of lists of arrays."""
+    """``function(linear, leaf)`` by what calls a jaxpr, whose structure it gives back."""
     assert calls_anew is not None
-    arrays, of_linear = _flattened(linear)
-    constants, of_leaf = _flattened(leaf)
-
-    def whole(arrays: list[Any], constants: list[Any]) -> Any:
-        return function(of_linear.unflatten(arrays), of_leaf.unflatten(constants))
-
-    def flat(arrays: list[Any], constants: list[Any]) -> list[Any]:
-        return list(jax.tree.leaves(whole(arrays, constants)))
-
-    _, structure = _flattened(jax.eval_shape(whole, arrays, constants))
-    return structure.unflatten(calls_anew(flat, arrays, constants))
+    # Traced now, and once: modules of Flax can be called while their own method runs.
+    jaxpr, out = jax.make_jaxpr(function, return_shape=True)(linear, leaf)
+    structure: Any = jax.tree.structure(out)
+    return structure.unflatten(calls_anew(jaxpr, jax.tree.leaves(linear), jax.tree.leaves(leaf)))
 
 
 def _flattened(tree: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree)
 
 
-def _has_types_of_meshes() -> bool:
+def _have_types_of_meshes(*trees: Any) -> bool:
     """Whether types of arrays say more than shapes and dtypes, as inside of ``jax.shard_map``."""
-    kinds = jax.sharding.get_abstract_mesh().axis_types
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(trees)]
+    kinds = {kind for mesh in meshes if not mesh.empty for kind in mesh.axis_types}
+    kinds |= set(jax.sharding.get_abstract_mesh().axis_types)
     return AxisType.Manual in kinds or AxisType.Explicit in kinds

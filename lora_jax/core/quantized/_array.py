@@ -80,9 +80,9 @@ class QuantizedArray(flax.struct.PyTreeNode, flax.core.meta.AxisMetadata[Any]):
       codes: integers, or floats of 8 bits, with the axes of the kernel; for 4 bits two in each
         byte.
       scale: one number for each block, with as many axes: what a code of 1 stands for. Where the
-        scales are quantized too, codes of 8 bits.
+        scales are quantized too, codes of 8 bits: 0, or the logarithm of a scale to the base 2.
       scale_step: of the codes of scales, for each 256 of them; else ``None``.
-      scale_min: the scale that a code of 0 stands for.
+      scale_min: the logarithm that a code of 0 would stand for.
       zero_point: the code that stands for 0, where it is another one.
       box: the box that the kernel was in, without it.
       quantization: how it is quantized.
@@ -146,6 +146,15 @@ class QuantizedArray(flax.struct.PyTreeNode, flax.core.meta.AxisMetadata[Any]):
         """
         return self if index is Ellipsis else self.dequantize()[index]
 
+    def __jax_array__(self) -> chex.Array:
+        return self.dequantize()
+
+    def __getattr__(self, name: str) -> Any:
+        """What an array has, as ``.T``, of the kernel: so a model may read it as one."""
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"a QuantizedArray has no attribute {name!r}")
+        return getattr(self.dequantize(), name)
+
     @property
     def is_array(self) -> bool:
         """Whether it has arrays, and not abstract ones or shardings in their places."""
@@ -202,4 +211,5 @@ def scale_of(leaf: QuantizedArray) -> chex.Array:
         return scale
     shape = leaf.scale.shape
     steps = leaf.scale.astype(jnp.float32) * spread(leaf.scale_step, shape)
-    return spread(leaf.scale_min, shape) + steps
+    scale = jnp.exp2(spread(leaf.scale_min, shape) + steps)
+    return jnp.where(leaf.scale == 0, 0, scale)

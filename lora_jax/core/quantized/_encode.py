@@ -113,12 +113,18 @@ def _encoded(kernel: chex.Array, *, quantization: Quantization, axes: KernelAxes
 
 
 def _of_8_bits(scale: chex.Array, counts: tuple[int, ...]) -> dict[str, chex.Array]:
-    """Scales as codes of 8 bits, from the smallest scale of their group to its largest."""
-    low, high = -block_max(-scale, counts), block_max(scale, counts)
-    step = (high - low) / 255
+    """Scales as codes of 8 bits: their logarithms, from the least of a group to the greatest.
+
+    So each has the same relative error, also where one column is far smaller than another one.
+    """
+    log = jnp.log2(jnp.where(scale > 0, scale, 1))
+    high = block_max(jnp.where(scale > 0, log, -jnp.inf), counts)
+    low = -block_max(jnp.where(scale > 0, -log, -jnp.inf), counts)
+    high, low = jnp.where(high >= low, high, 0), jnp.where(high >= low, low, 0)  # all are zeros
+    step = (high - low) / 254
     divisor = spread(jnp.where(step > 0, step, 1), scale.shape)
-    codes = jnp.round((scale - spread(low, scale.shape)) / divisor)
-    return {"scale": codes.astype(jnp.uint8), "scale_step": step, "scale_min": low}
+    codes = jnp.where(scale > 0, jnp.round((log - spread(low, scale.shape)) / divisor) + 1, 0)
+    return {"scale": codes.astype(jnp.uint8), "scale_step": step, "scale_min": low - step}
 
 
 def _packing(shape: tuple[int, ...], axes: KernelAxes) -> Packing:
