@@ -132,7 +132,7 @@ def _alternated(
 ) -> tuple[Any, Adapter, QuantizationError]:
     """The quantized leaf and the adapter that are nearest to the kernel, and their error."""
     kernel = jnp.asarray(unbox(leaf))
-    sharding = None if explicit_sharding(kernel) is None else kernel.sharding
+    sharding: Any = None if explicit_sharding(kernel) is None else kernel.sharding
     if sharding is not None:  # what is sharded in its type has no singular values
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         kernel, codes = jax.device_put((kernel, codes), whole)
