@@ -11,7 +11,17 @@ from typing import Any
 
 import tyro
 
-from benchmarks.reports import gpu, many, mesh, operations, overheads, remat, tpu, train_step
+from benchmarks.reports import (
+    gpu,
+    many,
+    mesh,
+    operations,
+    overheads,
+    quantized,
+    remat,
+    tpu,
+    train_step,
+)
 from benchmarks.reports.figure import bars
 from benchmarks.reports.markdown import places
 from benchmarks.running import files
@@ -26,6 +36,7 @@ SECTIONS = (
     ("tpu", "A step on a TPU, as its compiler counts it", tpu.section),
     ("mesh", "A step on 16 TPUs, as their compiler counts it", mesh.section),
     ("remat", "Rematerialised layers, as the compilers count them", remat.section),
+    ("quantized", "SmolLM2 on quantized bases", quantized.section),
 )
 
 

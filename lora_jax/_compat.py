@@ -224,6 +224,9 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
     try:
         from jax.interpreters import ad, batching, mlir
 
+        zero, instantiated = ad.Zero, ad.instantiate_zeros
+        as_function = jax.extend.core.jaxpr_as_fun
+        closed_jaxpr = jax.extend.core.ClosedJaxpr
         p = jax.extend.core.Primitive("lora_jax_calls_anew")
         p.multiple_results = True
 
@@ -248,8 +251,8 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
             return [kind.update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in out]
 
         def jvp(primals: Any, tangents: Any, *, count: int, **static: Any) -> Any:
-            full = [ad.instantiate_zeros(t) for t in tangents]
-            if any(type(t) is not ad.Zero for t in tangents[count:]):
+            full = [instantiated(t) for t in tangents]
+            if any(type(t) is not zero for t in tangents[count:]):
                 call = functools.partial(called, count=count, **static)
                 return jax.jvp(call, tuple(primals), tuple(full))
             bound = functools.partial(p.bind, count=count, **static)
@@ -259,9 +262,9 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
             cotangents: Any, *args: Any, function: Any, count: int, backward: Any
         ) -> Any:
             avals, constants = [one.aval for one in args[:count]], args[count:]
-            if all(type(c) is ad.Zero for c in cotangents):
-                return [*map(ad.Zero, avals), *[None] * len(constants)]
-            given = [ad.instantiate_zeros(c) for c in cotangents]
+            if all(type(c) is zero for c in cotangents):
+                return [*map(zero, avals), *[None] * len(constants)]
+            given = [instantiated(c) for c in cotangents]
             shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
             static = {"function": _Transposed(function, shapes), "count": len(given)}
             out = p.bind(*given, *constants, **static, backward=not backward)
@@ -272,8 +275,6 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
             out = p.bind(*args, function=mapped, count=count, backward=backward)
             return out, [0] * len(out)
 
-        as_function = jax.extend.core.jaxpr_as_fun
-        closed_jaxpr = jax.extend.core.ClosedJaxpr
         p.def_impl(called)
         p.def_abstract_eval(abstract)
         ad.primitive_jvps[p] = jvp

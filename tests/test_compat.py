@@ -111,6 +111,27 @@ def test_without_a_primitive_of_its_own_a_product_is_wide(monkeypatch, name):
     assert jnp.array_equal(jax.grad(lambda A: product(A, W).sum())(A), jnp.full((2, 3), 4.0))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jax.extend.core.Primitive",
+        "jax.extend.core.jaxpr_as_fun",
+        "jax.extend.core.ClosedJaxpr",
+        "jax.interpreters.ad.Zero",
+        "jax.interpreters.ad.instantiate_zeros",
+        "jax.interpreters.ad.primitive_jvps",
+        "jax.interpreters.ad.primitive_transposes",
+        "jax.interpreters.batching.primitive_batchers",
+        "jax.interpreters.mlir.lower_fun",
+        "jax.interpreters.mlir.register_lowering",
+    ],
+)
+def test_without_a_primitive_of_its_own_what_is_computed_anew_is_a_checkpoint(monkeypatch, name):
+    """The same numbers: `tests/quantized` has both."""
+    monkeypatch.delattr(name)
+    assert compat.defined_calls_anew() is None
+
+
 def test_inside_of_shard_map_a_product_is_wide():
     """There types say over which axes of the mesh numbers differ."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
