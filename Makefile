@@ -132,6 +132,7 @@ bench: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm-in-nnx --contenders floor lora lora-in-nnx dora dora-in-nnx nnx-lora
 	$(BENCH_VENV)/bin/python -m benchmarks.overheads
 	$(BENCH_VENV)/bin/python -m benchmarks.many
+	$(BENCH_VENV)/bin/python -m benchmarks.quantized
 	JAX_PLATFORMS=cpu USE_FLAX=0 $(BENCH_VENV)/bin/python -m benchmarks.operations
 	$(BENCH_VENV)/bin/python -m benchmarks.report
 
