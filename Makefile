@@ -16,7 +16,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest test-tunix interop lint format docs package notebook guard guard-accelerators bench bench-sweeps bench-tpu bench-gpu ci clean
+.PHONY: help demo classify demo-r8 styles serve test test-quick test-slow test-oldest test-newest test-tunix interop lint format docs package notebook guard guard-accelerators bench bench-sweeps bench-quantized bench-tpu bench-gpu ci clean
 
 help:
 	@echo "make demo      fine-tune a pretrained encoder with LoRA, DoRA and in full (ARGS='--help' tells more)"
@@ -132,9 +132,13 @@ bench: $(BENCH_VENV)/.bench
 	$(BENCH_VENV)/bin/python -m benchmarks.train_step --cases minilm-in-nnx --contenders floor lora lora-in-nnx dora dora-in-nnx nnx-lora
 	$(BENCH_VENV)/bin/python -m benchmarks.overheads
 	$(BENCH_VENV)/bin/python -m benchmarks.many
-	$(BENCH_VENV)/bin/python -m benchmarks.quantized
 	JAX_PLATFORMS=cpu USE_FLAX=0 $(BENCH_VENV)/bin/python -m benchmarks.operations
 	$(BENCH_VENV)/bin/python -m benchmarks.report
+
+# SmolLM2 on each kind of quantized base: about an hour.
+bench-quantized: $(VENV)/.examples $(VENV)/.smollm2
+	$(BIN)/python -m benchmarks.quantized $(ARGS)
+	$(BIN)/python -m benchmarks.report
 
 SWEEP = $(BENCH_VENV)/bin/python -m benchmarks.train_step --jobs step --steps 1
 bench-sweeps: $(BENCH_VENV)/.bench
