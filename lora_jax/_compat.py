@@ -224,7 +224,8 @@ def defined_calls_anew() -> Callable[..., list[Any]] | None:
     try:
         from jax.interpreters import ad, batching, mlir
 
-        zero, instantiated = ad.Zero, ad.instantiate_zeros
+        zero: Any = ad.Zero
+        instantiated: Any = ad.instantiate_zeros
         as_function = jax.extend.core.jaxpr_as_fun
         closed_jaxpr = jax.extend.core.ClosedJaxpr
         p = jax.extend.core.Primitive("lora_jax_calls_anew")

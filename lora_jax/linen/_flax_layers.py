@@ -232,6 +232,7 @@ def _check(layer: Any, kernel: AdaptedKernel) -> None:
     if type(layer).param is not nn.Module.param:
         kernel.refuse(f"{name} overrides param, and may compute with another kernel")
     own_setup = isinstance(layer, nn.Embed) and body(type(layer).setup) is not body(nn.Embed.setup)
+    own_setup = own_setup and not kernel.was_seen_as_read
     if own_setup and layer.embedding is not unbox(layer.get_variable("params", "embedding")):
         kernel.refuse(f"{name} overrides setup, and computes with another kernel")
     if layer.promote_dtype is not nn.dtypes.promote_dtype:

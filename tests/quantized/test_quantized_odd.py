@@ -114,6 +114,24 @@ def test_layers_that_are_called_inside_of_themselves(layer, x):
     assert relative_error(apply(frozen, adapters), apply(floats, adapters)) < 1e-5
 
 
+class MoreInSetup(nn.Embed):
+    def setup(self):
+        super().setup()
+        self.more = 1
+
+
+def test_a_setup_that_leaves_the_kernel_is_adapted():
+    model = WithOther(MoreInSetup(10, 8))
+    frozen, adapters, floats = split(model, IDS, {"layer/.*": NF4}, "layer/embedding")
+    got, expected = (
+        lora_jax.lora_apply(model, {"params": f}, adapters, IDS) for f in (frozen, floats)
+    )
+    assert relative_error(got, expected) < 1e-5
+    model = WithOther(ScaledInSetup(10, 8))
+    with pytest.raises(ValueError, match="overrides setup"):
+        split(model, IDS, {"layer/.*": NF4}, "layer/embedding")
+
+
 def test_an_adapted_closure():
     frozen, adapters, floats = split(Gain(), X, {".*kernel": NF4}, "layer/kernel")
     loss = jax.grad(lambda f, a: jnp.sum(lora_jax.lora_apply(Gain(), {"params": f}, a, X) ** 2), 1)

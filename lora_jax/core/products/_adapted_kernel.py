@@ -79,6 +79,16 @@ class AdaptedKernel:
         return self._stored.dtype
 
     @property
+    def was_seen_as_read(self) -> bool:
+        """Whether a quantized kernel is known to be what its layer computes with.
+
+        Each reader of it dequantizes anew, so that nothing tells one from another; but an abstract
+        call has found it.
+        """
+        quantized = isinstance(self._stored, QuantizedArray)
+        return quantized and self._adapter is not None and self._adapter.axes.alone is not None
+
+    @property
     def untied(self) -> bool:
         """Whether only one use of the kernel is adapted, and the others keep the base."""
         return self._adapter is not None and self._adapter.untied
