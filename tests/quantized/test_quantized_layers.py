@@ -127,7 +127,7 @@ def test_linen(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_linen_of_8_bits(name):
     check(of_linen(name), "lora", "int8")
 
@@ -141,6 +141,6 @@ def test_nnx(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", nnx_zoo.CASES)
+@pytest.mark.parametrize("name", QUICK_NNX)
 def test_nnx_of_8_bits(name):
     check(of_nnx(name), "lora", "int8")
