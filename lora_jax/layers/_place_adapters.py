@@ -179,8 +179,8 @@ def _materialized(path: str, leaf: Any, node: Any, ids: CallIds | None) -> Any:
             f"every token: give one id for each row."
         )
     one = normalized_member(jnp.asarray(unbox(leaf)), _as_stack(node), ids.ids)
-    merged = merged_leaf(leaf, one)
-    return jax.tree.map(lambda W_, W: jnp.where(ids.ids == BASE, W, W_), merged, leaf)
+    W = unbox(leaf)
+    return jax.tree.map(lambda W_: jnp.where(ids.ids == BASE, W, W_), merged_leaf(leaf, one))
 
 
 def _in_layer(

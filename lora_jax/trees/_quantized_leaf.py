@@ -54,9 +54,9 @@ def is_quantized_variable(variable: Any) -> bool:
     if not is_quantized(content(variable)):
         return False
     if _HAS_GET_VALUE:
-        kind = getattr(type(variable), "without_codes", None) and type(variable).__mro__[1]
-        own = getattr(kind, "get_value", None) is not nnx.Variable.get_value
-        return not own and not variable.get_metadata().get("on_get_value")
+        plain = getattr(type(variable), "plain_type", None)
+        as_stored = plain is not None and plain.get_value is nnx.Variable.get_value
+        return as_stored and not variable.get_metadata().get("on_get_value")
     return bool(variable.get_metadata().get("on_get_value") == _WhenRead())
 
 
@@ -84,6 +84,8 @@ def _quantized_type(cls: Any) -> Any:
 
     class Quantized(cls):  # type: ignore[misc]
         """A variable that dequantizes when a layer reads it."""
+
+        plain_type = cls
 
         def get_value(self, **kwargs: Any) -> Any:
             if not is_quantized(codes := self.get_raw_value()):

@@ -40,12 +40,13 @@ def from_qwix(leaf: Any, path: str) -> Any:
 
 
 def _kind(q: Any, path: str) -> str:
+    dtype = jnp.dtype(q.qvalue.dtype)
+    plain = jnp.dtype(q.scale.dtype).itemsize > 1  # those of mxfp8 are powers of two in 8 bits
     if isinstance(q.qtype, str) and q.qtype == "nf4":
         return "nf4"
-    dtype = jnp.dtype(q.qvalue.dtype)
-    if jnp.issubdtype(dtype, jnp.signedinteger):
+    if plain and jnp.issubdtype(dtype, jnp.signedinteger):
         return "int8" if dtype.itemsize == 1 and dtype.name == "int8" else "int4"
-    if dtype.name.startswith("float8"):
+    if plain and dtype.name.startswith("float8"):
         return "fp8"
     raise ValueError(
         f"{path!r} is quantized by qwix as {q.qtype!r}, whose codes are not known here: quantize "

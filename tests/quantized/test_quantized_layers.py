@@ -117,30 +117,21 @@ QUICK = (
 )
 
 
-def slow_but(names, cases):
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in cases]
-
-
-@pytest.mark.parametrize("name", slow_but(QUICK, zoo.CASES))
-def test_linen(name):
-    check(of_linen(name), "dora", "nf4")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
-def test_linen_of_8_bits(name):
-    check(of_linen(name), "lora", "int8")
-
-
 QUICK_NNX = ("Mlp", "scan of remat", "scan, axis 1, as many as the width", "Embed, tied")
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK_NNX, nnx_zoo.CASES))
-def test_nnx(name):
-    check(of_nnx(name), "dora", "nf4")
+def slow_but(names, cases):
+    """Each case with DoRA in blocks of 4 bits; quick ones with LoRA in columns of 8 too."""
+    slow = pytest.mark.slow
+    finer = [pytest.param(n, "dora", "nf4", marks=() if n in names else slow) for n in cases]
+    return [*finer, *(pytest.param(n, "lora", "int8", marks=slow) for n in names)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK_NNX)
-def test_nnx_of_8_bits(name):
-    check(of_nnx(name), "lora", "int8")
+@pytest.mark.parametrize(("name", "variant", "kind"), slow_but(QUICK, zoo.CASES))
+def test_linen(name, variant, kind):
+    check(of_linen(name), variant, kind)
+
+
+@pytest.mark.parametrize(("name", "variant", "kind"), slow_but(QUICK_NNX, nnx_zoo.CASES))
+def test_nnx(name, variant, kind):
+    check(of_nnx(name), variant, kind)

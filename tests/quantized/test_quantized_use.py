@@ -114,6 +114,15 @@ def test_stacked(ids):
     assert relative_error(y, expected) < 1e-5
 
 
+@pytest.mark.parametrize("ids", [jnp.array([0, 1, -1, 0]), jnp.int32(1)])
+def test_stacked_in_place_of_the_parameter(ids):
+    base, _, one, floats = made("dora", materialize=True)
+    stacked = lora_jax.stack([one, random_like(one, seed=5)], base)
+    y = apply(base, stacked, adapter_ids=ids)
+    expected = apply({**floats, "head": base["head"]}, stacked, adapter_ids=ids)
+    assert relative_error(y, expected) < 1e-5
+
+
 def test_pool():
     base, _, one, floats = made("dora")
     pool = lora_jax.AdapterPool(base, slots=2, like=one)
@@ -389,6 +398,14 @@ def test_codes_of_qwix_are_taken(kind):
     assert relative_error(apply(whole, trained), apply(floats, trained)) < 1e-5
     merged = lora_jax.lora_merge(frozen, trained)
     assert relative_error(MODEL.apply({"params": merged}, X), apply(frozen, trained)) < 1e-5
+
+
+def test_codes_of_qwix_with_other_scales():
+    """Those of mxfp8 are powers of two, in 8 bits: nothing to dequantize to."""
+    leaf, _ = of_qwix(params()["Dense_0"]["kernel"], jnp.float8_e4m3fn)
+    leaf.array.scale, leaf.array.qtype = leaf.array.scale.astype(jnp.float8_e5m2), "mxfp8"
+    with pytest.raises(ValueError, match="'kernel' is quantized by qwix as 'mxfp8'"):
+        lora_jax.dequantize({"kernel": leaf})
 
 
 def test_codes_of_qwix_that_are_not_known():

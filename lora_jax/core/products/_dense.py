@@ -120,8 +120,7 @@ def _dense_jvp(
         xdU = times_U(rows, dU, precision, platform=platform)
         low_rank.append(contract(xdU, _times(a, s * V), -2, precision))
     if dV is not None:
-        static: dict[str, Any] = {"equation": equation, "precision": precision}
-        xU = with_derivative(xU, x, U, platform=platform, **static)
+        xU = with_derivative(xU, x, U, equation, precision, platform)
         xU = merge_free_axes(xU, len(equation.axes.batch), platform)
         low_rank.append(contract(xU, _times(a, s * dV), -2, precision))
     if low_rank:

@@ -98,7 +98,8 @@ def factored_on(
     if V is None:
         delta = _whole_delta(x, U, s=s, **static)
     else:
-        delta = _delta(with_derivative(xU, x, U, **static), V, outer=False, s=s, **static)
+        xU = with_derivative(xU, x, U, equation, precision, platform)
+        delta = _delta(xU, V, outer=False, s=s, **static)
     y = y + delta.astype(y.dtype)
     return y if a is None else scaled(equation.on_y(a), y)
 

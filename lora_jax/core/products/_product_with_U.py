@@ -116,28 +116,16 @@ def _product_with_U(
     return jnp.reshape(xU, (*x.shape[:-1], U.shape[-1]))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def with_derivative(
     xU: chex.Array,
     x: chex.Array,
     U: chex.Array,
-    *,
     equation: Equation,
     precision: jax.lax.PrecisionLike,
     platform: str,
 ) -> chex.Array:
     """``x U`` that is known, with the derivative of the product."""
-    return _with_derivative(xU, x, U, equation, precision, platform)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _with_derivative(
-    xU: chex.Array,
-    x: chex.Array,
-    U: chex.Array,
-    equation: Equation,
-    precision: jax.lax.PrecisionLike,
-    platform: str,
-) -> chex.Array:
     return xU
 
 
@@ -156,8 +144,8 @@ def _with_derivative_jvp(
     terms = [] if dx is None else [product(dx, U)]
     if dU is not None:
         terms.append(product(x, dU))
-    out = _with_derivative(xU, x, U, equation, precision, platform)
+    out = with_derivative(xU, x, U, equation, precision, platform)
     return out, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(xU)
 
 
-_with_derivative.defjvp(_with_derivative_jvp, symbolic_zeros=True)
+with_derivative.defjvp(_with_derivative_jvp, symbolic_zeros=True)

@@ -132,8 +132,7 @@ class QuantizedArray(flax.struct.PyTreeNode, flax.core.meta.AxisMetadata[Any]):
 
     def dequantize(self) -> chex.Array:
         """The kernel, in its dtype."""
-        like = self.codes if self.is_array else None
-        if like is None:
+        if isinstance(self.codes, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         plain = self.replace(box=None)
         W: chex.Array = left_to_compiler(_dequantized, plain, like=spec_of(self.codes))
@@ -154,11 +153,6 @@ class QuantizedArray(flax.struct.PyTreeNode, flax.core.meta.AxisMetadata[Any]):
         if name.startswith("_") or not hasattr(jax.Array, name):
             raise AttributeError(f"a QuantizedArray has no attribute {name!r}")
         return getattr(self.dequantize(), name)
-
-    @property
-    def is_array(self) -> bool:
-        """Whether it has arrays, and not abstract ones or shardings in their places."""
-        return not isinstance(self.codes, jax.ShapeDtypeStruct)
 
     # --- a box of Flax ---
 
